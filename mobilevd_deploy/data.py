@@ -1,0 +1,14 @@
+"""Where the shipped data lies: models/ (presets, demo checkpoint) and export/ (recipes)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def data_dir(kind: str) -> Path:
+    """Return the folder of `kind` ("models" or "export").
+
+    In an installed wheel it lies below the package, in a checkout beside it.
+    """
+    packaged = Path(__file__).parent / "_data" / kind
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / kind
