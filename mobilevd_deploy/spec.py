@@ -1,0 +1,373 @@
+"""What a model is, as plain frozen data: read from a preset's TOML, stored in every checkpoint.
+
+ModelSpec
+├── unet: UNetSpec            the network and which of MobileVD's optimisations it was trained with
+├── step: StepSpec            the one noise level and the added ids that it is evaluated at
+├── image_encoder: ImageEncoderSpec
+├── vae_encoder: VaeEncoderSpec
+└── decoder: DecoderSpec
+
+No torch here, so that `--help` and argument checks stay fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from mobilevd_deploy.data import data_dir
+from mobilevd_deploy.errors import SpecError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FunnelSpec:
+    """Fun-factors r of the channel funnels: inner width over original width, 1 = no funnel.
+
+    Source: MobileVD, channel funnels (0 < r <= 1; published choice 0.5 on attention).
+    """
+
+    spatial_attention: float = 1.0
+    temporal_attention: float = 1.0
+    resblock: float = 1.0
+
+
+@dataclass(frozen=True)
+class UNetSpec:
+    """Architecture of `MobileVDUNet`; the defaults are Stable Video Diffusion's.
+
+    Tuples run from level 0 (full latent resolution) downwards. `temporal_multiscaling`: "none",
+    "mean" (parameter-free: pairs averaged, then repeated) or "conv" (strided temporal convolution).
+    `gated`: every temporal block carries a gate in {0, 1} and an importance value.
+    `kept_temporal_blocks`: paths whose gate starts at 1; None keeps all of them.
+    """
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    num_attention_heads: tuple[int, ...] = (5, 10, 20, 20)
+    attention: tuple[bool, ...] = (True, True, True, False)
+    layers_per_block: int = 2
+    in_channels: int = 8
+    out_channels: int = 4
+    cross_attention_dim: int = 1024
+    addition_time_embed_dim: int = 256
+    temporal_multiscaling: Literal["none", "mean", "conv"] = "none"
+    gated: bool = False
+    kept_temporal_blocks: tuple[str, ...] | None = None
+    funnels: FunnelSpec = field(default_factory=FunnelSpec)
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        if not levels or len(self.num_attention_heads) != levels or len(self.attention) != levels:
+            raise SpecError(
+                "block_out_channels, num_attention_heads and attention need one entry per level; "
+                f"they have {levels}, {len(self.num_attention_heads)} and {len(self.attention)}",
+            )
+        for channels, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
+            if channels <= 0 or channels % 32:
+                raise SpecError(
+                    f"block_out_channels: {channels} is not a positive multiple of 32 (GroupNorm)"
+                )
+            if heads <= 0 or channels % heads:
+                raise SpecError(f"num_attention_heads: {heads} heads do not divide {channels} channels")
+        if not 0 < self.out_channels < self.in_channels:
+            raise SpecError(
+                f"in_channels: {self.in_channels} must exceed out_channels {self.out_channels}: "
+                "the image's latents come beside the noise"
+            )
+        if self.cross_attention_dim < 1 or self.addition_time_embed_dim < 2:
+            raise SpecError(
+                f"cross_attention_dim {self.cross_attention_dim} must be at least 1 and "
+                f"addition_time_embed_dim {self.addition_time_embed_dim} at least 2"
+            )
+        if self.layers_per_block < 1:
+            raise SpecError(f"layers_per_block: {self.layers_per_block} is less than 1")
+        if self.temporal_multiscaling != "none" and levels < 2:
+            raise SpecError(
+                "temporal_multiscaling needs at least two levels: it sits at level 0's downsampler"
+            )
+        for name, r in dataclasses.asdict(self.funnels).items():
+            if not 0 < r <= 1:
+                raise SpecError(f"funnels.{name}: {r} is not in (0, 1]")
+        if self.kept_temporal_blocks is not None and not self.gated:
+            raise SpecError(
+                "kept_temporal_blocks is given, but gated is false: only gated blocks can be pruned"
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        """Latent height and width must be multiples of this."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """The single denoising step: noise level sigma and SVD's added ids.
+
+    EDM preconditioning in terms of unit noise n, where x = sqrt(sigma^2 + 1) n as in diffusers'
+    EulerDiscreteScheduler: c_in x = n, and denoised = c_skip x + c_out F(n, c_noise).
+    Source: Karras et al. 2022, table 1 with sigma_data = 1 and v-prediction.
+    """
+
+    sigma: float = 700.0
+    fps: int = 7
+    motion_bucket_id: int = 127
+    noise_aug_strength: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not (self.sigma > 0 and math.isfinite(self.sigma)):
+            raise SpecError(f"step.sigma: {self.sigma} is not a positive number")
+        if not (self.noise_aug_strength >= 0 and math.isfinite(self.noise_aug_strength)):
+            raise SpecError(
+                f"step.noise_aug_strength: {self.noise_aug_strength} is not a finite number of at least 0"
+            )
+
+    @property
+    def c_noise(self) -> float:
+        """The continuous timestep that the network is told."""
+        return 0.25 * math.log(self.sigma)
+
+    @property
+    def noise_to_denoised(self) -> float:
+        """Factor of unit noise in the denoised latents: c_skip * sqrt(sigma^2 + 1)."""
+        return 1.0 / math.hypot(self.sigma, 1.0)
+
+    @property
+    def c_out(self) -> float:
+        """Factor of the network's output in the denoised latents."""
+        return -self.sigma / math.hypot(self.sigma, 1.0)
+
+    @property
+    def added_time_ids(self) -> tuple[float, float, float]:
+        """(fps - 1, motion_bucket_id, noise_aug_strength), as SVD was trained."""
+        return (self.fps - 1, self.motion_bucket_id, self.noise_aug_strength)
+
+
+@dataclass(frozen=True)
+class ImageEncoderSpec:
+    """CLIP vision transformer with projection; the defaults are SVD's ViT-H/14.
+
+    Names are those of transformers' CLIPVisionConfig. The image is resized to image_size squared.
+    """
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    projection_dim: int = 1024
+    hidden_act: Literal["gelu", "quick_gelu"] = "gelu"
+
+
+@dataclass(frozen=True)
+class VaeEncoderSpec:
+    """Image to latents: SVD's VAE encoder ("svd") or the small one of the demo ("pixel-unshuffle").
+
+    `block_out_channels` and `layers_per_block` as in diffusers; pixel-unshuffle uses the first and the
+    last width.
+    The latents are the mode of the posterior, not multiplied by the scaling factor.
+    """
+
+    kind: Literal["svd", "pixel-unshuffle"] = "svd"
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Latents to frames: SVD's temporal decoder ("svd-temporal"), diffusers' AutoencoderTiny
+    decoder ("tiny", TAESD's layout), or the demo's ("pixel-shuffle").
+
+    `scaling_factor`: the UNet's latents are divided by it before decoding (1 for "tiny",
+    which is trained on scaled latents).
+    """
+
+    kind: Literal["svd-temporal", "tiny", "pixel-shuffle"] = "svd-temporal"
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    scaling_factor: float = 0.18215
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that fixes the shapes of a checkpoint and of the clip that it makes."""
+
+    name: str
+    frames: int = 14
+    height: int = 256
+    width: int = 512
+    unet: UNetSpec = field(default_factory=UNetSpec)
+    step: StepSpec = field(default_factory=StepSpec)
+    image_encoder: ImageEncoderSpec = field(default_factory=ImageEncoderSpec)
+    vae_encoder: VaeEncoderSpec = field(default_factory=VaeEncoderSpec)
+    decoder: DecoderSpec = field(default_factory=DecoderSpec)
+
+    def __post_init__(self) -> None:
+        multiple = 8 * self.unet.size_multiple
+        for side in (self.height, self.width):
+            if side <= 0 or side % multiple:
+                raise SpecError(f"{self.width}x{self.height} px: both sides must be multiples of {multiple}")
+        if self.frames < 1 or (self.unet.temporal_multiscaling != "none" and self.frames % 2):
+            raise SpecError(f"frames: {self.frames} must be positive, and even with temporal multiscaling")
+        if self.image_encoder.projection_dim != self.unet.cross_attention_dim:
+            raise SpecError(
+                f"image_encoder.projection_dim {self.image_encoder.projection_dim} is not "
+                f"unet.cross_attention_dim {self.unet.cross_attention_dim}"
+            )
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Latent height and width: an eighth of the pixels."""
+        return self.height // 8, self.width // 8
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, every default written out."""
+        return dataclasses.asdict(self)
+
+
+def from_dict(cls: type[T], values: Any, where: str = "") -> T:
+    """Build dataclass `cls` from TOML or JSON values, strictly: unknown keys and wrong types are refused.
+
+    Raises SpecError naming the key.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    label = where or cls.__name__
+    if not isinstance(values, dict):
+        raise SpecError(f"{label}: expected a table, found {values!r}")
+    if unknown := sorted(set(values) - known):
+        raise SpecError(f"{label}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    converted = {
+        key: _convert(hints[key], value, f"{where}.{key}" if where else key) for key, value in values.items()
+    }
+    try:
+        return cls(**converted)
+    except TypeError as error:
+        raise SpecError(f"{label}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise SpecError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise SpecError(f"{where}: expected a list, found {value!r}")
+        hints = args[:1] * len(value) if args[1:] == (Ellipsis,) else args
+        if len(hints) != len(value):
+            raise SpecError(f"{where}: expected {len(hints)} values, found {len(value)}")
+        return tuple(
+            _convert(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(zip(hints, value, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise SpecError(f"{where}: expected a table, found {value!r}")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise SpecError(f"{where}: expected {hint.__name__}, found {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class LadderRow:
+    """A row of the paper's ablation, as published; -1 where the paper gives none (out of memory).
+
+    `rewrites` are the passes that the row's count includes. Source: arXiv 2412.07583.
+    """
+
+    order: int
+    title: str
+    tflops: float
+    nfe: int
+    fvd: tuple[int, ...]
+    gpu_ms: float
+    phone_ms: float = -1.0
+    rewrites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named architecture of models/, with its row of the published ladder if it has one."""
+
+    model: ModelSpec
+    ladder: LadderRow | None = None
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    return shipped_names("models")
+
+
+def load_preset(name_or_path: str | Path) -> Preset:
+    """Read a preset by name or by TOML file.
+
+    A preset may name another as `base`; its tables are merged over the base's.
+    Raises SpecError for an unknown name, unreadable TOML, or a key that does not fit.
+    """
+    values = _read_preset(name_or_path)
+    ladder = values.pop("ladder", None)
+    model = from_dict(ModelSpec, {"name": Path(name_or_path).stem} | values)
+    return Preset(model, from_dict(LadderRow, ladder, "ladder") if ladder else None)
+
+
+def shipped_names(kind: str) -> list[str]:
+    """Names of the TOML files of `kind` ("models" or "export") that come with the package."""
+    return sorted(path.stem for path in data_dir(kind).glob("*.toml"))
+
+
+def read_named_toml(kind: str, what: str, name_or_path: str | Path) -> dict[str, Any]:
+    """Read a shipped TOML file of `kind` by its name, or any by a path that ends in .toml.
+
+    `what` ("preset", "recipe") is its noun in errors. Raises SpecError: unknown name, or unreadable TOML.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = data_dir(kind) / f"{name_or_path}.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError(
+            f"no {what} {str(name_or_path)!r}", next_step=f"shipped {what}s: {', '.join(shipped_names(kind))}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
+def _read_preset(name_or_path: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    values = read_named_toml("models", "preset", name_or_path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    heirs = (*heirs, str(name_or_path))
+    if not isinstance(base, str) or base in heirs:
+        raise SpecError(f"{name_or_path}: base {base!r} is not the name of another preset")
+    inherited = _read_preset(base, heirs)
+    inherited.pop("ladder", None)
+    return _merge(inherited, values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
