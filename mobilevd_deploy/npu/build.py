@@ -1,0 +1,38 @@
+"""From a component in its training form to its deploy form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mobilevd_deploy.components import Component, DenoiseStep
+from mobilevd_deploy.npu.decoders import NpuDecoder
+from mobilevd_deploy.npu.encoders import NpuImageEncoder, NpuVaeEncoder
+from mobilevd_deploy.npu.unet import NpuUNet
+from mobilevd_deploy.recipe import GraphForms
+from mobilevd_deploy.spec import ModelSpec
+
+
+@torch.no_grad()
+def build_npu(name: Component, component: nn.Module, spec: ModelSpec, forms: GraphForms) -> nn.Module:
+    """Build the deploy form of one component, at the sizes of `spec` and in the recipe's graph forms.
+
+    Called as `components.input_shapes` says. Weights are shared with `component` where they are not folded.
+
+    Args:
+        name: which of the four networks `component` is.
+        component: as `build_component` makes it. A UNet has to have been through the passes; it may be
+            wrapped by `deploy_contract`.
+        spec: the model that the component was built from.
+        forms: the graph forms of a recipe.
+
+    Raises:
+        RewriteError: a pass that the UNet's deploy form builds on has not run.
+    """
+    source: Any = component.unet if isinstance(component, DenoiseStep) else component
+    if name == "unet":
+        return NpuUNet(source, spec.frames, *spec.latent_size, forms).eval()
+    builders = {"image_encoder": NpuImageEncoder, "vae_encoder": NpuVaeEncoder, "decoder": NpuDecoder}
+    return builders[name](source, spec, forms).eval()

@@ -1,0 +1,407 @@
+"""The deploy form's vocabulary: arithmetic as modules, and the forms that a recipe may choose.
+
+Every sum, product, matrix product and concatenation is a module of its own, one instance per call,
+so that a quantiser can give each its own ranges or swap in its own class. No other op stands
+between modules but reshapes, permutations and slices, which carry values through unchanged.
+
+Tokens come in the layout of the recipe's linear layers:
+    linear = "matmul"   (T, N, C)       nn.Linear
+    linear = "conv"     (T, C, H, W)    1x1 nn.Conv2d
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mobilevd_deploy.recipe import GraphForms
+
+
+class Add(nn.Module):
+    """a + b, broadcasting."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the sum."""
+        return a + b
+
+
+class Multiply(nn.Module):
+    """a * b, broadcasting."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the product."""
+        return a * b
+
+
+class MatMul(nn.Module):
+    """a @ b over the last two dimensions."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the matrix product."""
+        return a @ b
+
+
+class Concat(nn.Module):
+    """Concatenation along one dimension."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the tensors joined."""
+        return torch.cat(tensors, self.dim)
+
+
+class Constant(nn.Module):
+    """A tensor that the graph adds or multiplies with."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach())
+
+    def forward(self) -> Tensor:
+        """Return it."""
+        return self.value
+
+
+class SiLU(nn.Module):
+    """x sigmoid(x) as two modules: the fused one exports with no range between its halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigmoid = nn.Sigmoid()
+        self.multiply = Multiply()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to itself."""
+        return self.multiply(x, self.sigmoid(x))
+
+
+class InstanceGroupNorm(nn.Module):
+    """Group normalisation as instance normalisation over merged rows, then a scale and a shift per channel.
+
+    (B, C, H, W) is read as (B, G, C/G H, W). Exact; the HTP runs it in integers where it would run
+    GroupNormalization in float32.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(norm.num_groups, norm.eps, affine=True, dtype=norm.weight.dtype)
+        self.multiply, self.add = Multiply(), Add()
+        self.scale = Constant(norm.weight[:, None, None])
+        self.shift = Constant(norm.bias[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to itself."""
+        batch, _, _, width = x.shape
+        grouped = self.norm(x.reshape(batch, self.norm.num_features, -1, width))
+        return self.add(self.multiply(grouped.reshape(x.shape), self.scale()), self.shift())
+
+
+def group_norm(norm: nn.GroupNorm, forms: GraphForms) -> nn.Module:
+    """Return group normalisation of (B, C, H, W) in the recipe's form."""
+    return InstanceGroupNorm(norm) if forms.group_norm == "instance" else copy_sharing(norm)
+
+
+def copy_sharing(module: nn.Module) -> nn.Module:
+    """Copy a module whose copy shares the parameters and buffers: a new instance, no new memory."""
+    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
+def conv2d(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+) -> nn.Conv2d:
+    """Return a convolution that holds these tensors: weight (O, C, kh, kw)."""
+    geometry: dict[str, Any] = {"kernel_size": tuple(weight.shape[2:]), "stride": stride, "padding": padding}
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", **geometry)
+    conv.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return conv
+
+
+def temporal_conv(conv: Any) -> nn.Conv2d:
+    """Return a (3, 1, 1) convolution over (C, T, H, W) as a (3, 1) one over (1, C, T, H W)."""
+    return conv2d(conv.weight.squeeze(-1), conv.bias, conv.stride[:2], conv.padding[:2])
+
+
+def pointwise(weight: Tensor, bias: Tensor | None, forms: GraphForms) -> nn.Module:
+    """Return a linear map of tokens, weight (O, C), in the layout of the recipe's linear layers."""
+    if forms.linear == "conv":
+        return conv2d(weight[:, :, None, None], bias)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def per_channel(values: Tensor, forms: GraphForms) -> Tensor:
+    """Shape (T, C) values so that they broadcast over the tokens' layout."""
+    return values[:, :, None, None] if forms.linear == "conv" else values[:, None, :]
+
+
+def to_tokens(x: Tensor, forms: GraphForms) -> Tensor:
+    """Bring a map (T, C, H, W) into the tokens' layout."""
+    return x if forms.linear == "conv" else x.flatten(2).transpose(1, 2)
+
+
+def from_tokens(tokens: Tensor, height: int, width: int, forms: GraphForms) -> Tensor:
+    """Bring tokens back to a map (T, C, H, W)."""
+    if forms.linear == "conv":
+        return tokens
+    frames, _, channels = tokens.shape
+    return tokens.transpose(1, 2).reshape(frames, channels, height, width)
+
+
+class TokenNorm(nn.Module):
+    """Layer normalisation over the channels of tokens in the recipe's layout."""
+
+    def __init__(self, norm: nn.LayerNorm, forms: GraphForms) -> None:
+        super().__init__()
+        self.norm = copy_sharing(norm)
+        self.channels_first = forms.linear == "conv"
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens to tokens."""
+        if not self.channels_first:
+            return self.norm(tokens)
+        return self.norm(tokens.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over space (per frame) or over time (per pixel).
+
+    The softmax scale is folded into the query. Over space, the recipe's form decides how much of
+    the similarity map exists at once: the whole, a tile of queries, or one head at a time.
+    """
+
+    def __init__(
+        self,
+        projections: Sequence[tuple[Tensor, Tensor | None]],
+        heads: int,
+        scale: float,
+        over: Literal["space", "time"],
+        tokens: int,
+        forms: GraphForms,
+    ) -> None:
+        """Build from (weight, bias) of query, key, value and output; `tokens` is N = H W."""
+        super().__init__()
+        (q, q_bias), (k, k_bias), (v, v_bias), (out, out_bias) = projections
+        self.heads, self.over, self.channels_first = heads, over, forms.linear == "conv"
+        self.to_q = pointwise(scale * q, None if q_bias is None else scale * q_bias, forms)
+        self.to_k = pointwise(k, k_bias, forms)
+        self.to_v = pointwise(v, v_bias, forms)
+        self.to_out = pointwise(out, out_bias, forms)
+        whole = over == "time" or forms.attention == "whole"
+        tile = tokens if whole or not forms.query_tile else min(forms.query_tile, tokens)
+        self.tiles = [(start, min(start + tile, tokens)) for start in range(0, tokens, tile)]
+        apart = over == "space" and forms.attention == "heads"
+        self.groups = [(h, h + 1) for h in range(heads)] if apart else [(0, heads)]
+        parts = len(self.groups) * len(self.tiles)
+        self.similarity = nn.ModuleList(MatMul() for _ in range(parts))
+        self.softmax = nn.ModuleList(nn.Softmax(dim=-1) for _ in range(parts))
+        self.mix = nn.ModuleList(MatMul() for _ in range(parts))
+        # No module without a call: a quantiser would wait for its ranges in vain.
+        self.join_tiles = nn.ModuleList(Concat(2) for _ in self.groups if len(self.tiles) > 1)
+        self.join_groups = Concat(1) if len(self.groups) > 1 else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens to tokens."""
+        query = self._split(self.to_q(tokens))
+        key = self._split(self.to_k(tokens), transposed=True)
+        value = self._split(self.to_v(tokens))
+        groups = []
+        for g, (first, last) in enumerate(self.groups):
+            one = (
+                (query, key, value)
+                if len(self.groups) == 1
+                else tuple(x[:, first:last] for x in (query, key, value))
+            )
+            tiles = []
+            for t, (start, stop) in enumerate(self.tiles):
+                part = g * len(self.tiles) + t
+                rows = one[0] if len(self.tiles) == 1 else one[0][:, :, start:stop]
+                similarity = self.softmax[part](self.similarity[part](rows, one[1]))
+                tiles.append(self.mix[part](similarity, one[2]))
+            groups.append(tiles[0] if len(tiles) == 1 else self.join_tiles[g](*tiles))
+        mixed = groups[0] if self.join_groups is None else self.join_groups(*groups)
+        return self.to_out(self._merge(mixed, tokens))
+
+    def _split(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """Bring tokens to (batch, heads, length, d), or (batch, heads, d, length) if transposed."""
+        if self.channels_first:  # (T, heads, d, N)
+            x = x.reshape(x.shape[0], self.heads, -1, x.shape[2] * x.shape[3])
+            time, space = (3, 1, 0, 2), (0, 1, 3, 2)
+        else:  # (T, N, heads, d)
+            x = x.reshape(x.shape[0], x.shape[1], self.heads, -1)
+            time, space = (1, 2, 0, 3), (0, 2, 1, 3)
+        b, h, n, d = time if self.over == "time" else space
+        return x.permute(b, h, d, n) if transposed else x.permute(b, h, n, d)
+
+    def _merge(self, x: Tensor, like: Tensor) -> Tensor:
+        """Bring (batch, heads, length, d) back to the layout of `like`."""
+        channels = x.shape[1] * x.shape[3]
+        if self.channels_first:
+            x = x.permute(2, 1, 3, 0) if self.over == "time" else x.permute(0, 1, 3, 2)
+            return x.reshape(like.shape[0], channels, like.shape[2], like.shape[3])
+        x = x.permute(2, 0, 1, 3) if self.over == "time" else x.permute(0, 2, 1, 3)
+        return x.reshape(like.shape[0], like.shape[1], channels)
+
+
+class MapAttention(nn.Module):
+    """Group norm and self-attention over the pixels of each frame, added to the input.
+
+    Built from diffusers' Attention with a group norm, as the middle of its autoencoders has it.
+    """
+
+    def __init__(self, attention: Any, size: tuple[int, int], forms: GraphForms) -> None:
+        """Build for maps of `size` (H, W)."""
+        super().__init__()
+        self.size, self.forms = size, forms
+        layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+        projections = [(layer.weight, layer.bias) for layer in layers]
+        self.group_norm = group_norm(attention.group_norm, forms)
+        self.attention = SelfAttention(
+            projections, attention.heads, attention.scale, "space", size[0] * size[1], forms
+        )
+        self.add = Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, C, H, W) to itself."""
+        tokens = self.attention(to_tokens(self.group_norm(x), self.forms))
+        return self.add(x, from_tokens(tokens, *self.size, self.forms))
+
+
+class ResidualConvs(nn.Module):
+    """SiLU and convolution, twice, plus the input: `autoencoder.ResidualConvs`."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.act1, self.act2, self.add = SiLU(), SiLU(), Add()
+        self.conv1, self.conv2 = copy_sharing(block.conv1), copy_sharing(block.conv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, C, H, W) to itself."""
+        return self.add(x, self.conv2(self.act2(self.conv1(self.act1(x)))))
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, convolution, twice, plus the (projected) input: diffusers' ResnetBlock2D without embedding.
+
+    Built from any block with norm1, conv1, norm2, conv2 and perhaps conv_shortcut.
+    """
+
+    def __init__(self, block: Any, forms: GraphForms) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = group_norm(block.norm1, forms), group_norm(block.norm2, forms)
+        self.act1, self.act2 = SiLU(), SiLU()
+        self.conv1, self.conv2 = copy_sharing(block.conv1), copy_sharing(block.conv2)
+        shortcut = block.conv_shortcut
+        self.conv_shortcut = None if shortcut is None else copy_sharing(shortcut)
+        self.add = Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, C, H, W) to (T, C', H, W)."""
+        hidden = self.conv1(self.act1(self.norm1(x)))
+        hidden = self.conv2(self.act2(self.norm2(hidden)))
+        return self.add(x if self.conv_shortcut is None else self.conv_shortcut(x), hidden)
+
+
+class TemporalResBlock(nn.Module):
+    """diffusers' TemporalResnetBlock without embedding, on (1, C, T, H W); `weight` scales its residual."""
+
+    def __init__(self, block: Any, forms: GraphForms, weight: float = 1.0) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = group_norm(block.norm1, forms), group_norm(block.norm2, forms)
+        self.act1, self.act2 = SiLU(), SiLU()
+        self.conv1, self.conv2 = temporal_conv(block.conv1), temporal_conv(block.conv2)
+        if weight != 1.0:
+            assert self.conv2.bias is not None
+            self.conv2 = conv2d(weight * self.conv2.weight, weight * self.conv2.bias, padding=(1, 0))
+        self.add = Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, C, H, W) to itself."""
+        frames, channels, height, width = x.shape
+        video = x.transpose(0, 1).reshape(1, channels, frames, height * width)
+        hidden = self.conv1(self.act1(self.norm1(video)))
+        hidden = self.conv2(self.act2(self.norm2(hidden)))
+        return self.add(x, hidden.reshape(channels, frames, height, width).transpose(0, 1))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour x2 and a 3x3 convolution."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        self.conv = copy_sharing(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, C, H, W) to (T, C', 2H, 2W)."""
+        return self.conv(self.upsample(x))
+
+
+class SubPixelUpsample(nn.Module):
+    """The sub-pixel form of `Upsample`: one 2x2 convolution on the padded small map, phases interleaved.
+
+    `conv` holds the four phases of each output next to each other (see passes.subpixel_upsampling).
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        # Phase-major output channels, so that each phase is one contiguous slice.
+        weight = conv.weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
+        bias = None if conv.bias is None else conv.bias.unflatten(0, (-1, 4)).transpose(0, 1).flatten()
+        self.conv = conv2d(weight, bias, padding=(1, 1))
+        self.concat = Concat(1)
+        self.interleave = nn.PixelShuffle(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, C, H, W) to (T, C', 2H, 2W)."""
+        frames, _, height, width = x.shape
+        y = self.conv(x)
+        channels = y.shape[1] // 4
+        phases = self.concat(
+            *(
+                y[:, (2 * a + b) * channels : (2 * a + b + 1) * channels, a : a + height, b : b + width]
+                for a in (0, 1)
+                for b in (0, 1)
+            )
+        )
+        # PixelShuffle wants a pixel's phases next to each other.
+        phases = phases.reshape(frames, 4, channels, height * width).transpose(1, 2)
+        return self.interleave(phases.reshape(frames, 4 * channels, height, width))
+
+
+class PerFrame(nn.Module):
+    """A module applied to one frame after the other: an instance per frame, weights shared.
+
+    Arguments after the first are the same for all frames.
+    """
+
+    def __init__(self, unit: nn.Module, frames: int) -> None:
+        super().__init__()
+        self.frames = nn.ModuleList(copy_sharing(unit) for _ in range(frames))
+        self.concat = Concat(0)
+
+    def forward(self, x: Tensor, *shared: Tensor) -> Tensor:
+        """Map (T, ...) to (T, ...)."""
+        return self.concat(*(unit(x[t : t + 1], *shared) for t, unit in enumerate(self.frames)))
+
+
+def over_frames(unit: nn.Module, frames: int, forms: GraphForms) -> nn.Module:
+    """Return a purely spatial module in the recipe's form: frames as a batch, or one after the other."""
+    return PerFrame(unit, frames) if forms.frames == "sequential" and frames > 1 else unit

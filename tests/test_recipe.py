@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+
+import pytest
+
+from mobilevd_deploy.errors import SpecError
+from mobilevd_deploy.recipe import GraphForms, PassName, Recipe, load_recipe, recipe_names
+from mobilevd_deploy.spec import from_dict
+
+
+def test_shipped_recipes():
+    assert {"onnx", "npu-float"} <= set(recipe_names())
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.description
+        assert recipe.passes
+
+
+def test_the_default_runs_every_exact_rewrite():
+    assert load_recipe("onnx").passes == typing.get_args(PassName)
+
+
+def test_npu_forms_differ_from_the_cpus():
+    cpu, npu = load_recipe("onnx").graph, load_recipe("npu-float").graph
+    assert (npu.group_norm, npu.linear, npu.upsample) == ("instance", "conv", "subpixel")
+    assert (cpu.group_norm, cpu.linear, cpu.attention) == ("group", "matmul", "whole")
+
+
+def test_defaults_are_written_out_and_read_back():
+    recipe = load_recipe("npu-float")
+    values = json.loads(json.dumps(recipe.to_dict()))
+    assert set(values["graph"]) == {f.name for f in dataclasses.fields(GraphForms)}
+    assert values["floors"] == {"rewrite_sqnr_db": 90.0, "onnx_sqnr_db": 90.0}
+    assert from_dict(Recipe, values) == recipe
+
+
+def test_a_file_by_path(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('passes = ["fold-single-step"]\n[graph]\nattention = "tiles"\nquery_tile = 64\n')
+    recipe = load_recipe(path)
+    assert recipe.name == "mine"
+    assert recipe.passes == ("fold-single-step",)
+    assert (recipe.graph.attention, recipe.graph.query_tile) == ("tiles", 64)
+    assert recipe.onnx.opset == 21
+    assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour = 1", "unknown key 'colour'"),
+        ("[graph]\ntile = 1", "unknown key 'tile'"),
+        ('[graph]\nattention = "half"', "'half' is not one of 'whole', 'tiles', 'heads'"),
+        ("[graph]\nquery_tile = 0", "query_tile: 0 is less than 1"),
+        ("[graph]\nquery_tile = 1.5", "expected int"),
+        ("[graph]\nquery_tile = true", "expected int"),
+        ("graph = 3", "expected a table"),
+        ('passes = "fold-single-step"', "expected a list"),
+        ('passes = ["fold"]', "'fold' is not one of 'fold-channel-funnels'"),
+        ('passes = ["fold-single-step", "fold-single-step"]', "named twice"),
+        ("[onnx]\nopset = 9", "opset: 9"),
+        ("[onnx]\nsimplify = 1", "expected bool"),
+        ("[floors]\nonnx_sqnr_db = nan", "finite"),
+        ("[floors]\nonnx_sqnr_db = inf", "finite"),
+        ('[floors]\nonnx_sqnr_db = "90"', "expected float"),
+        ("passes = [", "mine.toml"),
+        ("description = 3", "expected str"),
+    ],
+)
+def test_recipes_that_do_not_fit(tmp_path, text, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=message):
+        load_recipe(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(SpecError, match="no recipe 'onxn'") as caught:
+        load_recipe("onxn")
+    assert "npu-float, onnx" in str(caught.value)
+    with pytest.raises(SpecError, match="no recipe"):
+        load_recipe(tmp_path / "absent.toml")
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(SpecError, match="folder"):
+        load_recipe(tmp_path / "folder.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\x00")
+    with pytest.raises(SpecError, match="binary"):
+        load_recipe(tmp_path / "binary.toml")
