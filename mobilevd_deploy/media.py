@@ -1,0 +1,326 @@
+"""Pictures in, clips out.
+
+In a program a picture is float32 (1, 3, H, W) and a clip float32 (T, 3, H, W), RGB in [-1, 1]; outside it is
+whatever a person has: any image file in, GIF, MP4 or PNG out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from mobilevd_deploy.errors import MediaError, UsageError
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+CLIP_SUFFIXES = (".gif", ".mp4", ".png")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`pixels` float32 (1, 3, H, W) in [-1, 1], and `done`: a sentence about what was done to the file."""
+
+    pixels: Floats
+    done: str
+
+
+def read_picture(path: str | Path, width: int, height: int) -> Picture:
+    """Read any image file and fit it to width x height px.
+
+    The picture is turned upright (EXIF), laid over white where it is transparent, and reduced to 8-bit sRGB.
+    Then the largest centred part with the aspect ratio of width x height is resized with a Lanczos filter:
+    scaled to cover, cropped at the centre. 8-bit values v become v / 127.5 - 1 (in float64, then rounded).
+    Raises MediaError for a missing, truncated or damaged file, one that is no image, or one of more than
+    179 million pixels.
+    """
+    image, done = _read_rgb(Path(path))
+    fitted, fitting = fit(image, width, height)
+    pixels = (np.asarray(fitted, dtype=np.float64) / 127.5 - 1.0).astype(np.float32)
+    return Picture(
+        pixels.transpose(2, 0, 1)[None].copy(), f"{Path(path).name}: {', '.join([*done, fitting])}"
+    )
+
+
+def fit(image: Image.Image, width: int, height: int) -> tuple[Image.Image, str]:
+    """Scale to cover width x height, crop at the centre, and say so."""
+    if image.size == (width, height):
+        return image, f"{width}x{height} px as it is"
+    scale = max(width / image.width, height / image.height)
+    left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
+    # Cropping and resizing in one step, so that a very long picture never becomes a huge one.
+    box = (
+        max(left, 0.0),
+        max(top, 0.0),
+        min(image.width - left, image.width),
+        min(image.height - top, image.height),
+    )
+    fitted = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    lost = 1 - (width / scale) * (height / scale) / (image.width * image.height)
+    side = "width" if left > top else "height"
+    cut = f", the outer {lost:.0%} of its {side} cut off" if lost >= 0.005 else ""
+    return fitted, f"{image.width}x{image.height} px scaled by {scale:.3g} to cover {width}x{height}{cut}"
+
+
+def _read_rgb(path: Path) -> tuple[Image.Image, list[str]]:
+    try:
+        with warnings.catch_warnings():
+            # What matters ends in an error below; the warnings are about odd metadata, or about pictures of
+            # more than half of Pillow's limit, where a phone's camera gets.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as opened:
+                opened.load()
+                return _to_rgb(opened)
+    except MediaError as error:
+        raise MediaError(f"{path}: {error.what}") from error
+    except FileNotFoundError:
+        raise MediaError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise MediaError(f"{path} is a folder", next_step="name an image file") from None
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{path} is too large: {error}", next_step="scale it down first") from error
+    except UnidentifiedImageError as error:
+        raise MediaError(
+            f"{path} is not an image that can be read", next_step="use PNG, JPEG, WebP, GIF, BMP or TIFF"
+        ) from error
+    except Exception as error:  # decoders raise whatever comes: struct.error, SyntaxError, IndexError, ...
+        raise MediaError(
+            f"{path} is damaged or truncated: {error}", next_step="use an intact image"
+        ) from error
+
+
+def _to_rgb(opened: Image.Image) -> tuple[Image.Image, list[str]]:
+    done = []
+    if getattr(opened, "n_frames", 1) > 1:
+        done.append(f"first of {opened.n_frames} frames")  # type: ignore[attr-defined]
+    image = ImageOps.exif_transpose(opened)
+    if opened.getexif().get(0x0112, 1) != 1:
+        done.append("turned upright")
+    if image.mode == "F" or image.mode.startswith("I"):
+        done.append("reduced to 8 bits")
+        return _reduce(image).convert("RGB"), done
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        white = Image.new("RGBA", over.size, "white")
+        if over.getchannel("A").getextrema() != (255, 255):
+            done.append("laid over white")
+        return Image.alpha_composite(white, over).convert("RGB"), done
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        if converted is not None:
+            return converted, done
+    return image.convert("RGB"), done
+
+
+def _reduce(image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits, or floats of [0, 1] or [0, 255], as 8 bits."""
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise MediaError("it holds NaN or Inf")
+    if image.mode == "F":
+        scaled = values * 255 if values.max() <= 1 else values
+    else:
+        scaled = values / 257 if values.max() > 255 or image.mode != "I" else values
+    return Image.fromarray(np.rint(np.clip(scaled, 0, 255)).astype(np.uint8))
+
+
+def to_uint8(frames: npt.ArrayLike) -> Bytes:
+    """Turn frames (T, 3, H, W) in [-1, 1] into uint8 (T, H, W, 3).
+
+    In float64: clamp x to [-1, 1], then (x + 1) * 127.5 rounded to the nearest integer, halves to the even
+    one. Raises MediaError for NaN or another shape.
+    """
+    values = np.asarray(frames, dtype=np.float64)
+    if values.ndim != 4 or values.shape[1] != 3 or 0 in values.shape:
+        raise MediaError(f"frames have shape {values.shape}, not (T, 3, H, W)")
+    if np.isnan(values).any():
+        raise MediaError("frames hold NaN", next_step="check the artifact with another seed or picture")
+    return np.rint((np.clip(values, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def check_clip_path(path: Path) -> None:
+    """Raise UsageError unless `write_clip` knows the suffix: worth asking before the work is done."""
+    if path.suffix.lower() not in CLIP_SUFFIXES:
+        raise UsageError(
+            f"{path}: cannot write {path.suffix or 'a file without suffix'}",
+            next_step=f"choose one of {', '.join(CLIP_SUFFIXES)}",
+        )
+
+
+def check_sheet_path(path: Path) -> None:
+    """Raise UsageError unless `write_sheet` knows the suffix."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{path}: a sheet is written as .png", next_step="choose that suffix")
+
+
+def enlarge(frames: npt.ArrayLike, factor: int) -> Floats:
+    """Scale frames (T, 3, H, W) up by a whole factor with a bicubic filter; factor 1 changes nothing."""
+    values = np.asarray(frames, dtype=np.float32)
+    if factor == 1:
+        return values
+    size = (values.shape[3] * factor, values.shape[2] * factor)
+    planes = values.reshape(-1, *values.shape[2:])
+    scaled = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in planes]
+    return np.stack(scaled).reshape(*values.shape[:2], size[1], size[0])
+
+
+def write_clip(frames: npt.ArrayLike, path: str | Path, fps: int) -> None:
+    """Write frames (T, 3, H, W) in [-1, 1] as what the suffix says.
+
+    .gif: loops for ever, one palette of 256 colours for all frames. .mp4: H.264, yuv420p, BT.709; an odd
+    width or height gets its last column or row twice. .png: all frames side by side. Missing folders are
+    made; the file appears under its name when it is complete. Raises UsageError for another suffix or a
+    speed that the format cannot have, MediaError if it cannot be written.
+    """
+    path = Path(path)
+    check_clip_path(path)
+    writers: dict[str, Callable[[Bytes, Path, int], None]] = {
+        ".gif": _write_gif,
+        ".mp4": _write_mp4,
+        ".png": lambda clip, aside, _: contact_sheet([("", clip)]).save(aside),
+    }
+    writer = writers[path.suffix.lower()]
+    if fps < 1 or (path.suffix.lower() == ".gif" and fps > 50):
+        raise UsageError(f"{path}: {fps} frames per second cannot be written; a GIF has 1 to 50")
+    clip = to_uint8(frames)
+    with _aside(path) as aside:
+        writer(clip, aside, fps)
+
+
+def write_frames(frames: npt.ArrayLike, folder: str | Path) -> list[Path]:
+    """Write frames (T, 3, H, W) in [-1, 1] as frame_00.png, frame_01.png, ... into a new or empty `folder`.
+
+    Returns their paths. Raises UsageError if there is something else in `folder`, MediaError if it cannot be
+    written.
+    """
+    folder, clip = Path(folder), to_uint8(frames)
+    check_frames_folder(folder)
+    names = [f"frame_{i:0{max(2, len(str(len(clip) - 1)))}}.png" for i in range(len(clip))]
+    with _aside(folder) as aside:
+        aside.mkdir()
+        for name, frame in zip(names, clip, strict=True):
+            Image.fromarray(frame).save(aside / name)
+    return [folder / name for name in names]
+
+
+def check_frames_folder(folder: Path) -> None:
+    """Raise UsageError unless `folder` is missing or empty: worth asking before the work is done."""
+    try:
+        occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise MediaError(f"{folder} cannot be written: {error}") from error
+    if occupied:
+        raise UsageError(
+            f"{folder} exists and is not an empty folder", next_step="choose another, or empty it"
+        )
+
+
+def contact_sheet(rows: Sequence[tuple[str, Bytes]]) -> Image.Image:
+    """Draw clips below each other, each frame side by side, with its label above unless that is empty.
+
+    `rows`: (label, uint8 (T, H, W, 3)); lengths and sizes may differ. Raises UsageError without rows.
+    """
+    if not rows:
+        raise UsageError("a contact sheet needs at least one row")
+    gap = 2
+    tallest = max(clip.shape[1] for _, clip in rows)
+    font = ImageFont.load_default(size=min(max(tallest / 5, 10), 24))
+    strip = int(font.size * 1.5)  # type: ignore[union-attr]
+    labels = [strip if label else 0 for label, _ in rows]
+    widths = [len(clip) * (clip.shape[2] + gap) - gap for _, clip in rows]
+    # A label may be wider than a short row.
+    widths += [int(font.getlength(label)) + 2 * gap for label, _ in rows]
+    heights = [space + clip.shape[1] for space, (_, clip) in zip(labels, rows, strict=True)]
+    sheet = Image.new("RGB", (max(widths), sum(heights) + gap * (len(rows) - 1)), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for (label, clip), space, height in zip(rows, labels, heights, strict=True):
+        draw.text((gap, top + space / 2), label, fill="black", font=font, anchor="lm")
+        for i, frame in enumerate(clip):
+            sheet.paste(Image.fromarray(frame), (i * (clip.shape[2] + gap), top + space))
+        top += height + gap
+    return sheet
+
+
+def write_sheet(rows: Sequence[tuple[str, Bytes]], path: str | Path) -> None:
+    """Write `contact_sheet(rows)` as PNG.
+
+    Raises UsageError for another suffix, MediaError if it cannot be written.
+    """
+    check_sheet_path(Path(path))
+    with _aside(Path(path)) as aside:
+        contact_sheet(rows).save(aside)
+
+
+def _write_gif(clip: Bytes, path: Path, fps: int) -> None:
+    # One palette for the whole clip: with one per frame, still parts would flicker.
+    everything = Image.fromarray(clip.reshape(-1, *clip.shape[2:]))
+    palette = everything.quantize(256, method=Image.Quantize.MEDIANCUT)
+    frames = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for f in clip]
+    # GIF counts hundredths of a second: round the times at which frames change, not their durations.
+    times = [round(i * 100 / fps) * 10 for i in range(len(frames) + 1)]
+    durations = [end - begin for begin, end in itertools.pairwise(times)]
+    frames[0].save(
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        optimize=False,
+    )
+
+
+def _write_mp4(clip: Bytes, path: Path, fps: int) -> None:
+    import imageio_ffmpeg
+
+    height, width = clip.shape[1:3]
+    clip = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    # Said twice, to the converter and in the file: players disagree about what untagged small videos are.
+    convert = "-vf scale=out_color_matrix=bt709:out_range=tv"
+    tag = "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv"
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        (clip.shape[2], clip.shape[1]),
+        fps=fps,
+        codec="libx264",
+        pix_fmt_in="rgb24",
+        pix_fmt_out="yuv420p",
+        macro_block_size=1,
+        quality=None,
+        output_params=f"{convert} {tag} -crf 16 -preset medium -movflags +faststart".split(),
+    )
+    writer.send(None)
+    for frame in clip:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+    written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    if written != len(clip):
+        raise OSError(f"ffmpeg wrote {written} of {len(clip)} frames")
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Give a place in the same folder to write to; rename it to `path` at the end, or remove it."""
+    holder: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", dir=path.parent))
+        aside = holder / path.name
+        yield aside
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise MediaError(f"{path} cannot be written: {error}", next_step="choose another place") from error
+    finally:
+        if holder is not None:
+            shutil.rmtree(holder, ignore_errors=True)
