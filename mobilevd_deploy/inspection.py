@@ -1,0 +1,337 @@
+"""What is in a checkpoint, a preset or an artifact, and the published ladder beside ours.
+
+Everything is counted on module trees: the network is built on the meta device, the real passes rewrite
+it there, and its one-step map is called. Nothing is declared and no full-size weight is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.models.resnet import SpatioTemporalResBlock
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from mobilevd_deploy.artifact import MANIFEST, Artifact
+from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
+from mobilevd_deploy.components import COMPONENTS, Component, build_component, deploy_contract, input_shapes
+from mobilevd_deploy.errors import UsageError
+from mobilevd_deploy.flops import Convention, count_flops_by_module
+from mobilevd_deploy.passes import select_passes
+from mobilevd_deploy.progress import Progress
+from mobilevd_deploy.spec import LadderRow, ModelSpec, Preset, from_dict, load_preset, preset_names
+from mobilevd_deploy.unet import MobileVDUNet
+
+# What the paper's last row includes; the count of a network that is no row of it assumes them too.
+STRUCTURAL_REWRITES = ("single-token-cross-attention", "drop-temporal-blocks", "fold-channel-funnels")
+
+LADDER_NOTES = (
+    "TFLOPs are those of one UNet evaluation at batch 1: 2 per multiply-accumulate of convolutions, linear "
+    "layers and both products of attention. The paper counts by DeepSpeed's profiler, which adds norms, "
+    "activations, biases and a mistaken cost of nearest-neighbour upsampling.",
+    "From '+ optimised cross-attention' on ours is lower by up to 0.007: W_out W_v is merged into one layer.",
+    "The paper names neither the temporal blocks that stay nor the places of the funnels. Both are our "
+    "choice (models/mobilevd-pruned.toml, models/mobilevd.toml), so the last two rows can only come near: "
+    "funnels on all spatial self-attentions save 0.32 TFLOPs, and the two published rows are 0.30 apart.",
+    "The published '523x (1817.2 against 4.34 TFLOPs)' takes 50 evaluations of SVD for the ratio "
+    "(50 x 45.43 / 4.34 = 523) and 40 for the total (40 x 45.43 = 1817.2).",
+)
+
+
+def inspect(what: str | Path | Checkpoint | Preset | Artifact) -> dict[str, Any]:
+    """Describe a checkpoint, preset or artifact as plain values.
+
+    Args:
+        what: the thing itself, a preset's name or TOML file, a checkpoint's file or folder, or an
+            artifact's folder.
+
+    Returns:
+        `parameters` (of the UNet in training form), `parameters_rewritten`, `tflops` and
+        `tflops_paper_convention` (one evaluation of the UNet after `rewrites`), `temporal_blocks`
+        (`total`, `kept`, and per block `path`, `kind`, `level`, `kept`, `importance`, and the `tflops`
+        that it costs where it is kept),
+        `funnels`, `structure`, `components` (parameters of each) and what identifies the source.
+
+    Raises:
+        MobileVDError: of the kind that fits what is wrong with it.
+    """
+    if isinstance(what, (str, Path)):
+        what = _resolve(what)
+    if isinstance(what, Preset):
+        rewrites = what.ladder.rewrites if what.ladder else STRUCTURAL_REWRITES
+        return {"kind": "preset", **_describe(what.model, rewrites)}
+    if isinstance(what, Checkpoint):
+        described = _describe(what.spec, STRUCTURAL_REWRITES, what.importance())
+        return {"kind": "checkpoint", "file": what.path.name, "sha256": what.sha256, **described}
+    manifest = what.manifest
+    described = _describe(from_dict(ModelSpec, manifest.model), [report.name for report in manifest.passes])
+    described["components"] = {component.name: component.parameters for component in manifest.components}
+    unet = manifest.component("unet")
+    # The artifact's own figures, counted on the graph that it holds.
+    described |= {"parameters_rewritten": unet.parameters, "tflops": unet.flops / 1e12}
+    source = {"name": manifest.source.name, "sha256": manifest.source.sha256}
+    return {"kind": "artifact", "source": source, "bytes": what.bytes, **described}
+
+
+def ladder(progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Return the published ablation beside ours, in its order: one plain dictionary per preset that is a row.
+
+    `parameters` and both counts are those of the network after the row's `rewrites`. Deviations are
+    relative to the published TFLOPs; what the paper could not measure is None.
+    """
+    presets = {name: load_preset(name) for name in preset_names()}
+    rows = [(preset.ladder, name, preset.model) for name, preset in presets.items() if preset.ladder]
+    progress = progress or Progress()
+    progress.plan({f"count {name}": 1 for _, name, _ in rows})
+    counted = []
+    for row, name, spec in sorted(rows, key=lambda entry: entry[0].order):
+        progress.begin(f"count {name}")
+        counted.append(_ladder_row(row, name, spec))
+        progress.end()
+    return counted
+
+
+def _ladder_row(row: LadderRow, name: str, spec: ModelSpec) -> dict[str, Any]:
+    counted = _count(spec, row.rewrites)
+    honest, paper = counted.tflops("honest"), counted.tflops("paper")
+    return {
+        "preset": name,
+        "title": row.title,
+        "published_tflops": row.tflops,
+        "tflops": honest,
+        "tflops_paper_convention": paper,
+        "deviation": honest / row.tflops - 1,
+        "deviation_paper_convention": paper / row.tflops - 1,
+        "parameters": counted.parameters,
+        "nfe": row.nfe,
+        "fvd": list(row.fvd),
+        "gpu_ms": row.gpu_ms,
+        "phone_ms": row.phone_ms if row.phone_ms >= 0 else None,
+        "rewrites": list(row.rewrites),
+    }
+
+
+def _resolve(what: str | Path) -> Checkpoint | Preset | Artifact:
+    path = Path(what)
+    if path.suffix == ".toml" or str(what) in preset_names():
+        return load_preset(what)
+    if (path / MANIFEST).exists():
+        return Artifact.open(path)
+    if not path.exists():
+        raise UsageError(
+            f"{what}: neither a file or folder nor a preset",
+            next_step=f"presets are {', '.join(preset_names())}",
+        )
+    return open_checkpoint(path)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What a network's one-step map costs per module path, and its parameters."""
+
+    flops: dict[Convention, dict[str, int]]
+    parameters: int
+
+    def tflops(self, convention: Convention, path: str = "") -> float:
+        return self.flops[convention].get(path, 0) / 1e12
+
+
+def _count(spec: ModelSpec, rewrites: Iterable[str]) -> _Counted:
+    """Build the UNet on the meta device, rewrite it and count; seconds at full size."""
+    # Rows of the ladder that differ in their weights alone are one network.
+    return _count_once(dataclasses.replace(spec, name=""), tuple(rewrites))
+
+
+@lru_cache(maxsize=8)
+def _count_once(spec: ModelSpec, rewrites: tuple[str, ...]) -> _Counted:
+    with torch.device("meta"):
+        step = deploy_contract(build_component(spec, "unet"))
+        inputs = [torch.empty(shape) for shape in input_shapes(spec, "unet").values()]
+    unet = cast(MobileVDUNet, step.unet)
+    with torch.no_grad():
+        for rewrite in select_passes(rewrites):
+            rewrite.requires(unet)
+            rewrite.apply(unet)
+    return _Counted(count_flops_by_module(unet, step, *inputs), _parameters(unet))
+
+
+def _describe(
+    spec: ModelSpec, rewrites: Sequence[str], importance: dict[str, float] | None = None
+) -> dict[str, Any]:
+    counted = _count(spec, rewrites)
+    components = {name: _component_parameters(spec, name) for name in COMPONENTS}
+    blocks = _temporal_blocks(spec, rewrites, importance or {})
+    return {
+        "name": spec.name,
+        "parameters": components["unet"],
+        "parameters_rewritten": counted.parameters,
+        "tflops": counted.tflops("honest"),
+        "tflops_paper_convention": counted.tflops("paper"),
+        "rewrites": list(rewrites),
+        "temporal_blocks": {
+            "total": len(blocks),
+            "kept": sum(block["kept"] for block in blocks),
+            "blocks": blocks,
+        },
+        "funnels": dataclasses.asdict(spec.unet.funnels),
+        "structure": _structure(spec),
+        "components": components,
+    }
+
+
+def _temporal_blocks(
+    spec: ModelSpec, rewrites: Sequence[str], importance: dict[str, float]
+) -> list[dict[str, Any]]:
+    kept = spec.unet.kept_temporal_blocks
+    # Counted with every gate open: what a dropped block would cost if it had stayed.
+    whole = dataclasses.replace(spec, unet=dataclasses.replace(spec.unet, kept_temporal_blocks=None))
+    counted = _count(whole, rewrites)
+    with torch.device("meta"):
+        blocks = cast(MobileVDUNet, build_component(whole, "unet")).temporal_blocks()
+    described = []
+    for path, block in blocks.items():
+        resnet = isinstance(block, SpatioTemporalResBlock)
+        temporal = ("temporal_res_block",) if resnet else ("temporal_transformer_blocks", "time_pos_embed")
+        described.append(
+            {
+                "path": path,
+                "kind": "resnet" if resnet else "transformer",
+                "level": _level(path, len(spec.unet.block_out_channels)),
+                "kept": kept is None or path in kept,
+                "importance": importance.get(path),
+                "tflops": sum(counted.tflops("honest", f"{path}.{part}") for part in temporal),
+            }
+        )
+    return described
+
+
+def _level(path: str, levels: int) -> int:
+    side, index, *_ = path.split(".")
+    if side == "mid_block":
+        return levels - 1
+    return int(index) if side == "down_blocks" else levels - 1 - int(index)
+
+
+def _structure(spec: ModelSpec) -> dict[str, Any]:
+    unet = spec.unet
+    height, width = spec.latent_size
+    levels = [
+        {
+            "level": level,
+            "channels": channels,
+            "heads": heads if attends else 0,
+            "latent": [height >> level, width >> level],
+            "frames": spec.frames // (1 if level == 0 or unet.temporal_multiscaling == "none" else 2),
+        }
+        for level, (channels, heads, attends) in enumerate(
+            zip(unet.block_out_channels, unet.num_attention_heads, unet.attention, strict=True)
+        )
+    ]
+    return {
+        "frames": spec.frames,
+        "width": spec.width,
+        "height": spec.height,
+        "levels": levels,
+        "layers_per_block": unet.layers_per_block,
+        "temporal_multiscaling": unet.temporal_multiscaling,
+        "gated": unet.gated,
+        "step": dataclasses.asdict(spec.step),
+        "vae_encoder": spec.vae_encoder.kind,
+        "decoder": spec.decoder.kind,
+    }
+
+
+def _component_parameters(spec: ModelSpec, name: Component) -> int:
+    with torch.device("meta"):
+        return _parameters(build_component(spec, name))
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ---- tables ----
+
+
+def render_inspection(report: dict[str, Any]) -> RenderableType:
+    """Lay out what `inspect` returns for a terminal."""
+    structure, blocks = report["structure"], report["temporal_blocks"]
+    facts = Table(title=f"{report['name']} ({report['kind']})", show_header=False, title_justify="left")
+    facts.add_row("clip", f"{structure['frames']} frames, {structure['width']}x{structure['height']} px")
+    facts.add_row("UNet parameters", f"{report['parameters']:,} in training form")
+    facts.add_row(
+        "", f"{report['parameters_rewritten']:,} after {', '.join(report['rewrites']) or 'no rewrite'}"
+    )
+    facts.add_row("UNet operations", f"{_flops(report['tflops'])} for one evaluation, after these rewrites")
+    facts.add_row("", f"{_flops(report['tflops_paper_convention'])} as the paper counts")
+    facts.add_row("temporal multiscaling", structure["temporal_multiscaling"])
+    facts.add_row("temporal blocks", f"{blocks['kept']} of {blocks['total']} kept")
+    for place, r in report["funnels"].items():
+        facts.add_row(f"funnels, {place.replace('_', ' ')}", "none" if r == 1 else f"r = {r:g}")
+    for name, parameters in report["components"].items():
+        facts.add_row(f"{name} parameters", f"{parameters:,}")
+
+    levels = Table(title="levels", title_justify="left")
+    for column in ("level", "channels", "heads", "latent h x w", "frames"):
+        levels.add_column(column, justify="right")
+    for level in structure["levels"]:
+        size = " x ".join(map(str, level["latent"]))
+        values = (level["level"], level["channels"], level["heads"] or "-", size, level["frames"])
+        levels.add_row(*map(str, values))
+
+    temporal = Table(title="temporal blocks", title_justify="left")
+    for column in ("block", "kind"):
+        temporal.add_column(column)
+    for column in ("level", "GFLOPs if kept", "importance"):
+        temporal.add_column(column, justify="right")
+    temporal.add_column("kept")
+    for block in blocks["blocks"]:
+        importance = "-" if block["importance"] is None else f"{block['importance']:.3f}"
+        cost = f"{1e3 * block['tflops']:.3g}"
+        kept = "kept" if block["kept"] else "dropped"
+        temporal.add_row(block["path"], block["kind"], str(block["level"]), cost, importance, kept)
+    return Group(facts, levels, temporal)
+
+
+def _flops(tflops: float) -> str:
+    return f"{tflops:.3f} TFLOPs" if tflops >= 0.1 else f"{1e3 * tflops:.3f} GFLOPs"
+
+
+def render_ladder(rows: list[dict[str, Any]]) -> RenderableType:
+    """Lay out what `ladder` returns for a terminal, with the notes that belong to it."""
+    table = Table(title="the published ladder beside ours: TFLOPs of one evaluation", title_justify="left")
+    table.add_column("preset")
+    table.add_column("row of the paper")
+    for column in (
+        "published",
+        "ours",
+        "",
+        "ours, paper's way",
+        "",
+        "NFE",
+        "FVD 25 / 7 fps",
+        "GPU ms",
+        "phone ms",
+    ):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["preset"],
+            row["title"],
+            f"{row['published_tflops']:.2f}",
+            f"{row['tflops']:.3f}",
+            f"{row['deviation']:+.1%}",
+            f"{row['tflops_paper_convention']:.3f}",
+            f"{row['deviation_paper_convention']:+.2%}",
+            str(row["nfe"]),
+            " / ".join(map(str, row["fvd"])),
+            f"{row['gpu_ms']:g}",
+            "-" if row["phone_ms"] is None else f"{row['phone_ms']:g}",
+        )
+    return Group(table, "NFE, FVD, GPU and phone milliseconds are the paper's.", *LADDER_NOTES)
