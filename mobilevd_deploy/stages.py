@@ -1,0 +1,161 @@
+"""Stages that a later run need not repeat: records of what was made from what, in the partial artifact.
+
+A stage's input digest covers the key of the whole run, the stage's name and own inputs, and digest and output
+files of every stage before it. Its record is written in one rename, after its files are on the disk: so a
+process that is killed leaves a finished stage or none. A record counts only while its digest fits and its
+files are intact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mobilevd_deploy.artifact import FileEntry, PartialArtifact, StageCost, disk_guard, file_sha256, fsync
+from mobilevd_deploy.errors import SpecError
+from mobilevd_deploy.progress import Progress
+from mobilevd_deploy.spec import from_dict
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage made: files below the partial folder, and values that JSON can hold."""
+
+    files: tuple[Path, ...] = ()
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A finished stage as stored. File paths are relative to the partial folder.
+
+    `values` went through JSON, so tuples are lists, in a fresh record as in a reused one.
+    """
+
+    name: str
+    digest: str
+    files: tuple[FileEntry, ...]
+    values: dict[str, Any]
+    cost: StageCost
+
+
+class Stages:
+    """Runs stages in order, or finds them done by an earlier run in the same partial folder.
+
+    `key` holds what all stages depend on: the checkpoint's sha256, versions of toolkit and tools. If the
+    folder was begun with another key, it is emptied. A stage must not change the files of those before it.
+    """
+
+    def __init__(
+        self, partial: PartialArtifact, key: Mapping[str, Any], progress: Progress | None = None
+    ) -> None:
+        self._partial = partial
+        self._progress = progress or Progress()
+        self._key = digest(key)
+        self._records: dict[str, StageRecord] = {}
+        self._folder = partial.root / "stages"
+        key_file = self._folder / "key"
+        if not key_file.is_file() or key_file.read_bytes() != self._key.encode():
+            partial.clear()
+            self._folder.mkdir()
+            _write_durably(key_file, self._key)
+
+    @property
+    def costs(self) -> dict[str, StageCost]:
+        """Time and memory of each stage so far, measured when it really ran."""
+        return {name: record.cost for name, record in self._records.items()}
+
+    def run(
+        self, name: str, inputs: Mapping[str, Any], action: Callable[[], StageOutput], *, disk_bytes: int = 0
+    ) -> StageRecord:
+        """Return the stage's record: that of an earlier run if nothing changed, else after `action`.
+
+        `inputs`: everything that decides the outcome, apart from the key and the stages before.
+        `disk_bytes`: about how much `action` will write. Raises ResourceError if the disk has less or fills
+        up; whatever else `action` raises goes through. The stage then counts as not run.
+        """
+        if name in self._records:
+            raise ValueError(f"stage {name!r} ran already")
+        before = [[r.name, r.digest, [f.sha256 for f in r.files]] for r in self._records.values()]
+        expected = digest({"key": self._key, "name": name, "inputs": inputs, "before": before})
+        self._progress.begin(name)
+        record = self._find(name, expected)
+        reused = record is not None
+        if record is None:
+            with disk_guard(self._partial.root, disk_bytes):
+                record = self._run(name, expected, action)
+        self._records[name] = record
+        self._progress.end(reused=reused)
+        return record
+
+    def _find(self, name: str, expected: str) -> StageRecord | None:
+        try:
+            record = from_dict(StageRecord, json.loads(self._path(name).read_bytes()))
+            if record.digest == expected and all(self._is_intact(entry) for entry in record.files):
+                return record
+        except (OSError, ValueError, SpecError):
+            pass
+        return None
+
+    def _is_intact(self, entry: FileEntry) -> bool:
+        path = self._partial.root / entry.path
+        return path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256
+
+    def _run(self, name: str, expected: str, action: Callable[[], StageOutput]) -> StageRecord:
+        self._path(name).unlink(missing_ok=True)
+        _reset_peak()
+        begun = time.monotonic()
+        output = action()
+        cost = StageCost(round(time.monotonic() - begun, 3), _peak_bytes())
+        for path in output.files:
+            fsync(path)
+            fsync(path.parent)
+        files = tuple(FileEntry.of(self._partial.root, path) for path in output.files)
+        values = json.loads(json.dumps(output.values))
+        record = StageRecord(name, expected, files, values, cost)
+        _write_durably(self._path(name), json.dumps(dataclasses.asdict(record)))
+        return record
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Return the sha256, in hex, of plain values: their JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text)
+    fsync(aside)
+    aside.replace(path)
+    fsync(path.parent)
+
+
+def _reset_peak() -> None:
+    # Linux: from here on VmHWM is the peak of this stage, not of the process so far.
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process: since `_reset_peak` on Linux, since its start elsewhere."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
