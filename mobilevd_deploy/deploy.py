@@ -1,0 +1,256 @@
+"""deploy(): the whole way from a checkpoint to an artifact. READ FIRST."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mobilevd_deploy.artifact import (
+    Artifact,
+    FileEntry,
+    Manifest,
+    PartialArtifact,
+    PassReport,
+    PipelineSpec,
+    Source,
+    TensorSpec,
+    disk_guard,
+)
+from mobilevd_deploy.artifact import Component as ComponentEntry
+from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
+from mobilevd_deploy.components import COMPONENTS, Component, deploy_contract
+from mobilevd_deploy.errors import ArtifactError, ParityError
+from mobilevd_deploy.npu.build import build_npu
+from mobilevd_deploy.onnx_export import DATA, MODEL, export_onnx, read_graph
+from mobilevd_deploy.passes import UNetProbe, run_passes, select_passes
+from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
+from mobilevd_deploy.pipeline import OnnxRunner
+from mobilevd_deploy.probe import Tensors, make_probe
+from mobilevd_deploy.progress import Progress
+from mobilevd_deploy.recipe import Recipe
+from mobilevd_deploy.report import render_report
+from mobilevd_deploy.spec import ModelSpec, from_dict
+from mobilevd_deploy.stages import StageOutput, Stages
+from mobilevd_deploy.unet import MobileVDUNet
+
+REPORT = "report.html"
+PROBE_SEED = 20241207
+# Shares of the time, for the estimate of the rest: the UNet has most of the nodes.
+_WEIGHTS: dict[str, float] = {"image_encoder": 2, "vae_encoder": 1, "unet": 12, "decoder": 1}
+# The rewrites do not depend on the map's size; a large network is proven on a cut of this many pixels.
+_PROBE_PIXELS = 128
+_TOOLS = (
+    "mobilevd-deploy",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxsim",
+    "onnxruntime",
+)
+
+
+def deploy(
+    checkpoint_path: str | Path, recipe: Recipe, output: str | Path, progress: Progress | None = None
+) -> Artifact:
+    """Take a trained checkpoint to a verified artifact.
+
+    1. Open the checkpoint: every name, shape and dtype is checked, nothing is run.
+    2. Return what lies at `output` if it was made from the same checkpoint, recipe and tools.
+    3. Claim a hidden folder beside `output`; finished stages of an interrupted run are found there.
+    For each component in running order, as one resumable stage:
+    4. Ask the trained network for reference outputs on a fixed probe.
+    5. Rewrite it exactly (the UNet), each pass proven against the untouched network.
+    6. Build the deploy form and write it as ONNX: simplified, checked, read back.
+    7. Run the file on onnxruntime and compare with the reference.
+    8. Write manifest and report, and give the artifact its name in one rename.
+
+    Raises:
+        CheckpointError, RewriteError, ExportError, ParityError, ResourceError: named in errors.py.
+        UsageError: `output` exists and is not an artifact of ours, or another run is writing it.
+    """
+    progress = progress or Progress()
+    output = Path(output)
+    # 1.
+    checkpoint = open_checkpoint(checkpoint_path)
+    spec, tools = checkpoint.spec, tool_versions()
+    source = Source(checkpoint.path.resolve().name, checkpoint.sha256)
+    # 2.
+    if (finished := _same_artifact(output, source, recipe, tools)) is not None:
+        progress.say(f"{output}: nothing has changed since it was made, so it stays as it is")
+        return finished
+    # 3.
+    with PartialArtifact(output) as folder, disk_guard(folder.root, 0):
+        stages = Stages(folder, {"checkpoint": source.sha256, "tools": tools}, progress)
+        progress.plan({f"export {name}": _WEIGHTS[name] for name in COMPONENTS})
+        sizes = [4 * checkpoint.parameters[name] for name in COMPONENTS]
+        records = {
+            name: stages.run(
+                f"export {name}",
+                {"recipe": recipe.to_dict()},
+                partial(_export_component, name, checkpoint, recipe, folder.artifact, progress),
+                disk_bytes=2 * sum(sizes[i:]),  # of all that is still to be written
+            ).values
+            for i, name in enumerate(COMPONENTS)
+        }
+        # 8.
+        drift: dict[str, float | None] = {name: record["drift"] for name, record in records.items()}
+        manifest = Manifest(
+            schema_version=1,
+            created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            name=folder.output.name,
+            source=source,
+            recipe=recipe.to_dict(),
+            model=spec.to_dict(),
+            passes=tuple(from_dict(PassReport, report) for report in records["unet"]["passes"]),
+            drift={"onnx": drift},
+            components=tuple(
+                _component_entry(name, spec, record, folder.artifact) for name, record in records.items()
+            ),
+            pipeline=PipelineSpec(spec.frames, spec.height, spec.width, spec.step.fps),
+            tools=tools,
+            stages=stages.costs,
+        )
+        report = folder.artifact / REPORT
+        report.write_text(render_report(manifest, checkpoint.importance()), encoding="utf-8")
+        files = {"report": FileEntry.of(folder.artifact, report)}
+        return folder.finish(dataclasses.replace(manifest, files=files))
+
+
+def _export_component(
+    name: Component, checkpoint: Checkpoint, recipe: Recipe, folder: Path, progress: Progress
+) -> StageOutput:
+    spec = checkpoint.spec
+    inputs, outputs = component_tensors(name, spec)
+    network = checkpoint.load(name)
+    # 4.
+    probe = make_probe(inputs, PROBE_SEED, partial(_reference, deploy_contract(network), outputs[0].name))
+    if not np.isfinite(probe.reference[outputs[0].name]).all():
+        raise ParityError(
+            f"{name}: the trained network's outputs are not finite", next_step="check the weights"
+        )
+    # 5.
+    reports = _rewrite(network, spec, recipe, progress) if isinstance(network, MobileVDUNet) else ()
+    # 6.
+    deployed = build_npu(name, network, spec, recipe.graph)
+    del network  # what the deploy form did not share is freed before the export
+    for note in export_onnx(deployed, probe.inputs, [outputs[0].name], folder / name, recipe.onnx):
+        progress.say(note)
+    del deployed
+    graph = read_graph(folder / name / MODEL)
+    # 7.
+    drift = probe.drift(OnnxRunner(folder / name / MODEL).run(probe.inputs))
+    if not drift >= recipe.floors.onnx_sqnr_db:
+        raise ParityError(
+            f"{name}: the exported graph is {drift:.1f} dB from the trained network, "
+            f"the floor is {recipe.floors.onnx_sqnr_db:g} dB",
+            next_step="choose other graph forms in the recipe, or report it with the model's configuration",
+        )
+    written = tuple(path for path in (folder / name / MODEL, folder / name / DATA) if path.exists())
+    values = {
+        "drift": None if drift == math.inf else drift,
+        "passes": [dataclasses.asdict(report) for report in reports],
+        "graph": dataclasses.asdict(graph),
+    }
+    return StageOutput(written, values)
+
+
+def _component_entry(
+    name: Component, spec: ModelSpec, record: Mapping[str, Any], root: Path
+) -> ComponentEntry:
+    inputs, outputs = component_tensors(name, spec)
+    files = {"model": root / name / MODEL, "data": root / name / DATA}
+    return ComponentEntry(
+        name,
+        "onnx",
+        {role: FileEntry.of(root, path) for role, path in files.items() if path.exists()},
+        inputs,
+        outputs,
+        **record["graph"],
+    )
+
+
+def _rewrite(
+    unet: MobileVDUNet, spec: ModelSpec, recipe: Recipe, progress: Progress
+) -> tuple[PassReport, ...]:
+    names: list[str] = [*recipe.passes]
+    if recipe.graph.upsample == "subpixel":
+        names.append(SubPixelUpsampling.name)
+    height, width = spec.latent_size
+    # Halves have to be legal sizes too.
+    multiple = 2 * spec.unet.size_multiple
+    while height * width > _PROBE_PIXELS and not (height % multiple or width % multiple):
+        height, width = height // 2, width // 2
+    if (height, width) != spec.latent_size:
+        progress.say(f"unet: rewrites are proven on latents of {width}x{height}, the export at full size")
+    return run_passes(
+        unet, select_passes(names), UNetProbe.make(unet, height, width), recipe.floors.rewrite_sqnr_db
+    )
+
+
+def component_tensors(
+    name: Component, spec: ModelSpec
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Return inputs and outputs of a component: float32, NCHW (embeddings NC), ranges where bounded."""
+    frames, (h, w), embedding = spec.frames, spec.latent_size, spec.unet.cross_attention_dim
+    picture, pixels = (1, 3, spec.height, spec.width), (-1.0, 1.0)
+    image = TensorSpec("image", picture, "float32", "NCHW", pixels, "image")
+
+    def latents(name: str, frames: int, source: str | None) -> TensorSpec:
+        return TensorSpec(name, (frames, 4, h, w), "float32", "NCHW", None, source)
+
+    def embeds(source: str | None) -> TensorSpec:
+        return TensorSpec("image_embeds", (1, embedding), "float32", "NC", None, source)
+
+    if name == "image_encoder":
+        return (image,), (embeds(None),)
+    if name == "vae_encoder":
+        noise = TensorSpec("image_noise", picture, "float32", "NCHW", None, "noise:1")
+        return ((image, noise) if spec.step.noise_aug_strength else (image,)), (
+            latents("image_latents", 1, None),
+        )
+    if name == "unet":
+        return (
+            latents("noise", frames, "noise:0"),
+            latents("image_latents", 1, "component:vae_encoder"),
+            embeds("component:image_encoder"),
+        ), (latents("latents", frames, None),)
+    clip = TensorSpec("frames", (frames, 3, spec.height, spec.width), "float32", "NCHW", pixels)
+    return (latents("latents", frames, "component:unet"),), (clip,)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of everything that shapes an artifact."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _TOOLS}
+
+
+def _same_artifact(output: Path, source: Source, recipe: Recipe, tools: Mapping[str, str]) -> Artifact | None:
+    try:
+        artifact = Artifact.open(output)
+        manifest = artifact.manifest
+        made_from = (manifest.source, manifest.recipe, manifest.tools)
+        # The recipe's tuples are lists in JSON.
+        if made_from != (source, json.loads(json.dumps(recipe.to_dict())), tools):
+            return None
+        artifact.verify()
+    except ArtifactError:
+        return None
+    return artifact
+
+
+@torch.no_grad()
+def _reference(network: nn.Module, output: str, inputs: Tensors) -> Tensors:
+    return {output: network(*(torch.from_numpy(value) for value in inputs.values())).numpy()}

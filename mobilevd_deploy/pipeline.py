@@ -1,0 +1,184 @@
+"""Picture in, clip out: runs the components of an artifact one after the other, as its manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mobilevd_deploy.artifact import Artifact, Component, TensorSpec
+from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError
+from mobilevd_deploy.noise import unit_noise
+from mobilevd_deploy.progress import Progress
+
+Array = npt.NDArray[Any]
+
+
+class Runner(Protocol):
+    """A loaded component; it may be dropped after any call to free its memory."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Map inputs by name to outputs by name."""
+
+
+class OnnxRunner:
+    """An ONNX file in an onnxruntime session.
+
+    Raises UsageError for an execution provider that this onnxruntime does not have or cannot start (the
+    available ones are listed), ArtifactError for a file that it cannot load or run, ResourceError where
+    memory runs out.
+    """
+
+    def __init__(self, path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+        import onnxruntime
+
+        check_providers(providers)
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; they are raised as well
+        self._path = path
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=list(providers))
+        except Exception as error:  # its exceptions share no other base
+            raise self._error("load", error) from error
+        if missing := sorted(set(providers) - set(self._session.get_providers())):
+            raise UsageError(f"{missing[0]} does not start on this machine", next_step=_available())
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the session."""
+        names = [output.name for output in self._session.get_outputs()]
+        try:
+            return dict(zip(names, self._session.run(None, dict(feeds)), strict=True))
+        except Exception as error:
+            raise self._error("run", error) from error
+
+    def _error(self, what: str, error: Exception) -> ArtifactError | ResourceError:
+        if isinstance(error, MemoryError) or "bad_alloc" in str(error) or "allocate memory" in str(error):
+            return ResourceError(
+                f"{self._path}: not enough memory to {what} it", next_step="close other programs"
+            )
+        return ArtifactError(
+            f"{self._path}: onnxruntime cannot {what} it: {error}", next_step="export it again"
+        )
+
+
+def check_providers(providers: Sequence[str]) -> None:
+    """Raise UsageError unless onnxruntime has every one of these execution providers."""
+    import onnxruntime
+
+    if not providers:
+        raise UsageError("no execution provider is named", next_step=_available())
+    if unknown := [name for name in providers if name not in onnxruntime.get_available_providers()]:
+        raise UsageError(f"onnxruntime has no execution provider {unknown[0]!r} here", next_step=_available())
+
+
+def _available() -> str:
+    import onnxruntime
+
+    return f"available: {', '.join(onnxruntime.get_available_providers())}"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An artifact and a way to load its components; `load` decides where they run."""
+
+    artifact: Artifact
+    load: Callable[[Component], Runner]
+
+    @classmethod
+    def open(
+        cls, artifact: Artifact | str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)
+    ) -> Pipeline:
+        """Open an artifact to run on onnxruntime with these execution providers, best first.
+
+        Raises ArtifactError for an artifact that is damaged, UsageError for a provider that is not there.
+        """
+        opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+        check_providers(providers)
+        return cls(opened, partial(_load_onnx, opened, tuple(providers)))
+
+    def generate(self, image: npt.ArrayLike, seed: int, progress: Progress | None = None) -> Array:
+        """Make the clip of one picture: (1, 3, H, W) in [-1, 1] to frames float32 (T, 3, H, W), not clamped.
+
+        Errors as in `generate_all`.
+        """
+        return self.generate_all([(image, seed)], progress)[0]
+
+    def generate_all(
+        self, requests: Iterable[tuple[npt.ArrayLike, int]], progress: Progress | None = None
+    ) -> list[Array]:
+        """Make the clip of each (picture, seed), loading every component once.
+
+        Only one component is in memory at a time. Raises UsageError for a picture of another shape or range
+        or a seed outside [0, 2^64), ArtifactError for files that are damaged or do not do what the manifest
+        says, ResourceError where memory runs out.
+        """
+        progress = progress or Progress()
+        jobs = [_Job(self._check_image(image), seed, {}) for image, seed in requests]
+        progress.plan(
+            {component.name: max(component.flops, 1) for component in self.artifact.manifest.components}
+        )
+        for component in self.artifact.manifest.components:
+            progress.begin(component.name)
+            runner = self.load(component)
+            for number, job in enumerate(jobs, start=1):
+                feeds = {tensor.name: job.feed(tensor) for tensor in component.inputs}
+                job.outputs[component.name] = _check_outputs(component, runner.run(feeds))
+                progress.advance(number / len(jobs))
+            del runner
+            progress.end()
+        last = self.artifact.manifest.components[-1].name
+        return [job.outputs[last].astype(np.float32, copy=False) for job in jobs]
+
+    def _check_image(self, image: npt.ArrayLike) -> Array:
+        shape, (low, high) = (
+            self.artifact.manifest.pipeline.image_shape,
+            self.artifact.manifest.pipeline.image_range,
+        )
+        values = np.asarray(image)
+        if values.shape != shape:
+            raise UsageError(f"the image has shape {values.shape}, the artifact needs {shape}")
+        if not (values.min() >= low and values.max() <= high):
+            raise UsageError(f"the image's values are not all from {low:g} to {high:g}")
+        return values
+
+
+@dataclass(frozen=True)
+class _Job:
+    image: Array
+    seed: int
+    outputs: dict[str, Array]
+
+    def feed(self, tensor: TensorSpec) -> Array:
+        """Fetch an input from whoever its source names."""
+        kind, _, which = (tensor.source or "").partition(":")
+        if kind == "image":
+            value = self.image
+        elif kind == "noise":
+            value = unit_noise(self.seed, int(which), tensor.shape)
+        else:
+            value = self.outputs[which]
+        return value.astype(tensor.dtype, copy=False)
+
+
+def _load_onnx(artifact: Artifact, providers: Sequence[str], component: Component) -> Runner:
+    artifact.verify(component)
+    return OnnxRunner(artifact.path(component, "model"), providers)
+
+
+def _check_outputs(component: Component, outputs: Mapping[str, Array]) -> Array:
+    """Return the component's only output, if it is what the manifest says."""
+    (spec,) = component.outputs
+    value = outputs.get(spec.name)
+    if value is None or value.shape != spec.shape:
+        found = {name: array.shape for name, array in outputs.items()}
+        raise ArtifactError(f"{component.name} gave {found}, the manifest says {spec.name} {spec.shape}")
+    if not np.isfinite(value).all():
+        raise ArtifactError(f"{component.name} gave NaN or Inf", next_step="try another seed or picture")
+    return value
