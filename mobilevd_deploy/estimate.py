@@ -1,0 +1,343 @@
+"""Latency of the UNet on a phone's NPU, from the network's structure alone. Nothing here is measured.
+
+    ms = rate x (operations of layers with weights + 2 x operations of attention's two products)
+
+One number is fitted, `rate`, by least squares of the relative errors on the four structures whose latency the
+paper publishes (latency.json holds their counts). The factor 2 is not fitted: at 16-bit activations and
+8-bit weights a product of two activations takes twice the multiplier passes of one with weights. A second
+fitted number, for attention, predicts the row left out worse than none; one for convolutions comes out as 0,
+which suits the four rows best (2.3 %) and is refused, because convolutions are not free. All of these forms
+were looked at before this one was taken: benchmarks/estimate_calibration.py has them side by side.
+
+Elementwise operations, norms and copies have no term: their share is inside `rate`, which holds as long as a
+network has about as many of them per operation as the calibrated ones. Hence the range of validity below.
+Source of the latencies: MobileVD, table of the ablation (facts of its section 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mobilevd_deploy.devices import Chip, find, table
+from mobilevd_deploy.errors import UsageError
+from mobilevd_deploy.spec import ModelSpec, Preset, from_dict
+
+if TYPE_CHECKING:
+    from mobilevd_deploy.artifact import Artifact
+    from mobilevd_deploy.profiles import Profile
+
+# Passes per operation of a product of two 16-bit activations, over those of one with 8-bit weights.
+ATTENTION_WEIGHT = 2
+# How far beyond the calibrated structures' operations an estimate may reach, as a factor.
+REACH = 1.25
+# How far a kind's share of the load may lie beyond those of the calibrated structures.
+SHARE_SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Operations (2 x MAC) of one evaluation of the UNet, by kind."""
+
+    spatial_convolution: int = 0
+    temporal_convolution: int = 0
+    spatial_linear: int = 0
+    temporal_linear: int = 0
+    spatial_attention: int = 0
+    temporal_attention: int = 0
+
+    @property
+    def total(self) -> int:
+        """All operations."""
+        return sum(dataclasses.astuple(self))
+
+    def weighted(self) -> dict[str, int]:
+        """Return the operations by kind, those of attention times ATTENTION_WEIGHT."""
+        return {
+            kind: count * (ATTENTION_WEIGHT if kind.endswith("attention") else 1)
+            for kind, count in dataclasses.asdict(self).items()
+        }
+
+    def shares(self) -> dict[str, float]:
+        """Return each kind's part of the weighted operations; they add up to 1."""
+        load = self.weighted()
+        total = sum(load.values())
+        return {kind: value / total for kind, value in load.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A structure whose latency is published, as the calibration sees it."""
+
+    preset: str
+    published_ms: float
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What latency.json holds: the published rows, and where and how they were measured.
+
+    `sd15` are the operations of Stable Diffusion 1.5's UNet, whose latency the vendor publishes per chip:
+    a well-built graph's rate.
+    """
+
+    chip: str
+    frames: int
+    width: int
+    height: int
+    source: str
+    rows: tuple[Row, ...]
+    sd15: Counts
+
+    def rate(self, rows: Sequence[Row] | None = None) -> float:
+        """Fit milliseconds per weighted operation to `rows` (all): least squares of the relative errors."""
+        loads = [
+            sum(row.counts.weighted().values()) / row.published_ms
+            for row in (self.rows if rows is None else rows)
+        ]
+        return sum(loads) / sum(load * load for load in loads)
+
+    def leave_one_out(self) -> dict[str, float]:
+        """Return each row's relative error, predicted by the others."""
+        errors = {}
+        for row in self.rows:
+            rate = self.rate([other for other in self.rows if other != row])
+            errors[row.preset] = rate * sum(row.counts.weighted().values()) / row.published_ms - 1
+        return errors
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Milliseconds of one evaluation of the UNet, and how much to trust them.
+
+    `error_percent` is the worst leave-one-out error of the calibration, plus what scaling to another chip
+    adds; `mean_error_percent` the mean one. `shares` (sum 1) are of the time, by kind of operation.
+    `well_built_ms`: the same operations at the rate that the vendor reaches with Stable Diffusion 1.5's UNet
+    on this chip. `warnings`: in which way this lies outside of what was calibrated; empty where it does not.
+    """
+
+    chip: Chip
+    ms: float
+    error_percent: float
+    mean_error_percent: float
+    shares: dict[str, float]
+    tflops: float
+    well_built_ms: float
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def estimate(
+    spec: ModelSpec, rewrites: Sequence[str], device: str, calibration: Calibration | None = None
+) -> Estimate:
+    """Estimate one evaluation of the UNet of `spec` after `rewrites` on a phone or chip by name.
+
+    Raises:
+        UsageError: nobody knows the device, the vendor publishes nothing to scale by for its chip, or the
+            clip's size or number of frames is not the calibrated one.
+    """
+    calibration, chip = calibration or load_calibration(), find(device).chip
+    _require_calibrated_size(spec, calibration)
+    return estimate_counts(count_operations(spec, rewrites), chip, calibration)
+
+
+def estimate_counts(counts: Counts, chip: Chip, calibration: Calibration) -> Estimate:
+    """Turn operation counts into an estimate for `chip`; UsageError where there is nothing to scale by."""
+    reference = next(c for c in table().chip if c.name == calibration.chip)
+    scale, scale_error, notes = _scaled(chip, reference)
+    total = sum(counts.weighted().values())
+    errors = [100 * abs(error) for error in calibration.leave_one_out().values()]
+    sd15_load = sum(calibration.sd15.weighted().values())
+    return Estimate(
+        chip=chip,
+        ms=scale * calibration.rate() * total,
+        error_percent=max(errors) + scale_error,
+        mean_error_percent=sum(errors) / len(errors),
+        shares=counts.shares(),
+        tflops=counts.total / 1e12,
+        well_built_ms=chip.published_ms["sd15_unet"] / sd15_load * total,
+        warnings=_warnings(counts, calibration),
+        notes=notes,
+    )
+
+
+def _require_calibrated_size(spec: ModelSpec, calibration: Calibration) -> None:
+    size = (spec.frames, spec.width, spec.height)
+    if size != (calibration.frames, calibration.width, calibration.height):
+        raise UsageError(
+            f"{spec.name} makes {spec.frames} frames of {spec.width}x{spec.height}: there is no estimate, "
+            f"because latencies are published for {calibration.frames} of "
+            f"{calibration.width}x{calibration.height} only",
+            next_step="profile it through AI Hub or on a phone; --host compares on this computer",
+        )
+
+
+def _scaled(chip: Chip, reference: Chip) -> tuple[float, float, tuple[str, ...]]:
+    """Return the factor from `reference` to `chip`, the error in percent that it adds, and notes."""
+    if chip == reference:
+        return 1.0, 0.0, ()
+    if not chip.published_ms:
+        known = ", ".join(c.name for c in table().chip if c.published_ms)
+        raise UsageError(
+            f"{chip.name}: the vendor publishes no latency for it that an estimate could be scaled by",
+            next_step=f"an estimate is possible for {known}",
+        )
+    ratios = {name: ms / reference.published_ms[name] for name, ms in chip.published_ms.items()}
+    unet = ratios["sd15_unet"]
+    # Two networks on the same two chips: where their ratios differ, one ratio cannot hold for a third.
+    error = 100 * max(abs(ratio / unet - 1) for ratio in ratios.values())
+    note = (
+        f"scaled from {reference.name} by {unet:.2f}, the ratio of the vendor's published latencies of "
+        f"Stable Diffusion 1.5's UNet; its decoder's ratio differs by {error:.0f} %, which widens the error"
+    )
+    return unet, error, (note,)
+
+
+def _warnings(counts: Counts, calibration: Calibration) -> tuple[str, ...]:
+    warnings = []
+    totals = [row.counts.total for row in calibration.rows]
+    if not min(totals) / REACH <= counts.total <= max(totals) * REACH:
+        warnings.append(
+            f"{counts.total / 1e12:.2f} TFLOPs are outside of the calibrated {min(totals) / 1e12:.2f} to "
+            f"{max(totals) / 1e12:.2f}: do not trust this number"
+        )
+    calibrated = [row.counts.shares() for row in calibration.rows]
+    for kind, share in counts.shares().items():
+        seen = [shares[kind] for shares in calibrated]
+        if not min(seen) - SHARE_SLACK <= share <= max(seen) + SHARE_SLACK:
+            warnings.append(
+                f"{kind.replace('_', ' ')} is {share:.0%} of the load, in the calibrated networks "
+                f"{min(seen):.0%} to {max(seen):.0%}"
+            )
+    return tuple(warnings)
+
+
+@lru_cache(maxsize=1)
+def load_calibration() -> Calibration:
+    """Read latency.json, which benchmarks/estimate_calibration.py writes."""
+    path = Path(__file__).with_name("latency.json")
+    return from_dict(Calibration, json.loads(path.read_text(encoding="utf-8")))
+
+
+def count_operations(spec: ModelSpec, rewrites: Sequence[str]) -> Counts:
+    """Count the UNet's operations by kind, on its module tree without weights: seconds at full size."""
+    import torch
+
+    from mobilevd_deploy.components import build_component, deploy_contract, input_shapes
+    from mobilevd_deploy.passes import select_passes
+
+    with torch.device("meta"):
+        step = deploy_contract(build_component(spec, "unet"))
+        inputs = [torch.empty(shape) for shape in input_shapes(spec, "unet").values()]
+    with torch.no_grad():
+        for rewrite in select_passes(rewrites):
+            rewrite.requires(step.unet)  # type: ignore[arg-type]
+            rewrite.apply(step.unet)  # type: ignore[arg-type]
+    return count_module(step.unet, step, *inputs)
+
+
+def count_module(module: object, function: object, *inputs: object) -> Counts:
+    """Count the operations of `function(*inputs)`, which runs `module`, by kind."""
+    from diffusers.models.attention_processor import Attention
+    from torch import nn
+
+    from mobilevd_deploy.flops import count_flops_by_module
+
+    assert isinstance(module, nn.Module)
+    assert callable(function)
+    counted = count_flops_by_module(module, function, *inputs)["honest"]
+    own = dict(counted)
+    for path, flops in counted.items():
+        if path:
+            own[path.rpartition(".")[0]] -= flops
+    parts = dict(module.named_modules())
+    kinds = dict.fromkeys((field.name for field in dataclasses.fields(Counts)), 0)
+    for path, flops in own.items():
+        part = parts[path]
+        # A token of time is a frame: these layers stand under the temporal branch's names in diffusers.
+        where = "temporal" if "temporal" in path or isinstance(part, nn.Conv3d) else "spatial"
+        if isinstance(part, Attention):
+            kind = "attention"
+        elif isinstance(part, nn.Linear):
+            kind = "linear"
+        else:
+            kind = "convolution"
+        kinds[f"{where}_{kind}"] += flops
+    return Counts(**kinds)
+
+
+def estimate_profile(
+    what: str | Path | Artifact, device: str, calibration: Calibration | None = None
+) -> Profile:
+    """Estimate an artifact, or a preset by name or TOML file, and put the result into a Profile.
+
+    Only the UNet is in it: the published latencies are the UNet's alone.
+
+    Raises:
+        UsageError, SpecError, ArtifactError: as `estimate`, or a preset or artifact that can not be read.
+    """
+    from mobilevd_deploy.artifact import MANIFEST_DIGEST, Artifact
+    from mobilevd_deploy.profiles import SCHEMA_VERSION, ComponentProfile, Latency, Profile, now
+    from mobilevd_deploy.spec import load_preset
+
+    if isinstance(what, (str, Path)) and (Path(what) / MANIFEST_DIGEST).exists():
+        what = Artifact.open(what)
+    notes: list[str] = []
+    if isinstance(what, Artifact):
+        manifest = what.manifest
+        spec = from_dict(ModelSpec, manifest.model)
+        name, rewrites = what.root.name, tuple(report.name for report in manifest.passes)
+        digest = (what.root / MANIFEST_DIGEST).read_text(encoding="ascii").split()[0]
+        if not manifest.recipe.get("quant"):
+            notes.append(
+                "OUTSIDE of the calibration: this artifact is not quantised; the number is for its form with "
+                "8-bit weights and 16-bit activations"
+            )
+    else:
+        preset = load_preset(what)
+        spec, name, rewrites, digest = preset.model, preset.model.name, preset_rewrites(preset), ""
+        notes.append("of the preset's structure: there is no artifact yet")
+    result = estimate(spec, rewrites, device, calibration)
+    shares = sorted(result.shares.items(), key=lambda item: -item[1])
+    notes = [
+        *notes,
+        *(f"OUTSIDE of the calibration: {warning}" for warning in result.warnings),
+        f"estimated from {result.tflops:.2f} TFLOPs of the UNet alone: the encoders and the decoder are not "
+        "in the published latencies",
+        "time by kind: "
+        + ", ".join(f"{share:.0%} {kind.replace('_', ' ')}" for kind, share in shares if share >= 0.005),
+        f"calibrated on four published latencies; leaving one out, the others predict it within "
+        f"{result.mean_error_percent:.1f} % in the mean. Their precision is not published: 8-bit weights "
+        "and 16-bit activations are assumed",
+        f"at the rate that the vendor reaches with Stable Diffusion 1.5's UNet it would be "
+        f"{result.well_built_ms:,.0f} ms",
+        *result.notes,
+    ]
+    unet = ComponentProfile("unet", Latency(result.ms))
+    return Profile(
+        schema_version=SCHEMA_VERSION,
+        asked_for=device,
+        device=result.chip.name,
+        chipset=result.chip.name,
+        source="estimate",
+        created=now(),
+        artifact=name,
+        manifest_sha256=digest,
+        components=(unet,),
+        total_ms=result.ms,
+        error_percent=result.error_percent,
+        notes=tuple(notes),
+    )
+
+
+def preset_rewrites(preset: Preset) -> tuple[str, ...]:
+    """Return the rewrites that the published latency of a preset includes; all structural ones for others."""
+    from mobilevd_deploy.inspection import STRUCTURAL_REWRITES
+
+    return preset.ladder.rewrites if preset.ladder else STRUCTURAL_REWRITES

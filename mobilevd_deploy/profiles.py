@@ -1,0 +1,287 @@
+"""How fast an artifact is: what a profile holds, where it is stored, and what a person sees of it.
+
+Profile                     one artifact on one device (or chip), from one source
+└── components: ComponentProfile
+    ├── ms: Latency | None  None: nothing was measured, `error` says why
+    ├── slowest: OpTime
+    └── check: Check | None
+
+Profiles lie as JSON in `NAME.profiles/` beside the artifact `NAME`, never in it: an artifact does not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from mobilevd_deploy.artifact import Artifact, disk_guard, fsync
+from mobilevd_deploy.errors import ArtifactError, SpecError
+from mobilevd_deploy.spec import from_dict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA_VERSION: Final = 1
+SourceName = Literal["hub", "adb", "estimate", "host"]
+
+_HOW: dict[str, str] = {
+    "hub": "measured through Qualcomm AI Hub",
+    "adb": "measured on the attached phone",
+    "estimate": "estimated, not measured",
+    "host": "measured on this computer: good for comparing, not for a phone",
+}
+_BAR = 30
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one call. An estimate has a median and no samples.
+
+    `median` and `p95` leave the first sample out, which pays for warming up; `min` and `samples` do not.
+    """
+
+    median: float
+    p95: float | None = None
+    min: float | None = None
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("median", self.median), ("p95", self.p95), ("min", self.min)):
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise SpecError(f"ms.{name}: {value} is not a time")
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Latency:
+        """Summarise samples in running order, in milliseconds; p95 is the nearest rank.
+
+        A single sample stands for itself. Raises SpecError for none, and for one that is not a time.
+        """
+        if not samples:
+            raise SpecError("there are no samples")
+        timed = sorted(samples[1:] or samples)
+        p95 = timed[math.ceil(0.95 * len(timed)) - 1]
+        return cls(statistics.median(timed), p95, min(samples), len(samples))
+
+
+@dataclass(frozen=True)
+class OpTime:
+    """An operation of the compiled graph, where it ran, and its time in a separate pass.
+
+    Such times do not add up to the latency, because the pass that takes them runs one op after the other.
+    """
+
+    name: str
+    type: str
+    unit: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """The device's output against this computer's for the same input; `sqnr_db` None: identical."""
+
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class ComponentProfile:
+    """One component on the device.
+
+    `peak_bytes` is what the runtime reports, without weights that it maps from the file. `ops` counts the
+    compiled graph's operations by compute unit (NPU, GPU, CPU). `error`: why there is no time, or no check.
+    `where`: the place of more, such as the job's page.
+    """
+
+    name: str
+    ms: Latency | None
+    first_load_ms: float | None = None
+    warm_load_ms: float | None = None
+    peak_bytes: int | None = None
+    ops: dict[str, int] = field(default_factory=dict)
+    slowest: tuple[OpTime, ...] = ()
+    check: Check | None = None
+    error: str | None = None
+    where: str | None = None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An artifact on one device.
+
+    `asked_for` is what the user typed, `device` what it was measured on (or the chip's name), `notes` what
+    must be known beside every number. `artifact` and `manifest_sha256` say what was profiled. `created` is
+    UTC. `error_percent`: how far estimates of this kind were off, None where it was measured.
+    `total_ms` is the sum of the components' medians: every component runs once a clip, one after the other.
+    It is None where one of them has none.
+    """
+
+    schema_version: Literal[1]
+    asked_for: str
+    device: str
+    chipset: str
+    source: SourceName
+    created: str
+    artifact: str
+    manifest_sha256: str
+    components: tuple[ComponentProfile, ...]
+    total_ms: float | None
+    error_percent: float | None = None
+    notes: tuple[str, ...] = ()
+    tools: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.components:
+            raise SpecError("components: there is none")
+        names = [component.name for component in self.components]
+        if len(set(names)) < len(names):
+            raise SpecError("components: one is listed twice")
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """What went wrong, component by component."""
+        return tuple(f"{c.name}: {c.error}" for c in self.components if c.error is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; they go through JSON and back."""
+        return dataclasses.asdict(self)
+
+
+def total_ms(components: Sequence[ComponentProfile]) -> float | None:
+    """Return the sum of the medians, None where a component has none."""
+    medians = [component.ms.median for component in components if component.ms is not None]
+    return sum(medians) if len(medians) == len(components) else None
+
+
+def now() -> str:
+    """Return the time in UTC, "2025-01-31T12:00:00Z"."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def profiles_dir(artifact: Artifact) -> Path:
+    """Return where the profiles of an artifact lie: beside it. The folder may not exist yet."""
+    root = artifact.root.resolve()
+    return root.with_name(f"{root.name}.profiles")
+
+
+def save_profile(profile: Profile, folder: Path) -> Path:
+    """Write a profile into `folder` under a name of its own; earlier ones stay. Returns the file.
+
+    Raises ResourceError on a full disk, ArtifactError where the folder cannot be written.
+    """
+    device = re.sub(r"[^a-z0-9]+", "-", profile.asked_for.lower()).strip("-")[:60] or "device"
+    stem = f"{profile.source}_{device}_{profile.created.replace(':', '').replace('-', '')}"
+    text = json.dumps(profile.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    number, path = 1, folder / f"{stem}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while path.exists():
+            number += 1
+            path = folder / f"{stem}_{number}.json"
+        write_durably(path, text)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error}") from error
+    return path
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Read a profile strictly; ArtifactError for anything that is not one."""
+    try:
+        values = json.loads(Path(path).read_bytes())
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if version != SCHEMA_VERSION:
+            raise SpecError(f"schema version {version!r}; this toolkit reads {SCHEMA_VERSION}")
+        return from_dict(Profile, values)
+    except SpecError as error:
+        raise ArtifactError(f"{path}: {error.what}", next_step="profile again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} is not a readable profile: {error}", next_step="profile again"
+        ) from error
+
+
+def load_profiles(artifact: Artifact) -> list[Profile]:
+    """Read all profiles of an artifact, oldest first."""
+    paths = [path for source in _HOW for path in profiles_dir(artifact).glob(f"{source}_*.json")]
+    paths.sort(key=lambda path: (len(path.name), path.name))  # those of one second: in the order of writing
+    return sorted((load_profile(path) for path in paths), key=lambda profile: profile.created)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file by one rename, after its new text is on the disk: a killed process leaves old or new.
+
+    Raises ResourceError on a full disk, OSError otherwise.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with disk_guard(path.parent, len(text)):
+        aside.write_text(text, encoding="utf-8")
+        fsync(aside)
+        aside.replace(path)
+        fsync(path.parent)
+
+
+def render_profile(profile: Profile) -> RenderableType:
+    """Show a profile: where from, a table with bars, the slowest operations, and what to know beside it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    head = f"{profile.asked_for}: {_HOW[profile.source]}"
+    if profile.device != profile.asked_for:
+        head += f", on {profile.device}"
+    head += f" ({profile.chipset})"
+    table = Table(title=head, title_justify="left", title_style="bold")
+    for name in ("component", "median ms", "p95", "min", "first load", "warm load", "peak MB", "ops", "SQNR"):
+        table.add_column(name, justify="left" if name in ("component", "ops") else "right")
+    table.add_column("")
+    longest = max((c.ms.median for c in profile.components if c.ms), default=0.0)
+    for component in profile.components:
+        ms = component.ms
+        table.add_row(
+            Text(component.name),
+            "failed" if ms is None else number(ms.median),
+            *(number(value) for value in ((ms.p95, ms.min) if ms else (None, None))),
+            number(component.first_load_ms),
+            number(component.warm_load_ms),
+            number(None if component.peak_bytes is None else component.peak_bytes / 1e6),
+            Text(", ".join(f"{count} {unit}" for unit, count in component.ops.items()) or "-"),
+            _sqnr(component.check),
+            "" if ms is None else "█" * max(1, round(_BAR * ms.median / longest)) if longest else "",
+        )
+    table.add_section()
+    spread = f" ± {profile.error_percent:.0f} %" if profile.error_percent is not None else ""
+    table.add_row("total", number(profile.total_ms) + spread)
+    lines = [
+        f"{component.name}, slowest: "
+        + ", ".join(f"{op.name} ({op.type}, {op.unit}) {number(op.ms)} ms" for op in component.slowest)
+        for component in profile.components
+        if component.slowest
+    ]
+    if lines:
+        lines.append("times of single ops come from a pass of their own: they do not add up to the latency")
+    if any(component.peak_bytes is not None for component in profile.components):
+        lines.append("peak MB: as the runtime reports it, without weights that it maps from the file")
+    lines += [f"note: {note}" for note in profile.notes]
+    lines += [f"failed: {error}" for error in profile.errors]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def number(value: float | None) -> str:
+    """Say a measurement with three digits or so; "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _sqnr(check: Check | None) -> str:
+    if check is None:
+        return "-"
+    return "identical" if check.sqnr_db is None else f"{check.sqnr_db:.1f} dB"

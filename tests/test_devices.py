@@ -1,0 +1,168 @@
+"""Names of phones and chips, and the hosted phone that stands in."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mobilevd_deploy.devices import choose_hosted, find, list_devices, render_devices, table
+from mobilevd_deploy.errors import UsageError
+from mobilevd_deploy.hub import HostedDevice
+
+
+def hosted(name: str, os: str, *attributes: str) -> HostedDevice:
+    return HostedDevice(name, os, attributes)
+
+
+S24 = hosted("Samsung Galaxy S24 (Family)", "14", "chipset:qualcomm-snapdragon-8gen3", "hexagon:v75")
+S25 = hosted("Samsung Galaxy S25 (Family)", "15", "chipset:qualcomm-snapdragon-8-elite-for-galaxy")
+QRD = hosted("Snapdragon 8 Elite QRD", "15", "chipset:qualcomm-snapdragon-8-elite", "hexagon:v79")
+CAR = hosted("SA8775 (Proxy)", "", "chipset:qualcomm-sa8775", "hexagon:v73")
+LIVE = [S24, S25, CAR]
+
+
+def test_table_holds_the_facts() -> None:
+    chips = {chip.attributes[0]: (chip.sm[0], chip.htp, chip.soc_model) for chip in table().chip}
+    assert chips == {
+        "qualcomm-snapdragon-8gen1": ("sm8450", "v69", 36),
+        "qualcomm-snapdragon-8gen2": ("sm8550", "v73", 43),
+        "qualcomm-snapdragon-8gen3": ("sm8650", "v75", 57),
+        "qualcomm-snapdragon-8-elite": ("sm8750", "v79", 69),
+        "qualcomm-snapdragon-8-elite-gen5": ("sm8850", "v81", 87),
+    }
+    names = [phone.name for phone in table().phone]
+    assert len(set(names)) == len(names)
+    assert {phone.chip for phone in table().phone} <= {chip.name for chip in table().chip}
+
+
+@pytest.mark.parametrize("name", ["Xiaomi 14 Pro", "xiaomi 14 pro", "Xiaomi-14-Pro", "XIAOMI14PRO"])
+def test_phone_by_any_spelling(name: str) -> None:
+    device = find(name)
+    assert device.asked_for == name
+    assert device.phone is not None
+    assert (device.phone.name, device.phone.hosted) == ("Xiaomi 14 Pro", False)
+    assert device.chip.name == "Snapdragon 8 Gen 3"
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        ("Snapdragon 8 Gen 3", "Snapdragon 8 Gen 3"),
+        ("8gen3", "Snapdragon 8 Gen 3"),
+        ("SM8650", "Snapdragon 8 Gen 3"),
+        ("qualcomm-snapdragon-8gen3", "Snapdragon 8 Gen 3"),
+        ("sm8750-ac", "Snapdragon 8 Elite"),
+        ("8 Elite for Galaxy", "Snapdragon 8 Elite"),
+        ("8 Elite Gen 5", "Snapdragon 8 Elite Gen 5"),
+    ],
+)
+def test_chip_by_any_spelling(name: str, chip: str) -> None:
+    device = find(name)
+    assert device.phone is None
+    assert device.chip.name == chip
+
+
+@pytest.mark.parametrize("name", ["Galaxy S24", "S24", "Samsung Galaxy S24 (Family)"])
+def test_galaxy_and_family_may_be_left_out(name: str) -> None:
+    assert find(name).chip.soc_model == 57
+
+
+def test_unknown_names_get_the_nearest() -> None:
+    with pytest.raises(UsageError, match="no phone or chip is called 'Xiaomi 14 Prp'") as caught:
+        find("Xiaomi 14 Prp")
+    assert (caught.value.next_step or "").startswith("nearest are Xiaomi 14 Pro")
+    for name in ("", "()", "Nokia 3310", "12"):
+        with pytest.raises(UsageError):
+            find(name)
+
+
+def test_a_hosted_phone_is_taken_itself() -> None:
+    target = choose_hosted("galaxy s24", LIVE)
+    assert (target.device, target.os, target.chipset, target.notes) == (
+        S24.name,
+        "14",
+        "Snapdragon 8 Gen 3",
+        (),
+    )
+    assert target.asked_for == "galaxy s24"
+    # Known to the hub alone: its own word for the chip.
+    assert choose_hosted("SA8775 (Proxy)", LIVE).chipset == "qualcomm-sa8775"
+
+
+def test_another_phone_of_the_same_chip_stands_in() -> None:
+    target = choose_hosted("Xiaomi 14 Pro", LIVE)
+    assert (target.asked_for, target.device, target.chipset) == (
+        "Xiaomi 14 Pro",
+        S24.name,
+        "Snapdragon 8 Gen 3",
+    )
+    (note,) = target.notes
+    assert "Xiaomi 14 Pro is not hosted" in note
+    assert S24.name in note
+    assert "other clocks" in note
+
+
+def test_a_chip_needs_no_apology() -> None:
+    assert choose_hosted("8 Gen 3", LIVE).notes == ()
+
+
+def test_the_plain_chip_comes_before_the_one_for_galaxy() -> None:
+    assert choose_hosted("Xiaomi 15", LIVE).device == S25.name
+    target = choose_hosted("Xiaomi 15", [*LIVE, QRD])
+    assert target.device == QRD.name
+    assert "other clocks" not in target.notes[0]
+
+
+def test_the_newest_system_is_used() -> None:
+    versions = [hosted(S24.name, os, *S24.attributes) for os in ("9", "14", "15.1", "15")]
+    assert choose_hosted("S24", versions).os == "15.1"
+    assert choose_hosted("Xiaomi 14 Pro", versions).os == "15.1"
+
+
+def test_nothing_of_the_chip_is_hosted() -> None:
+    with pytest.raises(UsageError, match="no phone with its chip \\(Snapdragon 8 Gen 2\\)"):
+        choose_hosted("Xiaomi 13", LIVE)
+    with pytest.raises(UsageError, match="no phone or chip is called") as caught:
+        choose_hosted("SA8776", LIVE)
+    assert "SA8775" in (caught.value.next_step or "")
+
+
+def test_list() -> None:
+    rows = {row["phone"]: row for row in list_devices()}
+    assert rows["Xiaomi 14 Pro"] == {
+        "phone": "Xiaomi 14 Pro",
+        "chipset": "Snapdragon 8 Gen 3",
+        "sm": ["sm8650"],
+        "htp": "v75",
+        "soc_model": 57,
+        "hosted": False,
+        "os": None,
+        "profiled_on": "Samsung Galaxy S24",
+    }
+    live = {row["phone"]: row for row in list_devices(LIVE)}
+    assert live["Samsung Galaxy S24"]["hosted"]
+    assert live["Samsung Galaxy S24"]["os"] == "14"
+    assert live["Xiaomi 14 Pro"]["profiled_on"] == S24.name
+    assert not live["Samsung Galaxy S23"]["hosted"]
+    assert live["Xiaomi 13"]["profiled_on"] is None
+    assert live["SA8775 (Proxy)"] | {"os": ""} == {
+        "phone": "SA8775 (Proxy)",
+        "chipset": "qualcomm-sa8775",
+        "sm": [],
+        "htp": "v73",
+        "soc_model": None,
+        "hosted": True,
+        "os": "",
+        "profiled_on": "SA8775 (Proxy)",
+    }
+
+
+def test_rendering_names_its_source() -> None:
+    for live in (False, True):
+        console = Console(width=200, file=io.StringIO())
+        console.print(render_devices(list_devices(LIVE if live else None), live=live))
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "Xiaomi 14 Pro" in shown
+        assert ("AI Hub's list of now" in shown) is live

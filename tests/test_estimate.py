@@ -1,0 +1,217 @@
+"""The estimate: its fit by hand, its errors, its refusals, and that it behaves on structures never seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_artifact
+import torch
+from conftest import FULL
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from mobilevd_deploy.artifact import PartialArtifact
+from mobilevd_deploy.devices import find
+from mobilevd_deploy.errors import SpecError, UsageError
+from mobilevd_deploy.estimate import (
+    Calibration,
+    Counts,
+    Row,
+    count_module,
+    count_operations,
+    estimate,
+    estimate_counts,
+    estimate_profile,
+    load_calibration,
+    preset_rewrites,
+)
+from mobilevd_deploy.flops import count_flops
+from mobilevd_deploy.inspection import STRUCTURAL_REWRITES
+from mobilevd_deploy.profiles import render_profile
+from mobilevd_deploy.spec import ModelSpec, load_preset
+
+CHIP = "Snapdragon 8 Gen 3"
+TINY = ModelSpec(
+    name="tiny", frames=4, height=64, width=64, unet=dataclasses.replace(FULL, cross_attention_dim=1024)
+)
+
+
+def calibration(*rows: tuple[float, Counts]) -> Calibration:
+    named = tuple(Row(f"row{i}", ms, counts) for i, (ms, counts) in enumerate(rows))
+    return Calibration(CHIP, 4, 64, 64, "by hand", named, Counts(spatial_linear=762))
+
+
+def test_rate_by_hand() -> None:
+    # Loads 100 and 300 (attention counts twice): 2 and 3 per ms, so the rate is (2 + 3) / (4 + 9).
+    made = calibration((50, Counts(spatial_linear=100)), (100, Counts(100, 0, 0, 0, 80, 20)))
+    assert made.rate() == pytest.approx(5 / 13)
+    errors = made.leave_one_out()
+    assert errors["row0"] == pytest.approx(100 / 3 / 50 - 1)
+    assert errors["row1"] == pytest.approx(300 / 2 / 100 - 1)
+
+
+def test_a_row_that_repeats_itself_would_predict_itself() -> None:
+    presets = [row.preset for row in load_calibration().rows]
+    counts = [row.counts for row in load_calibration().rows]
+    assert len(set(presets)) == len(presets) == 4
+    assert len(set(counts)) == 4
+
+
+def test_calibration_holds_what_is_published() -> None:
+    for row in load_calibration().rows:
+        ladder = load_preset(row.preset).ladder
+        assert ladder is not None
+        assert row.published_ms == ladder.phone_ms
+        assert row.counts.total / 1e12 == pytest.approx(ladder.tflops, rel=0.02)
+
+
+def test_calibration_is_reproduced_by_counting() -> None:
+    """The shipped counts of one row are those of the module tree."""
+    (row,) = (row for row in load_calibration().rows if row.preset == "mobilevd")
+    preset = load_preset("mobilevd")
+    assert count_operations(preset.model, preset_rewrites(preset)) == row.counts
+
+
+def test_leave_one_out_meets_the_goal_and_rows_lie_within_the_error() -> None:
+    made = load_calibration()
+    errors = [abs(error) for error in made.leave_one_out().values()]
+    assert sum(errors) / len(errors) <= 0.08
+    for row in made.rows:
+        found = estimate_counts(row.counts, find(CHIP).chip, made)
+        assert abs(found.ms / row.published_ms - 1) <= found.error_percent / 100
+        assert found.error_percent == pytest.approx(100 * max(errors))
+        assert found.warnings == ()
+
+
+def test_results_file_agrees_with_the_calibration() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "results" / "estimate_calibration.json"
+    written = json.loads(path.read_text())
+    errors = load_calibration().leave_one_out()
+    assert {row["preset"]: row["leave_one_out_error"] for row in written["rows"]} == pytest.approx(errors)
+
+
+@pytest.mark.parametrize("kind", [field.name for field in dataclasses.fields(Counts)])
+def test_every_operation_costs_time(kind: str) -> None:
+    counts = load_calibration().rows[-1].counts
+    more = dataclasses.replace(counts, **{kind: getattr(counts, kind) + 10**11})
+    chip = find(CHIP).chip
+    before, after = (estimate_counts(c, chip, load_calibration()) for c in (counts, more))
+    assert after.ms > before.ms > 0
+    assert sum(after.shares.values()) == pytest.approx(1)
+    assert after.shares[kind] > before.shares[kind]
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temporal_block = nn.Linear(4, 4)
+        self.linear = nn.Linear(4, 6)
+        self.attention = Attention(6, heads=1, dim_head=6)
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.over_time = nn.Conv3d(1, 1, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x: Any) -> Any:
+        x = self.attention(self.linear(self.temporal_block(x)))
+        return self.over_time(self.conv(x[:, None])[:, None])
+
+
+def test_kinds_by_hand() -> None:
+    module = Parts().to("meta")
+    counts = count_module(module, module, torch.empty(2, 5, 4, device="meta"))
+    assert counts == Counts(
+        spatial_convolution=2 * 2 * 2 * (3 * 4) * 9,
+        temporal_convolution=2 * 2 * 2 * (3 * 4) * 3,
+        spatial_linear=2 * 10 * (4 * 6 + 4 * 6 * 6),
+        temporal_linear=2 * 10 * 4 * 4,
+        spatial_attention=2 * 2 * 5 * 5 * (6 + 6),
+    )
+
+
+@pytest.mark.parametrize("rewrites", [(), STRUCTURAL_REWRITES])
+def test_no_operation_is_lost(rewrites: tuple[str, ...]) -> None:
+    from mobilevd_deploy.components import build_component, deploy_contract, input_shapes
+    from mobilevd_deploy.passes import select_passes
+
+    counts = count_operations(TINY, rewrites)
+    assert min(dataclasses.astuple(counts)) > 0
+    with torch.device("meta"):
+        step = deploy_contract(build_component(TINY, "unet"))
+        inputs = [torch.empty(shape) for shape in input_shapes(TINY, "unet").values()]
+    with torch.no_grad():
+        for rewrite in select_passes(rewrites):
+            rewrite.apply(step.unet)  # type: ignore[arg-type]
+    assert counts.total == count_flops(step, *inputs)
+
+
+def test_other_sizes_and_chips_are_refused() -> None:
+    with pytest.raises(UsageError, match="14 frames of 1024x576: there is no estimate"):
+        estimate(load_preset("mobilevd-hd").model, (), CHIP)
+    model = load_preset("mobilevd").model
+    with pytest.raises(UsageError, match="28 frames"):
+        estimate(dataclasses.replace(model, frames=28), (), CHIP)
+    with pytest.raises(UsageError, match="no phone or chip"):
+        estimate(model, (), "Nokia 3310")
+    counts = load_calibration().rows[0].counts
+    with pytest.raises(UsageError, match="Snapdragon 8 Gen 2: the vendor publishes no latency") as caught:
+        estimate_counts(counts, find("Xiaomi 13").chip, load_calibration())
+    assert CHIP in (caught.value.next_step or "")
+
+
+def test_another_chip_is_scaled_with_a_wider_error() -> None:
+    counts = load_calibration().rows[-1].counts
+    here, there = (estimate_counts(counts, find(name).chip, load_calibration()) for name in ("S24", "S25"))
+    assert there.ms / here.ms == pytest.approx(58.1 / 76.2)
+    assert there.error_percent - here.error_percent == pytest.approx(100 * ((127 / 152) / (58.1 / 76.2) - 1))
+    assert "scaled from Snapdragon 8 Gen 3 by 0.76" in there.notes[0]
+    assert here.notes == ()
+    assert there.well_built_ms / here.well_built_ms == pytest.approx(58.1 / 76.2)
+
+
+def test_what_was_not_calibrated_is_said_loudly() -> None:
+    chip, made = find(CHIP).chip, load_calibration()
+    counts = made.rows[-1].counts
+    tenfold = Counts(*(10 * value for value in dataclasses.astuple(counts)))
+    assert "do not trust this number" in estimate_counts(tenfold, chip, made).warnings[0]
+    lopsided = Counts(spatial_convolution=counts.total)
+    assert any("100% of the load" in warning for warning in estimate_counts(lopsided, chip, made).warnings)
+
+
+def test_profile_of_a_preset() -> None:
+    found = estimate_profile("mobilevd", "Xiaomi 14 Pro")
+    assert (found.source, found.asked_for, found.chipset) == ("estimate", "Xiaomi 14 Pro", CHIP)
+    assert found.total_ms == pytest.approx(1780, rel=(found.error_percent or 0) / 100)
+    (unet,) = found.components
+    assert unet.name == "unet"
+    assert unet.ms is not None
+    assert (unet.ms.median, unet.ms.samples) == (found.total_ms, 0)
+    assert json.loads(json.dumps(found.to_dict()))["error_percent"] == found.error_percent
+    assert any("leaving one out" in note for note in found.notes)
+    assert any("time by kind" in note and "spatial attention" in note for note in found.notes)
+    render_profile(found)
+
+
+def test_profile_of_what_is_neither(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no preset"):
+        estimate_profile("nothing", CHIP)
+    with pytest.raises(SpecError):
+        estimate_profile(tmp_path / "none.toml", CHIP)
+
+
+def test_profile_of_an_artifact(tmp_path: Path) -> None:
+    with PartialArtifact(tmp_path / "clip") as partial:
+        manifest = tiny_artifact.build(partial.artifact)
+        passes = tuple(dataclasses.replace(manifest.passes[0], name=name) for name in STRUCTURAL_REWRITES)
+        artifact = partial.finish(dataclasses.replace(manifest, model=TINY.to_dict(), passes=passes))
+    with pytest.raises(UsageError, match="4 frames of 64x64"):
+        estimate_profile(artifact, CHIP)
+    shipped = dataclasses.replace(load_calibration(), frames=4, width=64, height=64)
+    for what in (artifact, tmp_path / "clip"):
+        found = estimate_profile(what, CHIP, shipped)
+        assert found.artifact == "clip"
+        assert found.manifest_sha256 == (tmp_path / "clip" / "manifest.sha256").read_text().split()[0]
+        assert "not quantised" in found.notes[0]
+        assert found.notes[1].startswith("OUTSIDE of the calibration")

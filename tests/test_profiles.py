@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+from tiny_artifact import write_artifact
+
+from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.errors import ArtifactError, SpecError
+from mobilevd_deploy.profiles import (
+    Check,
+    ComponentProfile,
+    Latency,
+    OpTime,
+    Profile,
+    load_profile,
+    load_profiles,
+    profiles_dir,
+    render_profile,
+    save_profile,
+    total_ms,
+)
+
+COMPONENTS = (
+    ComponentProfile(
+        "unet",
+        Latency(1220.5, 1300.25, 1200.0, 100),
+        first_load_ms=900.0,
+        warm_load_ms=300.0,
+        peak_bytes=12_000_000,
+        ops={"NPU": 812, "CPU": 3},
+        slowest=(OpTime("conv_in", "Conv", "NPU", 4.5),),
+        check=Check(41.25),
+    ),
+    ComponentProfile("decoder", Latency(99.5), check=Check(None)),
+)
+PROFILE = Profile(
+    schema_version=1,
+    asked_for="Xiaomi 14 Pro",
+    device="Samsung Galaxy S24 (Family)",
+    chipset="Snapdragon 8 Gen 3",
+    source="hub",
+    created="2025-01-31T12:00:00Z",
+    artifact="tiny",
+    manifest_sha256="0" * 64,
+    components=COMPONENTS,
+    total_ms=total_ms(COMPONENTS),
+    notes=("the clocks may differ",),
+    tools={"qai-hub": "0.56.0"},
+)
+
+
+def shown(profile: Profile) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render_profile(profile))
+    return console.file.getvalue()
+
+
+def test_median_and_p95_leave_the_first_sample_out():
+    latency = Latency.of([900.0, *range(1, 101)])
+    assert latency == Latency(50.5, 95, 1, 101)
+    assert Latency.of([100.0, 4.0, 2.0]) == Latency(3.0, 4.0, 2.0, 3)
+
+
+def test_a_single_sample_stands_for_itself_and_none_is_refused():
+    assert Latency.of([7.0]) == Latency(7.0, 7.0, 7.0, 1)
+    with pytest.raises(SpecError, match="no samples"):
+        Latency.of([])
+
+
+@pytest.mark.parametrize("samples", [[1.0, -2.0], [1.0, float("nan"), 2.0], [1.0, float("inf")]])
+def test_a_sample_that_is_no_time_is_refused(samples):
+    with pytest.raises(SpecError, match="not a time"):
+        Latency.of(samples)
+
+
+def test_the_total_is_the_sum_of_the_medians_or_none():
+    assert total_ms(COMPONENTS) == 1320.0
+    assert total_ms([*COMPONENTS, ComponentProfile("vae_encoder", None, error="no")]) is None
+
+
+def test_a_profile_goes_through_its_file_unchanged_and_beside_the_artifact(tmp_path):
+    artifact = write_artifact(tmp_path / "out")
+    first = save_profile(PROFILE, profiles_dir(artifact))
+    second = save_profile(dataclasses.replace(PROFILE, total_ms=1.0), profiles_dir(artifact))
+    assert first.parent == tmp_path / "out.profiles"
+    assert first != second
+    assert load_profile(first) == PROFILE
+    assert [p.total_ms for p in load_profiles(artifact)] == [1320.0, 1.0]
+    Artifact.open(artifact.root).verify()
+    assert not list(first.parent.glob(".*"))
+
+
+def test_the_json_has_the_promised_keys(tmp_path):
+    values = json.loads(save_profile(PROFILE, tmp_path).read_text())
+    assert {"asked_for", "device", "chipset", "source", "total_ms", "error_percent"} < set(values)
+    assert values["components"][0]["ms"]["median"] == 1220.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "dream"}, "'dream' is not one of"),
+        ({"schema_version": 2}, "schema version 2"),
+        ({"components": []}, "there is none"),
+        ({"extra": 1}, "unknown key 'extra'"),
+        ({"components": [{"name": "unet", "ms": {"median": -1}}]}, "-1.0 is not a time"),
+        ({"components": [{"name": "a", "ms": None}] * 2}, "listed twice"),
+    ],
+)
+def test_a_changed_file_is_refused(tmp_path, change, message):
+    path = save_profile(PROFILE, tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match=message):
+        load_profile(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_a_file_that_is_no_profile_is_refused(tmp_path, content):
+    path = tmp_path / "hub_x.json"
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="hub_x"):
+        load_profile(path)
+
+
+def test_what_a_person_sees():
+    text = shown(PROFILE)
+    for part in (
+        "Xiaomi 14 Pro: measured through Qualcomm AI Hub, on Samsung Galaxy S24 (Family)",
+        "Snapdragon 8 Gen 3",
+        "1,220",
+        "812 NPU, 3 CPU",
+        "41.2 dB",
+        "identical",
+        "conv_in (Conv, NPU) 4.5 ms",
+        "do not add up",
+        "without weights",
+        "note: the clocks may differ",
+        "1,320",
+    ):
+        assert part in text
+    bars = {line.split()[1]: line.count("█") for line in text.splitlines() if "█" in line}
+    assert bars == {"unet": 30, "decoder": 2}
+
+
+def test_an_estimate_shows_its_error_and_a_failure_its_reason():
+    estimate = dataclasses.replace(PROFILE, source="estimate", error_percent=8.0)
+    assert "estimated, not measured" in shown(estimate)
+    assert "± 8 %" in shown(estimate)
+    components = (COMPONENTS[0], ComponentProfile("decoder", None, error="[out of] memory"))
+    broken = dataclasses.replace(PROFILE, components=components, total_ms=total_ms(components))
+    assert "failed: decoder: [out of] memory" in shown(broken)
+    assert broken.errors == ("decoder: [out of] memory",)
