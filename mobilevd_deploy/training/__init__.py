@@ -1,0 +1,1 @@
+"""Training of the demo checkpoint: procedural clips, temporal block pruning, and the staged run."""
