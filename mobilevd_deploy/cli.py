@@ -1,0 +1,560 @@
+"""The command line: parse, call, print. Results on standard output, progress and errors on standard error.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a vendor's tool failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from mobilevd_deploy import __version__
+from mobilevd_deploy.errors import MobileVDError, UsageError, VendorError
+
+if TYPE_CHECKING:
+    from mobilevd_deploy.hub import Run
+    from mobilevd_deploy.profiles import Profile
+    from mobilevd_deploy.progress import Progress
+
+app = typer.Typer(
+    name="mobilevd-deploy",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Take a trained MobileVD checkpoint to a Snapdragon phone.",
+    epilog="Example: [bold]mobilevd-deploy export ckpt.pt -o clip-model[/] and then "
+    "[bold]mobilevd-deploy generate photo.jpg --artifact clip-model -o clip.gif[/]",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Example: [bold]mobilevd-deploy export ckpt.pt --recipe npu-float -o build/clip-model[/]",
+)
+def export(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A .pt or .safetensors checkpoint, or a diffusers folder of Stable Video Diffusion. "
+            "Left out: the demo that comes with the package.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A shipped recipe by name, or a TOML file of your own.")
+    ] = "onnx",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The artifact's folder. [default: CHECKPOINT-RECIPE here]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rewrite, verify and export a checkpoint; the artifact is a folder that holds all that a runner needs.
+
+    Interrupted at any moment, the same command goes on at the last finished stage.
+    """
+    from mobilevd_deploy.data import data_dir
+    from mobilevd_deploy.recipe import load_recipe
+
+    chosen = load_recipe(recipe)
+    checkpoint = checkpoint or data_dir("models") / "demo.safetensors"
+    output = output or Path(f"{checkpoint.resolve().stem}-{chosen.name}")
+    with _progress(quiet or as_json) as progress:
+        progress.say(f"{checkpoint.name} -> {output} by recipe {chosen.name}")
+        from mobilevd_deploy.deploy import deploy
+
+        artifact = deploy(checkpoint, chosen, output, progress)
+    manifest = artifact.manifest
+    if as_json:
+        _print_json({"artifact": str(artifact.root), **json.loads(manifest.to_json())})
+        return
+    drifts = [value for value in manifest.drift["onnx"].values() if value is not None]
+    worst = f"{min(drifts):.0f} dB" if drifts else "identical"
+    parameters = sum(c.parameters for c in manifest.components) / 1e6
+    tflops = sum(c.flops for c in manifest.components) / 1e12
+    print(f"{artifact.root}: {artifact.bytes / 1e6:.1f} MB, {parameters:.1f} M parameters,", end=" ")
+    print(f"{tflops:.3g} TFLOPs a clip, {worst} from the trained network")
+    print(f"look at {artifact.root / 'report.html'}")
+
+
+@app.command(
+    epilog="Example: [bold]mobilevd-deploy generate photo.jpg -a build/clip-model -o clip.mp4 --seed 7[/]",
+)
+def generate(
+    image: Annotated[
+        Path, typer.Argument(help="Any picture; it is scaled and cropped to fit.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="clip.gif, clip.mp4, or sheet.png.")] = Path(
+        "clip.gif"
+    ),
+    artifact: Annotated[
+        Path | None,
+        typer.Option(
+            "--artifact", "-a", help="An exported artifact. [default: the newest here]", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same clip everywhere.")
+    ] = 0,
+    frames_dir: Annotated[
+        Path | None, typer.Option(help="Also write every frame as PNG into this folder.", show_default=False)
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Also write input and frames side by side as PNG.", show_default=False)
+    ] = None,
+    scale: Annotated[int, typer.Option(min=1, max=16, help="Enlarge the clip by this factor.")] = 1,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--provider",
+            "-p",
+            help="onnxruntime execution provider, best first. [default: CPU]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a moving clip from one picture with an exported artifact."""
+    from mobilevd_deploy import media
+    from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.pipeline import Pipeline
+
+    media.check_clip_path(output)
+    if sheet:
+        media.check_sheet_path(sheet)
+    if frames_dir:
+        media.check_frames_folder(frames_dir)
+    opened = Artifact.open(artifact) if artifact else find_newest(Path())
+    spec = opened.manifest.pipeline
+    picture = media.read_picture(image, spec.width, spec.height)
+    with _progress(quiet or as_json) as progress:
+        progress.say(picture.done)
+        pipeline = Pipeline.open(opened, tuple(provider) if provider else ("CPUExecutionProvider",))
+        frames = media.enlarge(pipeline.generate(picture.pixels, seed, progress), scale)
+    media.write_clip(frames, output, spec.fps)
+    written = [output]
+    if frames_dir:
+        written += media.write_frames(frames, frames_dir)
+    if sheet:
+        first, clip = media.to_uint8(media.enlarge(picture.pixels, scale)), media.to_uint8(frames)
+        # Two rows of frames: fourteen pictures side by side fit no screen.
+        half = (len(clip) + 1) // 2
+        rows = [("input", first), (f"{output.name}, seed {seed}", clip[:half])]
+        media.write_sheet(rows + [("", clip[half:])] * (half < len(clip)), sheet)
+        written.append(sheet)
+    if as_json:
+        _print_json(
+            {
+                "artifact": str(opened.root),
+                "clip": str(output),
+                "written": [str(path) for path in written],
+                "picture": picture.done,
+                "seed": seed,
+                "frames": spec.frames,
+                "fps": spec.fps,
+            }
+        )
+        return
+    size = f"{spec.width * scale}x{spec.height * scale}"
+    print(f"{output}: {spec.frames} frames of {size} at {spec.fps} fps, seed {seed}")
+
+
+@app.command(
+    epilog="Examples: [bold]mobilevd-deploy inspect ckpt.pt[/], [bold]inspect mobilevd[/], "
+    "[bold]inspect --ladder --json[/]",
+)
+def inspect(
+    what: Annotated[
+        str | None, typer.Argument(help="A checkpoint, preset or artifact.", show_default=False)
+    ] = None,
+    ladder: Annotated[
+        bool, typer.Option("--ladder", help="The published ablation beside ours, all presets.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show structure, blocks kept and dropped, funnels, parameters and FLOPs."""
+    if (what is None) == (not ladder):
+        raise UsageError("name one thing to inspect, or --ladder", next_step="mobilevd-deploy inspect --help")
+    from mobilevd_deploy import inspection
+
+    result: Any
+    if ladder:
+        with _progress(as_json) as progress:
+            result = inspection.ladder(progress)
+        shown = inspection.render_ladder(result)
+    else:
+        assert what is not None
+        result = inspection.inspect(what)
+        shown = inspection.render_inspection(result)
+    if as_json:
+        _print_json(result)
+        return
+    _print_rich(shown)
+
+
+@app.command(epilog="Example: [bold]mobilevd-deploy diff build/clip-model build/clip-model-npu[/]")
+def diff(
+    a: Annotated[Path, typer.Argument(help="An artifact.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    all_rows: Annotated[bool, typer.Option("--all", help="Equal quantities too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare two artifacts: size, parameters, FLOPs, op counts, drift."""
+    from mobilevd_deploy.artifact import Artifact
+    from mobilevd_deploy.artifact import diff as compare
+
+    rows = compare(Artifact.open(a), Artifact.open(b))
+    if as_json:
+        # JSON has no infinity; a drift of inf means identical outputs.
+        shown: dict[float | None, Any] = {math.inf: "identical"}
+        _print_json(
+            [
+                vars(r) | {"a": shown.get(r.a, r.a), "b": shown.get(r.b, r.b), "equal": r.a == r.b}
+                for r in rows
+            ]
+        )
+        return
+    from rich.table import Table
+
+    table = Table("component", "quantity", str(a), str(b), "change", title_justify="left")
+    for row in rows:
+        if all_rows or row.a != row.b:
+            table.add_row(
+                row.component or "whole", row.quantity, _number(row.a), _number(row.b), _change(row.a, row.b)
+            )
+    _print_rich(table if table.row_count else "no difference in size, parameters, FLOPs, ops or drift")
+
+
+@app.command(
+    epilog='Examples: [bold]mobilevd-deploy profile --device "Xiaomi 14 Pro" --compile-on hub[/], '
+    "[bold]profile --resume[/]",
+)
+def profile(
+    artifact: Annotated[
+        str | None,
+        typer.Argument(
+            help="An exported artifact; for --estimate also a preset. [default: the newest here]",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", "-d", help="A phone or chip by name; may be repeated.", show_default=False),
+    ] = None,
+    components: Annotated[
+        str | None, typer.Option(help="Only these, separated by commas. [default: all]", show_default=False)
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=2, max=10_000, help="Calls that are timed on the device.")
+    ] = 100,
+    compile_on: Annotated[
+        Literal["hub"] | None,
+        typer.Option(help="hub: its compiler makes the binary, from the ONNX files.", show_default=False),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also run it on the device on real inputs, and compare.")
+    ] = False,
+    image: Annotated[
+        Path | None, typer.Option(help="The check's picture. [default: a pattern]", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that was interrupted, or not waited for.")
+    ] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Submit, and leave the waiting to --resume.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Measure nothing: estimate, with the error beside it.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure an artifact on a hosted Snapdragon phone, through Qualcomm AI Hub.
+
+    What was uploaded or submitted is written down beside the artifact, so an interrupted run loses nothing.
+    Without the hub's client or a token for it, the latency is estimated.
+    With --json one device gives an object, several give a list.
+    """
+    from mobilevd_deploy.artifact import Artifact, find_newest
+
+    if resume and (device or components or compile_on or check or image or no_wait or estimate):
+        raise UsageError("--resume goes on with what was asked for", next_step="leave the other options out")
+    if image and not check:
+        raise UsageError("--image is the picture of --check", next_step="add --check, or leave --image out")
+    if estimate:
+        if components or compile_on or check or no_wait:
+            raise UsageError("--estimate runs nothing on a device", next_step="leave the other options out")
+        _show_profiles(_estimate(artifact, device), as_json)
+        return
+    from mobilevd_deploy import hub
+
+    opened = Artifact.open(artifact) if artifact else find_newest(Path())
+    request = hub.Request(
+        tuple(device or ()),
+        tuple(name.strip() for name in components.split(",")) if components else (),
+        samples,
+        compile=compile_on == "hub",
+        check=check,
+        image=str(image.resolve()) if image else None,
+    )
+    try:
+        with _progress(quiet or as_json) as progress:
+            progress.say(f"profiling {opened.root}")
+            outcome = hub.profile_on_hub(
+                opened,
+                None if resume else request,
+                hub.Hub.open(progress),
+                progress,
+                wait=not no_wait,
+            )
+    except hub.NotConfiguredError as error:
+        if resume:
+            raise
+        _show_profiles(_estimate(str(opened.root), device, error), as_json)
+        return
+    except KeyboardInterrupt:
+        go_on = f"mobilevd-deploy profile {opened.root} --resume"
+        _fail("interrupted; jobs that were submitted go on without us", go_on, 130, as_json)
+        return
+    if not no_wait:
+        _show_profiles(outcome.profiles, as_json)
+    elif as_json:
+        _print_json(dataclasses.asdict(outcome.run))
+    else:
+        _print_rich(_job_table([outcome.run]))
+        print(f"fetch the results with: mobilevd-deploy profile {opened.root} --resume")
+
+
+@app.command(epilog="Example: [bold]mobilevd-deploy jobs build/clip-model[/]")
+def jobs(
+    artifact: Annotated[
+        Path | None,
+        typer.Argument(help="An exported artifact. [default: the newest here]", show_default=False),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="As last written down; ask the hub nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the jobs that `profile` submitted for an artifact, and how they stand."""
+    from mobilevd_deploy import hub
+    from mobilevd_deploy.artifact import Artifact, find_newest
+
+    opened = Artifact.open(artifact) if artifact else find_newest(Path())
+    with _progress(as_json) as progress:
+        runs = hub.refresh_jobs(opened, None if offline else hub.Hub.open(progress))
+    if as_json:
+        _print_json([dataclasses.asdict(run) for run in runs])
+        return
+    _print_rich(_job_table(runs) if runs else f"{opened.root}: no jobs were submitted")
+
+
+@app.command(epilog='Examples: [bold]mobilevd-deploy devices "Xiaomi 14 Pro"[/], [bold]devices --hub[/]')
+def devices(
+    name: Annotated[
+        str | None, typer.Argument(help="A phone or chip: only phones with its chip.", show_default=False)
+    ] = None,
+    from_hub: Annotated[bool, typer.Option("--hub", help="Ask AI Hub what it hosts now.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List phones, their chips and HTP versions, and on which hosted phone each is profiled."""
+    from mobilevd_deploy.devices import find, list_devices, render_devices
+
+    chip = find(name).chip.name if name else None
+    hosted = None
+    if from_hub:
+        from mobilevd_deploy.hub import Hub
+
+        with _progress(as_json) as progress:
+            hosted = Hub.open(progress).devices()
+    rows = [row for row in list_devices(hosted) if chip in (None, row["chipset"])]
+    if as_json:
+        _print_json(rows)
+        return
+    _print_rich(render_devices(rows, live=from_hub))
+
+
+@app.command(
+    "train-demo",
+    epilog="Example: [bold]mobilevd-deploy train-demo -o mine.safetensors[/] (under 90 minutes on 2 cores)",
+)
+def train_demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.")] = Path(
+        "demo.safetensors"
+    ),
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the resumable state. [default: OUTPUT.work]", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of clips and weights.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Train the demo checkpoint on synthetic clips; an interrupted run goes on where it was."""
+    from mobilevd_deploy.training.train_demo import report_on_stderr
+    from mobilevd_deploy.training.train_demo import train_demo as train
+
+    report = (lambda _: None) if quiet else report_on_stderr
+    train(output, work=work or output.with_suffix(".work"), seed=seed, device=device, progress=report)
+    print(output)
+
+
+def main() -> None:
+    """Run the command line; every error of ours becomes a sentence and an exit code."""
+    as_json = "--json" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.stdout.flush()  # here, where a reader that went away is noticed
+        sys.exit(code)
+    except MobileVDError as error:
+        _fail(error.what, error.next_step, error.exit_code, as_json)
+    except typer.TyperException as error:
+        usage = cast(Any, error)
+        if as_json:
+            _fail(usage.format_message(), "the same with --help shows how", 2, as_json)
+        usage.show()  # what and where, as typer puts it
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", "run the same command again to go on", 130, as_json)
+    except BrokenPipeError:
+        # Python flushes once more as it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a path that the system refuses where nobody expected it
+        _fail(str(error), "check the path and its permissions", 1, as_json)
+    except MemoryError:
+        _fail("not enough memory", "close other programs, or use a machine with more", 1, as_json)
+
+
+def _fail(what: str, next_step: str | None, code: int, as_json: bool) -> None:
+    if as_json:
+        _print_json({"error": what, "next_step": next_step, "exit_code": code})
+    print(f"error: {what}", file=sys.stderr)
+    if next_step:
+        print(f" next: {next_step}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _progress(quiet: bool) -> Progress:
+    from mobilevd_deploy.progress import make_progress
+
+    return make_progress(quiet=quiet)
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2, default=str, allow_nan=False))
+
+
+def _print_rich(renderable: Any) -> None:
+    from rich.console import Console
+
+    # Rich wraps to 80 columns where nobody looks; a log or a file deserves the whole table.
+    Console(width=None if sys.stdout.isatty() else 160).print(renderable)
+
+
+def _estimate(
+    artifact: str | None, devices: list[str] | None, unmeasured: VendorError | None = None
+) -> list[tuple[Path | None, Profile]]:
+    """Estimate on every device; of an artifact it is stored. `unmeasured`: why nothing could be measured."""
+    from mobilevd_deploy.artifact import MANIFEST, Artifact, find_newest
+    from mobilevd_deploy.estimate import estimate_profile
+    from mobilevd_deploy.profiles import profiles_dir, save_profile
+
+    what: Artifact | str
+    if artifact is None:
+        what = find_newest(Path())
+    else:
+        what = Artifact.open(artifact) if (Path(artifact) / MANIFEST).exists() else artifact
+    if not devices:
+        raise UsageError("no device is named", next_step='for example --device "Xiaomi 14 Pro"')
+    found: list[tuple[Path | None, Profile]] = []
+    for device in devices:
+        try:
+            profile = estimate_profile(what, device)
+        except UsageError as error:
+            if unmeasured is None:
+                raise
+            reasons = f"{unmeasured.what}, and there is no estimate: {error.what}"
+            raise VendorError(reasons, next_step=unmeasured.next_step) from error
+        if unmeasured is not None:
+            note = f"nothing was measured: {unmeasured.what}; {unmeasured.next_step}"
+            profile = dataclasses.replace(profile, notes=(note, *profile.notes))
+        path = save_profile(profile, profiles_dir(what)) if isinstance(what, Artifact) else None
+        found.append((path, profile))
+    return found
+
+
+def _show_profiles(profiles: Sequence[tuple[Path | None, Profile]], as_json: bool) -> None:
+    """Print profiles; what failed in them decides the exit code."""
+    from mobilevd_deploy.profiles import render_profile
+
+    if as_json:
+        values = [profile.to_dict() | {"file": path} for path, profile in profiles]
+        _print_json(values[0] if len(values) == 1 else values)
+    else:
+        for path, profile in profiles:
+            _print_rich(render_profile(profile))
+            if path is not None:
+                print(path)
+    failed = [error for _, profile in profiles for error in profile.errors]
+    if failed and as_json:
+        sys.exit(VendorError.exit_code)
+    if failed:
+        raise VendorError("; ".join(dict.fromkeys(failed)), next_step="profile again once that is mended")
+
+
+def _job_table(runs: Sequence[Run]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("run", "component", "job", "device", "state", "id", "page")
+    for run in runs:
+        for job in run.jobs:
+            state = job.state if job.reason is None else f"{job.state}: {job.reason}"
+            cells = (run.begun, job.component, job.kind, job.device, state, job.id, job.url)
+            table.add_row(*map(Text, cells))
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None or value == math.inf:
+        return "-" if value is None else "identical"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+
+
+def _change(a: float | None, b: float | None) -> str:
+    return f"{b / a - 1:+.1%}" if a and b and a < math.inf and b < math.inf else ""
+
+
+if __name__ == "__main__":
+    main()
