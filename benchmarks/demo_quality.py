@@ -1,0 +1,71 @@
+"""How good the demo's clips are, on seeds that it was never trained on: writes results/demo_quality.json.
+
+    python benchmarks/demo_quality.py --artifact build/demo/artifact [--clips 200]
+
+Each held-out clip's first frame goes through the artifact; frames 2 to 14 are compared with the truth, and so
+is "repeat the first frame". A minute on two cores. It also writes README's contact sheet (generated above
+truth) and animation: results/demo_sheet.png and results/demo_clip.gif.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from _common import RESULTS, write_result
+
+from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.media import enlarge, to_uint8, write_clip, write_sheet
+from mobilevd_deploy.pipeline import Pipeline
+from mobilevd_deploy.training.clips import HELD_OUT, Clip, make_clip
+from mobilevd_deploy.training.quality import score, summarise
+
+SEED = 0  # of the clips; clip i gets noise seed i
+SHOWN = 6  # clips in the pictures, the first ones: not chosen for their looks
+MOMENTS = (0, 3, 6, 9, 13)  # frames in the contact sheet
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--artifact", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=200)
+    arguments = parser.parse_args()
+
+    artifact = Artifact.open(arguments.artifact)
+    clips = [make_clip(SEED, HELD_OUT + i) for i in range(arguments.clips)]
+    made = Pipeline.open(artifact).generate_all((picture(clip), i) for i, clip in enumerate(clips))
+    scores = [score(clip, to_uint8(frames)) for clip, frames in zip(clips, made, strict=True)]
+    values = summarise(scores)
+    for name, value in values.items():
+        print(f"{name:36}{value:10.3f}")
+    manifest = artifact.manifest
+    held_out = {"stream": SEED, "first_index": HELD_OUT, "clips": len(clips)}
+    source = {"model": manifest.model["name"], "checkpoint_sha256": manifest.source.sha256}
+    write_result("demo_quality", {"artifact": source, "held_out": held_out, "values": values})
+    write_pictures(clips[:SHOWN], made[:SHOWN])
+
+
+def picture(clip: Clip) -> npt.NDArray[np.float32]:
+    """Return the first frame as the pipeline takes it: (1, 3, H, W) in [-1, 1]."""
+    return (clip.frames[:1].transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
+
+
+def write_pictures(clips: list[Clip], made: list[npt.NDArray[np.float32]]) -> None:
+    """Write demo_sheet.png, and demo_clip.gif: four clips at twice their size."""
+    rows: list[tuple[str, npt.NDArray[np.uint8]]] = []
+    for clip, frames in zip(clips, made, strict=True):
+        chosen = list(MOMENTS)
+        rows.append(("", np.concatenate([clip.frames[:1], to_uint8(frames[chosen])])))
+        rows.append(("", np.concatenate([clip.frames[:1], clip.frames[chosen]])))
+    moments = ", ".join(str(moment + 1) for moment in MOMENTS)
+    rows[0] = (f"input; then frames {moments}: generated above truth", rows[0][1])
+    write_sheet(rows, RESULTS / "demo_sheet.png")
+    halves = [np.concatenate(made[side:4:2], axis=2) for side in (0, 1)]
+    write_clip(enlarge(np.concatenate(halves, axis=3), 2), RESULTS / "demo_clip.gif", fps=7)
+
+
+if __name__ == "__main__":
+    main()

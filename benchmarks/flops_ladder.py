@@ -1,0 +1,24 @@
+"""The paper's ablation beside ours: writes results/flops_ladder.json and prints the table.
+
+    python benchmarks/flops_ladder.py
+
+Counts on module trees without weights: half a minute, no GPU, no downloads.
+"""
+
+from __future__ import annotations
+
+from _common import write_result
+from rich.console import Console
+
+from mobilevd_deploy.inspection import LADDER_NOTES, ladder, render_ladder
+
+
+def main() -> None:
+    """Count all rows, write them with the notes that explain the deviations, and print them."""
+    rows = ladder()
+    Console().print(render_ladder(rows))
+    write_result("flops_ladder", {"rows": rows, "notes": list(LADDER_NOTES)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What becomes of a run when AI Hub is down for long: writes results/hub_faults.json and prints the table.
+
+    python benchmarks/hub_faults.py
+
+The vendor's client retries such faults for up to six minutes, too long for the tests. Here every fault gets
+a process of its own, a loopback server and the real client: the run must end with one clear error (exit code
+3), and after the service has come back `--resume` must finish it without a second upload. No account, no
+network; the only numbers kept are how long the client retries.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _common import write_result
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from hub_server import S24, TOKEN, Fault, HubServer
+from tiny_artifact import write_artifact
+
+from mobilevd_deploy.errors import VendorError
+from mobilevd_deploy.hub import Hub, Request, profile_on_hub
+from mobilevd_deploy.profiles import profiles_dir
+
+FAULTS: dict[str, Callable[[HubServer], Fault]] = {
+    "too many calls, list of devices": lambda _: Fault("GET .*devices", status=429),
+    "too many calls, submitting": lambda _: Fault("POST .*jobs", status=429),
+    "internal error, list of devices": lambda _: Fault("GET .*devices", status=500),
+    "internal error, submitting": lambda _: Fault("POST .*jobs", status=500),
+    "unavailable while waiting": lambda _: Fault("GET .*jobs/j", status=503, after=6),
+    "store unavailable in mid-upload": lambda _: Fault("PUT /part/m0004", status=503, after=1),
+    "store cuts the line in mid-upload": lambda _: Fault("PUT /part/m0004", after=1),
+    "service dies in mid-upload": lambda server: Fault("PUT /part/m0004/1", times=1, act=server.stop),
+    "service dies while submitting": lambda server: Fault("POST .*jobs", times=1, after=1, act=server.stop),
+    "service dies while waiting": lambda server: Fault("GET .*jobs/j", times=1, after=5, act=server.stop),
+}
+
+
+def suffer(name: str, results: multiprocessing.Queue[dict[str, Any]]) -> None:
+    """Run into a fault, come back, and report what happened."""
+    with tempfile.TemporaryDirectory() as folder, HubServer() as server:
+        os.environ["QAIHUB_CLIENT_INI"] = str(server.ini(Path(folder) / "client.ini"))
+        artifact = write_artifact(Path(folder) / "tiny")
+        hub = Hub.open()
+        server.faults.append(FAULTS[name](server))
+        begun = time.monotonic()
+        row: dict[str, Any] = {"fault": name, "error": None}
+        try:
+            profile_on_hub(artifact, Request((S24,), compile=True), hub, poll_seconds=0.05)
+        except VendorError as error:
+            row |= {"error": error.what, "next_step": error.next_step, "exit_code": error.exit_code}
+        row["seconds_until_error"] = round(time.monotonic() - begun, 1)
+        server.faults.clear()
+        server.stop()
+        server.start()
+        # Before a run has begun there is nothing to resume: the list of devices is its first call.
+        begun_before = (profiles_dir(artifact) / "ledger.json").exists()
+        request = None if begun_before else Request((S24,), compile=True)
+        outcome = profile_on_hub(artifact, request, hub, poll_seconds=0.05)
+        files = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".ini"]
+        row |= {
+            "resumed": outcome.run.finished and not outcome.profiles[0][1].errors,
+            "uploads": len(server.uploaded),
+            "token_shown": any(TOKEN.encode() in path.read_bytes() for path in files)
+            or TOKEN in json.dumps(row),
+        }
+        results.put(row)
+
+
+def main() -> None:
+    """Suffer all faults at once, and fail unless every one ended as promised."""
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[dict[str, Any]] = context.Queue()
+    names = sys.argv[1:] or list(FAULTS)
+    processes = [context.Process(target=suffer, args=(name, results)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    rows = [results.get() for process in processes if process.exitcode == 0]
+    rows.sort(key=lambda row: names.index(row["fault"]))
+    table = Table("fault", "seconds until the error", "error", "uploads of 4", "resumed")
+    for row in rows:
+        table.add_row(
+            row["fault"],
+            str(row["seconds_until_error"]),
+            row["error"],
+            str(row["uploads"]),
+            str(row["resumed"]),
+        )
+    Console().print(table)
+    kept = all(r["error"] and r["resumed"] and r["uploads"] == 4 and not r["token_shown"] for r in rows)
+    if len(rows) < len(names) or not kept:
+        sys.exit("a fault did not end as promised")
+    if names == list(FAULTS):
+        write_result("hub_faults", {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
