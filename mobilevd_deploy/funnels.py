@@ -27,11 +27,12 @@ def funnel_width(width: int, r: float) -> int:
 class SqueezedLinear(nn.Linear):
     """A linear layer whose output each head squeezes: (..., heads * d) -> (..., heads * inner).
 
-    `weight` and `bias` are those of the plain layer, `squeeze` is (heads, inner, d).
+    `weight` and `bias` are those of `base`, shared; `squeeze` is (heads, inner, d).
     """
 
     def __init__(self, base: nn.Linear, heads: int, inner: int) -> None:
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, **_placement(base))
+        super().__init__(base.in_features, base.out_features, device="meta")  # holds nothing of its own
+        self.weight, self.bias = base.weight, base.bias
         self.squeeze = nn.Parameter(base.weight.new_zeros(heads, inner, base.out_features // heads))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -54,11 +55,12 @@ class SqueezedLinear(nn.Linear):
 class WidenedLinear(nn.Linear):
     """A linear layer whose input each head widens first: (..., heads * inner) -> (..., out).
 
-    `weight` and `bias` are those of the plain layer, `widen` is (heads, d, inner).
+    `weight` and `bias` are those of `base`, shared; `widen` is (heads, d, inner).
     """
 
     def __init__(self, base: nn.Linear, heads: int, inner: int) -> None:
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, **_placement(base))
+        super().__init__(base.in_features, base.out_features, device="meta")  # holds nothing of its own
+        self.weight, self.bias = base.weight, base.bias
         self.widen = nn.Parameter(base.weight.new_zeros(heads, base.in_features // heads, inner))
 
     def forward(self, input: Tensor) -> Tensor:

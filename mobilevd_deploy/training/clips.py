@@ -19,11 +19,11 @@ import numpy.typing as npt
 HELD_OUT = 1_000_000_000
 """Clips from this index on are never trained on."""
 
-_LENGTHS = (30.0, 20.0)  # px from nose to tail
-_SPEEDS = (1.7, 3.4)  # px per frame, for the length above
+_LENGTHS = (32.0, 24.0)  # px from nose to tail
+_SPEEDS = (1.5, 3.0)  # px per frame, for the length above
 _DIRECTIONS = 8
 _AIR = 1.0  # px between a dart's nose and the wall when it turns
-_EDGE = 1.7  # px over which an edge fades
+_EDGE = 2.0  # px over which an edge fades
 
 
 @dataclass(frozen=True)

@@ -54,16 +54,16 @@ class Budget:
     """How much is drawn, and how many steps each stage takes; batches count frames (autoencoder) or clips."""
 
     clips: int = 10_000
-    autoencoder_steps: int = 800
+    autoencoder_steps: int = 1_200
     autoencoder_batch: int = 16
     autoencoder_lr: float = 0.004
-    explore_steps: int = 900
-    finetune_steps: int = 850
+    explore_steps: int = 800
+    finetune_steps: int = 2_200
     unet_batch: int = 8
     explore_lr: float = 0.01
     finetune_lr: float = 0.006
     kept_temporal_blocks: int = 8
-    pixel_share: float = 0.25  # of the finetuning steps, the last ones, that look at pixels too
+    pixel_share: float = 0.4  # of the finetuning steps, the last ones, that look at pixels too
     save_every_s: float = 60.0
 
 
@@ -181,7 +181,7 @@ class _Run:
         return self._fill("clips", "frames.npy", shape, np.dtype(np.uint8), draw)
 
     def train_autoencoder(self, frames: np.ndarray[Any, Any]) -> tuple[nn.Module, nn.Module]:
-        """Train the vae_encoder and the decoder on frames; mean squared error, latents slightly noisy."""
+        """Train the vae_encoder and the decoder on frames, sharp edges asked for, latents slightly noisy."""
         encoder, decoder = self._build("vae_encoder"), self._build("decoder")
         scaling_factor = self.spec.decoder.scaling_factor
         flat = frames.reshape(-1, *frames.shape[2:])
@@ -195,7 +195,7 @@ class _Run:
             restored = decoder((latents + _LATENT_NOISE * deviation * noise) * scaling_factor)
             # The small weight on the latents keeps their mean near 0.
             error = F.mse_loss(restored, image) + 0.02 * F.l1_loss(restored, image)
-            return error + 0.1 * _edge_loss(restored, image) + 1e-4 * latents.square().mean()
+            return error + 0.1 * _detail_loss(restored, image) + 1e-4 * latents.square().mean()
 
         def finish() -> None:
             # Rescaling a latent channel changes no picture, and makes scaling_factor right by construction.
@@ -293,8 +293,7 @@ class _Run:
             moments = torch.randint(1, self.spec.frames, rows.shape, generator=generator)
             shown = decoder(predicted[rows, moments])
             truth = self._pixels(frames[chosen[rows].numpy(), moments.numpy()])
-            edges = _edge_loss(shown, truth) + 2 * _energy_loss(shown, truth)
-            return 0.3 * latent_loss + 8 * F.mse_loss(shown, truth) + edges
+            return 0.3 * latent_loss + 8 * F.mse_loss(shown, truth) + _detail_loss(shown, truth)
 
         with _without_pruned_blocks(unet):
             running: dict[str, nn.Module] = {
@@ -469,21 +468,20 @@ def _without_pruned_blocks(unet: MobileVDUNet) -> Iterator[None]:
             unet.set_submodule(path, block)
 
 
-def _edge_loss(shown: Tensor, truth: Tensor) -> Tensor:
-    """Mean absolute difference of the horizontal and vertical image gradients, (N, 3, H, W)."""
-    return F.l1_loss(shown.diff(dim=-1), truth.diff(dim=-1)) + F.l1_loss(
-        shown.diff(dim=-2), truth.diff(dim=-2)
-    )
+def _detail_loss(shown: Tensor, truth: Tensor) -> Tensor:
+    """How far the image gradients are off, one by one and in their strength, (N, 3, H, W).
 
+    The strength is the root mean square over windows of 8x8 px: unlike the gradients themselves, it can
+    not be pleased with a blur.
+    """
 
-def _energy_loss(shown: Tensor, truth: Tensor) -> Tensor:
-    """Difference of gradient strengths, each the root mean square over a window of 8x8 px."""
-
-    def strength(x: Tensor) -> Tensor:
-        energy = x.diff(dim=-1)[..., 1:, :].square() + x.diff(dim=-2)[..., 1:].square()
+    def strength(across: Tensor, down: Tensor) -> Tensor:
+        energy = across[..., 1:, :].square() + down[..., 1:].square()
         return F.avg_pool2d(energy, 8, stride=4).mean(dim=1).add(1e-4).sqrt()
 
-    return F.l1_loss(strength(shown), strength(truth))
+    (across, down), (true_across, true_down) = ((x.diff(dim=-1), x.diff(dim=-2)) for x in (shown, truth))
+    edges = F.l1_loss(across, true_across) + F.l1_loss(down, true_down)
+    return edges + 3 * F.l1_loss(strength(across, down), strength(true_across, true_down))
 
 
 def _ramp(x: float, x0: float, x1: float, y0: float, y1: float) -> float:
