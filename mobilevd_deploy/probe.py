@@ -31,16 +31,22 @@ class Probe:
 
 
 def make_probe(
-    inputs: Sequence[TensorSpec], seed: int, reference: Callable[[Tensors], Mapping[str, npt.ArrayLike]]
+    inputs: Sequence[TensorSpec],
+    seed: int,
+    reference: Callable[[Tensors], Mapping[str, npt.ArrayLike]],
+    given: Mapping[str, npt.NDArray[np.generic]] | None = None,
 ) -> Probe:
     """Make inputs from `seed`, run `reference` on them and keep both.
 
-    Input i uses noise stream i: uniform over the spec's range where it has one, standard normal otherwise.
+    Inputs in `given` are taken from there. Of the others, input i uses noise stream i: uniform over the
+    spec's range where it has one, standard normal otherwise.
     """
     values: Tensors = {}
     for stream, spec in enumerate(inputs):
-        if spec.range is None:
-            value: npt.NDArray[np.generic] = unit_noise(seed, stream, spec.shape)
+        if given is not None and spec.name in given:
+            value: npt.NDArray[np.generic] = given[spec.name]
+        elif spec.range is None:
+            value = unit_noise(seed, stream, spec.shape)
         else:
             low, high = spec.range
             value = low + (high - low) * uniform(seed, stream, spec.shape)
