@@ -13,7 +13,7 @@ demo: $(READY)  ## export the bundled checkpoint and make a clip from a picture
 	  --output build/demo/clip.gif --sheet build/demo/sheet.png
 
 test: check  ## everything that CI runs
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(READY)  ## report style and type errors
 	$(BIN)/ruff check $(SOURCES)
