@@ -4,6 +4,8 @@ Recipe                 one TOML file of export/, or of the user's
 ├── passes             names of the exact rewrites, in running order
 ├── graph: GraphForms  equivalent ways to write the same network; what is fastest differs by target
 ├── onnx: OnnxOptions
+├── quant: QuantScheme  bits, ranges and calibration; absent: the network stays in floats
+├── npu: NpuOptions     chips to compile for, and how; absent: the artifact ends with ONNX
 └── floors: Floors     below these the export fails
 """
 
@@ -63,16 +65,88 @@ class OnnxOptions:
 
 
 @dataclass(frozen=True)
+class QuantRule:
+    """Other bits for the modules whose path matches `modules` (shell wildcards); None: as the scheme says.
+
+    32 bits mean float. The first rule that matches a module decides.
+    """
+
+    modules: str
+    weights: Literal[4, 8, 16, 32] | None = None
+    activations: Literal[8, 16, 32] | None = None
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How AIMET quantises: symmetric weights per output channel, asymmetric activations per tensor.
+
+    `headroom` stretches the calibrated ranges of 16-bit activations, which have resolution to spare and
+    clip what calibration did not see. `samples` pictures calibrate, drawn by `seed`.
+    """
+
+    weights: Literal[4, 8] = 8
+    activations: Literal[8, 16] = 16
+    headroom: float = 1.25
+    samples: int = 8
+    seed: int = 0
+    rules: tuple[QuantRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.headroom <= 4:
+            raise SpecError(f"quant.headroom: {self.headroom} is not from 1 to 4")
+        if self.samples < 1:
+            raise SpecError(f"quant.samples: {self.samples} is less than 1")
+
+
+@dataclass(frozen=True)
+class NpuOptions:
+    """What the Hexagon compiler is told.
+
+    `targets` are part numbers of devices.toml ("SM8650"). `optimization_mode` is QNN's
+    htp_graph_finalization_optimization_mode. Operations that run in float32 although the graph asks for
+    integers, or tensors narrower than asked, fail the export unless their name matches `allow`.
+    """
+
+    targets: tuple[str, ...] = ("SM8650",)
+    optimization_mode: Literal[0, 1, 2, 3] = 3
+    vtcm_mb: int = 8
+    allow: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise SpecError("npu.targets: there is none")
+        if twice := sorted({name for name in self.targets if self.targets.count(name) > 1}):
+            raise SpecError(f"npu.targets: {twice[0]!r} is named twice")
+        if self.vtcm_mb < 0:
+            raise SpecError(f"npu.vtcm_mb: {self.vtcm_mb} is negative")
+
+
+@dataclass(frozen=True)
 class Floors:
-    """Least SQNR in dB against the trained network in float32: after the rewrites, after the export."""
+    """Below these the export fails. SQNR against the trained network in float32 unless it says otherwise.
+
+    `rewrite_sqnr_db`, `onnx_sqnr_db`: after the rewrites, after the float export. `quantised_sqnr_db`: of
+    each component on calibration-like inputs that it did not see. `clip_psnr_db`: of the clip of the
+    quantised pipeline against the float clip. `conditioning`: of how much an output answers to a change of
+    one input, quantised over float; it may be at most the inverse too. `simulator_db`: SQNR of a binary on
+    the HTP simulator against AIMET's own simulation, with 16-bit activations. `float16_sqnr_db`: of a float16
+    binary on the simulator against the float run.
+    """
 
     rewrite_sqnr_db: float = 90.0
     onnx_sqnr_db: float = 90.0
+    quantised_sqnr_db: float = 25.0
+    clip_psnr_db: float = 30.0
+    conditioning: float = 0.8
+    simulator_db: float = 50.0
+    float16_sqnr_db: float = 35.0
 
     def __post_init__(self) -> None:
         for name, floor in dataclasses.asdict(self).items():
             if not math.isfinite(floor):
                 raise SpecError(f"floors.{name}: {floor} is not a finite number")
+        if not 0 <= self.conditioning < 1:
+            raise SpecError(f"floors.conditioning: {self.conditioning} is not from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -84,6 +158,8 @@ class Recipe:
     passes: tuple[PassName, ...] = ()
     graph: GraphForms = field(default_factory=GraphForms)
     onnx: OnnxOptions = field(default_factory=OnnxOptions)
+    quant: QuantScheme | None = None
+    npu: NpuOptions | None = None
     floors: Floors = field(default_factory=Floors)
 
     def __post_init__(self) -> None:

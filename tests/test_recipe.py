@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.recipe import GraphForms, PassName, Recipe, load_recipe, recipe_names
+from mobilevd_deploy.recipe import Floors, GraphForms, PassName, Recipe, load_recipe, recipe_names
 from mobilevd_deploy.spec import from_dict
 
 
@@ -34,7 +34,8 @@ def test_defaults_are_written_out_and_read_back():
     recipe = load_recipe("npu-float")
     values = json.loads(json.dumps(recipe.to_dict()))
     assert set(values["graph"]) == {f.name for f in dataclasses.fields(GraphForms)}
-    assert values["floors"] == {"rewrite_sqnr_db": 90.0, "onnx_sqnr_db": 90.0}
+    assert values["floors"] == dataclasses.asdict(Floors())
+    assert values["quant"] is values["npu"] is None
     assert from_dict(Recipe, values) == recipe
 
 
