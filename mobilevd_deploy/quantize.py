@@ -1,0 +1,728 @@
+"""Integers in place of floats, with AIMET: calibrate, simulate, write ONNX that the NPU takes whole.
+
+quantise          a deploy-form network and samples -> Quantised, its simulation
+Quantised.export  ONNX with QuantizeLinear and DequantizeLinear (Q, DQ), repaired and checked
+relabel           the repair: 16-bit second operands of matrix products
+check_quantised   refuses what would compile, and be wrong or run in float32 without a word
+conditioning      does each input still matter as much as before?
+sensitivity       which block costs how much?
+
+Rules of the hardware are in export/htp_quantsim.json, in AIMET's format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import math
+import pickle
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, numpy_helper
+from torch import Tensor, nn
+
+from mobilevd_deploy.checkpoint import _written_aside
+from mobilevd_deploy.data import data_dir
+from mobilevd_deploy.errors import ExportError, UsageError
+from mobilevd_deploy.npu import ops
+from mobilevd_deploy.onnx_export import DATA, MODEL, _name_nodes, _quiet
+from mobilevd_deploy.probe import Tensors, sqnr_db
+from mobilevd_deploy.recipe import QuantScheme
+
+Array = npt.NDArray[Any]
+Runner = Callable[[Tensors], npt.ArrayLike]
+
+RULES = "htp_quantsim.json"
+FLOAT = 32
+
+# 16-bit Q and DQ exist from here on.
+_OPSET = 21
+
+
+# ---- the simulation ----
+
+
+def quantise(
+    network: nn.Module, samples: Iterable[Tensors], scheme: QuantScheme, *, state: Path | None = None
+) -> Quantised:
+    """Turn a deploy-form network into its quantised simulation, calibrated on `samples`.
+
+    The network is changed in place: its arithmetic modules become AIMET's and every module gets quantisers.
+
+    Args:
+        network: as `build_npu` makes it, in the forms linear = "conv" and group_norm = "instance".
+        samples: inputs by name in the order of the network's arguments, float32. Read one at a time.
+        scheme: bits, headroom and rules of the recipe.
+        state: where the ranges are kept. If the file is there and was made with this scheme, network and
+            first sample, no other sample is read. Otherwise it is written.
+
+    Raises:
+        UsageError: AIMET is not installed, or there is no sample.
+        ExportError: AIMET can not follow the network, a module never ran, or its values are not finite.
+    """
+    aimet = _load_aimet()
+    stream = iter(samples)
+    if (first := next(stream, None)) is None:
+        raise UsageError("there is no sample to calibrate with")
+    key = _digest(network, first, scheme)
+    with _silence():
+        _swap_arithmetic(network.eval().requires_grad_(False), aimet.arithmetic)
+        with _blaming_aimet("simulate", network):
+            sim = aimet.sim(
+                network,
+                _arguments(first),
+                default_param_bw=8,
+                default_output_bw=16,  # so that second operands of matrix products are symmetric
+                config_file=str(data_dir("export") / RULES),
+                in_place=True,
+            )
+        _fill_gaps(sim, aimet)
+        _set_bits(sim, scheme)
+        if state is None or not _restore(sim, state, key):
+            sim.compute_encodings(lambda model: _run_all(model, chain([first], stream)))
+            _check_ranges(sim)
+            _stretch(sim, scheme.headroom)
+            if state is not None:
+                with _written_aside(state) as aside:
+                    torch.save({"key": key, "quantisers": sim.quantizer_state_dict()}, aside)
+    return Quantised(sim, scheme)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """A calibrated simulation; made by `quantise`. `sim` is AIMET's QuantizationSimModel."""
+
+    sim: Any
+    scheme: QuantScheme
+
+    @torch.no_grad()
+    def run(self, inputs: Tensors) -> Array:
+        """Return the network's output as the integers give it, float32, for inputs in argument order."""
+        with _silence():
+            output: Tensor = self.sim.model(*_arguments(inputs))
+        return np.asarray(output.as_subclass(torch.Tensor).numpy())
+
+    def run_float(self, inputs: Tensors) -> Array:
+        """Return the output of the same network without any quantiser."""
+        with self._without(lambda _: True):
+            return self.run(inputs)
+
+    def export(self, folder: Path, inputs: Tensors, output_names: Sequence[str]) -> None:
+        """Write `folder`/model.onnx with its integer weights in model.onnx.data, repaired and checked.
+
+        Inputs and outputs stay float32. Nodes are named <module path>/<op> as in a float export, a Q or DQ
+        after the module whose values it holds. `inputs` are example values. Raises ExportError: AIMET or
+        torch can not write it, or the graph is one that `check_quantised` refuses.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        # AIMET leaves files behind that no graph refers to.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".aimet-") as aside:
+            raw = Path(aside) / MODEL
+            with _silence(), _blaming_aimet("export", self.sim.model):
+                _load_aimet().export(
+                    self.sim.model,
+                    _arguments(inputs),
+                    str(raw),
+                    input_names=list(inputs),
+                    output_names=list(output_names),
+                    opset_version=_OPSET,
+                    dynamo=True,
+                    verbose=False,
+                    prequantize_constants=True,
+                    force_activation_as="unsigned",
+                )
+            model = onnx.load(raw)
+        _name_nodes(model)
+        _name_pairs(model)
+        relabel(model)
+        check_quantised(model, self._is_float)
+        path, data = folder / MODEL, folder / DATA
+        data.unlink(missing_ok=True)  # onnx appends
+        onnx.save(model, path, save_as_external_data=True, location=DATA, size_threshold=1024)
+        if data.exists():
+            data.chmod(path.stat().st_mode)  # onnx makes it for its owner alone
+        try:
+            onnx.checker.check_model(str(path))
+        except onnx.checker.ValidationError as error:
+            raise ExportError(f"{path}: AIMET wrote what is not valid ONNX: {error}") from error
+
+    def _is_float(self, module: str) -> bool:
+        return FLOAT in _bits(self.scheme, module)
+
+    @contextlib.contextmanager
+    def _without(self, chosen: Callable[[str], bool]) -> Iterator[None]:
+        """Take the quantisers out of the modules whose path is `chosen`."""
+        slots = [
+            (container, key, container[key])
+            for path, module in self.sim.named_qmodules()
+            if chosen(path)
+            for container, key in _slots(module)
+        ]
+        for container, key, _ in slots:
+            container[key] = None
+        try:
+            yield
+        finally:
+            for container, key, quantiser in slots:
+                container[key] = quantiser
+
+
+@dataclass(frozen=True)
+class _Aimet:
+    sim: Any  # QuantizationSimModel
+    export: Any
+    quantiser: Any  # QuantizeDequantize
+    multiply: Any
+    arithmetic: Mapping[type[nn.Module], Callable[[Any], nn.Module]]
+
+
+@functools.cache
+def _load_aimet() -> _Aimet:
+    """Import AIMET, which takes ten seconds, and teach it `Constant`."""
+    try:
+        with _silence():
+            import aimet_torch.onnx
+            from aimet_torch.nn import QuantizationMixin
+            from aimet_torch.nn.modules import custom
+            from aimet_torch.quantization.affine import QuantizeDequantize
+            from aimet_torch.quantsim import QuantizationSimModel
+    except ImportError as error:
+        raise UsageError(
+            f"quantising needs AIMET, which can not be imported: {error}",
+            next_step="pip install 'mobilevd-deploy[npu]'",
+        ) from error
+
+    @QuantizationMixin.implements(ops.Constant)
+    class QuantisedConstant(QuantizationMixin, ops.Constant):  # type: ignore[misc]
+        __quant_init__ = QuantizationMixin.__nullary__
+
+        def forward(self) -> Tensor:
+            quantisers: Any = self.output_quantizers
+            return self.value if quantisers[0] is None else cast(Tensor, quantisers[0](self.value))
+
+    arithmetic: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+        ops.Add: lambda _: custom.Add(),
+        ops.Multiply: lambda _: custom.Multiply(),
+        ops.MatMul: lambda _: custom.MatMul(),
+        ops.Concat: lambda concat: custom.Concat(concat.dim),
+    }
+    return _Aimet(
+        QuantizationSimModel, aimet_torch.onnx.export, QuantizeDequantize, custom.Multiply, arithmetic
+    )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep AIMET's and torch's chatter, hundreds of lines, off the terminal."""
+    with _quiet():
+        yield
+        for name in ("Quant", "Utils", "ConnectedGraph"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _blaming_aimet(what: str, network: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, MemoryError, ExportError):
+        raise
+    except Exception as error:  # AIMET and torch raise what they like
+        raise ExportError(
+            f"AIMET could not {what} {type(network).__name__}: {error}",
+            next_step="report this with the model's configuration",
+        ) from error
+
+
+def _arguments(inputs: Tensors) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(value) for value in inputs.values())
+
+
+def _run_all(model: nn.Module, samples: Iterable[Tensors]) -> None:
+    for sample in samples:
+        with _blaming_aimet("calibrate", model):
+            model(*_arguments(sample))
+        del sample  # before the next one is made
+
+
+def _swap_arithmetic(network: nn.Module, swaps: Mapping[type[nn.Module], Callable[[Any], nn.Module]]) -> None:
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in swaps:
+                setattr(parent, name, swaps[type(child)](child))
+
+
+def _bits(scheme: QuantScheme, path: str) -> tuple[int, int]:
+    """Return the bits of a module's weights and activations."""
+    rule = next((rule for rule in scheme.rules if fnmatchcase(path, rule.modules)), None)
+    if rule is None:
+        return scheme.weights, scheme.activations
+    return rule.weights or scheme.weights, rule.activations or scheme.activations
+
+
+def _fill_gaps(sim: Any, aimet: _Aimet) -> None:
+    # AIMET leaves a product with one positive number without a range, counting on the compiler to derive it.
+    for module in sim.qmodules():
+        if isinstance(module, aimet.multiply) and module.output_quantizers[0] is None:
+            module.output_quantizers[0] = aimet.quantiser(shape=(), bitwidth=16, symmetric=False)
+
+
+def _set_bits(sim: Any, scheme: QuantScheme) -> None:
+    for path, module in sim.named_qmodules():
+        weights, activations = _bits(scheme, path)
+        parameters = module.param_quantizers
+        for name, quantiser in parameters.items():
+            if weights == FLOAT:
+                parameters[name] = None
+            elif quantiser is not None and isinstance(module, (nn.Conv2d, nn.Linear)):
+                quantiser.bitwidth = weights  # the vectors of a norm stay at 8 bits
+        for container in (module.input_quantizers, module.output_quantizers):
+            for i, quantiser in enumerate(container):
+                if activations == FLOAT:
+                    container[i] = None
+                elif quantiser is not None and activations == 8:
+                    quantiser.bitwidth = 8
+                    if quantiser.is_overwrite_allowed():
+                        quantiser.symmetric = False  # only 16-bit operands have to be
+
+
+def _slots(module: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield container and key of each quantiser of a module."""
+    for container in (module.input_quantizers, module.output_quantizers):
+        yield from ((container, i) for i, quantiser in enumerate(container) if quantiser is not None)
+    parameters = module.param_quantizers
+    yield from ((parameters, name) for name, quantiser in parameters.items() if quantiser is not None)
+
+
+def _check_ranges(sim: Any) -> None:
+    for path, module in sim.named_qmodules():
+        for container, key in _slots(module):
+            quantiser = container[key]
+            if not quantiser.is_initialized():
+                raise ExportError(
+                    f"{path}: calibration never ran this module, so it has no range",
+                    next_step="remove modules without a call from the deploy form",
+                )
+            if not all(bool(torch.isfinite(p).all()) for p in quantiser.parameters()):
+                raise ExportError(
+                    f"{path}: its values in calibration were not all finite", next_step="check the samples"
+                )
+
+
+@torch.no_grad()
+def _stretch(sim: Any, headroom: float) -> None:
+    """Widen the ranges of 16-bit activations, but not those that hold by definition, as a softmax's."""
+    activations = {
+        id(quantiser): quantiser  # some modules share one
+        for module in sim.qmodules()
+        for quantiser in chain(module.input_quantizers, module.output_quantizers)
+        if quantiser is not None and quantiser.bitwidth == 16 and quantiser.is_overwrite_allowed()
+    }
+    for quantiser in activations.values():
+        quantiser.min.mul_(headroom)
+        quantiser.max.mul_(headroom)
+
+
+def _digest(network: nn.Module, first: Tensors, scheme: QuantScheme) -> str:
+    digest = hashlib.sha256(repr(scheme).encode())
+    tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    for name, values in chain(tensors.items(), first.items()):
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
+
+
+def _restore(sim: Any, state: Path, key: str) -> bool:
+    """Take the ranges from an earlier run; False where there are none that fit."""
+    try:
+        saved = torch.load(state, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return False
+    if saved["key"] != key:
+        return False
+    sim.model.load_state_dict(saved["quantisers"], strict=False)
+    return True
+
+
+# ---- the written graph ----
+
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
+# Ops that carry values through unchanged: what stands on their other side decides.
+_MOVES = frozenset(
+    {"Concat", "DepthToSpace", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
+    | {"Unsqueeze"}
+)
+_DATA_ONLY_FIRST = frozenset({"Clip", "Pad", "Resize"} | _MOVES - {"Concat"})
+_WITH_BIAS = frozenset({"Conv", "ConvTranspose", "Gemm", "InstanceNormalization", "LayerNormalization"})
+_UNSIGNED, _SIGNED = (TensorProto.UINT8, TensorProto.UINT16), (TensorProto.INT8, TensorProto.INT16)
+_WIDE = (TensorProto.UINT16, TensorProto.INT16)
+_MIDDLE = 32768  # zero point of a symmetric range written as uint16
+
+Origin = NodeProto | str  # a node, or the name of a graph input or initializer
+
+
+class _Graph:
+    """Who makes and who reads each tensor."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph = model.graph
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.producers = {name: node for node in model.graph.node for name in node.output}
+
+    def origins(self, tensor: str) -> Iterator[Origin]:
+        """Yield what a tensor's values come from, looking through moves."""
+        node = self.producers.get(tensor)
+        if node is None or node.op_type not in _MOVES:
+            yield tensor if node is None else node
+            return
+        for name in self.operands(node):
+            yield from self.origins(name)
+
+    def operands(self, node: NodeProto) -> list[str]:
+        """Return the inputs that hold values, not shapes, axes or scales."""
+        if node.op_type in _DATA_ONLY_FIRST:
+            return [node.input[0]]
+        return [name for name in node.input if name and self._is_float(name)]
+
+    def _is_float(self, name: str) -> bool:
+        return name not in self.constants or self.constants[name].data_type == TensorProto.FLOAT
+
+    def dtype(self, pair: NodeProto) -> int:
+        """Return the integer type on the inner side of a Q or DQ."""
+        return self.constants[pair.input[2]].data_type
+
+    def value(self, name: str) -> Array:
+        return numpy_helper.to_array(self.constants[name])
+
+    def is_constant(self, dequantise: NodeProto) -> bool:
+        """Whether a DQ yields weights."""
+        stored = dequantise.input[0]
+        return stored in self.constants or self.producers[stored].input[0] in self.constants
+
+
+def relabel(model: onnx.ModelProto) -> None:
+    """Give 16-bit second operands of matrix products the type that the NPU has a kernel for, in place.
+
+    before  uint16, zero point 32768 -> DQ -> MatMul        narrowed to 8 bits by the compiler
+    after   uint16, zero point 32768 -> DQ -> Q -> int16, zero point 0 -> DQ -> MatMul
+
+    Same scale, same values. Raises ExportError for a range that is not symmetric.
+    """
+    graph, zero = _Graph(model), numpy_helper.from_array(np.zeros((), np.int16), "relabel_zero_point")
+    nodes: list[NodeProto] = []
+    done: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and (pair := _unsigned_operand(graph, node)) is not None:
+            scale, zero_point = pair.input[1:3]
+            if int(graph.value(zero_point)) != _MIDDLE:
+                raise ExportError(
+                    f"{node.name}: the range of its second operand is not symmetric",
+                    next_step=f"make the quantiser behind {pair.name} symmetric, or give it 8 bits by a rule",
+                )
+            operand = node.input[1]
+            if operand not in done:
+                done[operand] = f"{operand}_signed"
+                inner = f"{operand}_int16"
+                for op, before, after in zip(_PAIR, (operand, inner), (inner, done[operand]), strict=True):
+                    name = f"{node.name}/relabel/{op}"
+                    nodes.append(onnx.helper.make_node(op, [before, scale, zero.name], [after], name))
+            node.input[1] = done[operand]
+        nodes.append(node)
+    if done:
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        model.graph.initializer.append(zero)
+
+
+def _unsigned_operand(graph: _Graph, matmul: NodeProto) -> NodeProto | None:
+    """Return the DQ from which a MatMul's second operand comes as uint16, unless it is a weight."""
+    for origin in graph.origins(matmul.input[1]):
+        if (
+            isinstance(origin, NodeProto)
+            and origin.op_type == "DequantizeLinear"
+            and not graph.is_constant(origin)
+            and graph.dtype(origin) == TensorProto.UINT16
+        ):
+            return origin
+    return None
+
+
+def check_quantised(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda _: False) -> None:
+    """Refuse a graph that compiles and then is wrong, narrow or slow.
+
+    `is_float` says of a module path whether float is what its rule asks for. Raises ExportError that names
+    the node; weights have to be in memory.
+    """
+    check_interface(model)
+    check_forms(model, is_float)
+    check_coverage(model, is_float)
+    check_operands(model, is_float)
+
+
+def check_interface(model: onnx.ModelProto) -> None:
+    """Refuse inputs or outputs that are not float32: what calls the NPU speaks floats."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type != TensorProto.FLOAT:
+            raise ExportError(f"{value.name}: an input or output that is not float32")
+
+
+def check_forms(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda _: False) -> None:
+    """Refuse ops that the compiler runs in float32 or computes wrongly, whatever their ranges.
+
+    All were seen on SM8650 with onnxruntime-qnn 2.7.0.
+    """
+    graph = _Graph(model)
+    shapes = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in model.graph.value_info
+    }
+    for node in model.graph.node:
+        if is_float(_module(node)):
+            continue
+        if node.op_type == "GroupNormalization":
+            raise ExportError(
+                f"{node.name}: group normalisation always runs in float32",
+                next_step='set graph.group_norm = "instance" in the recipe',
+            )
+        if node.op_type == "Expand":
+            raise ExportError(
+                f"{node.name}: an expanded axis is computed wrongly",
+                next_step="concatenate the tensor with itself, or let an op broadcast",
+            )
+        if node.op_type == "Mul" and _is_silu(graph, node):
+            shape = shapes.get(node.output[0], [])
+            if shape[2:] == [16, 8] and shape[1] < 48:
+                raise ExportError(
+                    f"{node.name}: SiLU of {shape} is computed wrongly",
+                    next_step="use 48 channels or more there, or a map of another shape",
+                )
+
+
+def _is_silu(graph: _Graph, mul: NodeProto) -> bool:
+    for name in mul.input:
+        node = graph.producers.get(name)
+        while node is not None and node.op_type in _PAIR:
+            node = graph.producers.get(node.input[0])
+        if node is not None and node.op_type == "Sigmoid":
+            return True
+    return False
+
+
+def check_coverage(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda _: False) -> None:
+    """Refuse values that reach an op, or the graph's output, without a Q and DQ on the way."""
+    graph = _Graph(model)
+    for node in model.graph.node:
+        if node.op_type in _PAIR or node.op_type in _MOVES or is_float(_module(node)):
+            continue
+        for operand in graph.operands(node):
+            for origin in graph.origins(operand):
+                _check_origin(graph, node, origin, is_float)
+    for output in model.graph.output:
+        for origin in graph.origins(output.name):
+            if not isinstance(origin, NodeProto) or not (
+                origin.op_type == "DequantizeLinear" or is_float(_module(origin))
+            ):
+                raise _gap(origin, f"the output {output.name}")
+
+
+def _check_origin(graph: _Graph, node: NodeProto, origin: Origin, is_float: Callable[[str], bool]) -> None:
+    if isinstance(origin, NodeProto):
+        if origin.op_type == "DequantizeLinear" or is_float(_module(origin)) or _fuses(graph, origin, node):
+            return
+        if {origin.op_type, node.op_type} == {"Sigmoid", "Mul"}:
+            raise ExportError(
+                f"{node.name}: SiLU without a range between its halves runs in float32, and so does the norm",
+                next_step="use npu.ops.SiLU",
+            )
+    raise _gap(origin, f"{node.name} ({node.op_type})")
+
+
+def _fuses(graph: _Graph, first: NodeProto, second: NodeProto) -> bool:
+    """Whether the compiler makes one op of the two."""
+    if second.op_type in ("Relu", "Clip"):
+        return first.op_type in ("Conv", "Gemm", "Add")
+    if first.op_type != "MatMul" or second.op_type != "Add":
+        return False
+    # A linear layer on tokens: product with a weight, plus a bias.
+    others = [first.input[1], *(name for name in second.input if name not in first.output)]
+    return all(
+        isinstance(origin, NodeProto) and origin.op_type == "DequantizeLinear" and graph.is_constant(origin)
+        for name in others
+        for origin in graph.origins(name)
+    )
+
+
+def _gap(origin: Origin, reader: str) -> ExportError:
+    source = f"{origin.name} ({origin.op_type})" if isinstance(origin, NodeProto) else origin
+    return ExportError(
+        f"{reader} reads {source} as floats, so both would run in float32 or not on the NPU",
+        next_step="make it a module of its own with one instance per call, as in npu/ops.py, "
+        "or allow it by a rule with 32 bits",
+    )
+
+
+def check_operands(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda _: False) -> None:
+    """Refuse integers of a type or scale that the compiler narrows, converts or leaves to the CPU."""
+    graph = _Graph(model)
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            _check_signs(graph, node)
+        elif is_float(_module(node)):
+            continue
+        elif node.op_type == "MatMul":
+            _check_matmul(graph, node)
+        elif node.op_type in _WITH_BIAS and len(node.input) > 2 and node.input[2]:
+            _check_bias(graph, node)
+
+
+def _check_signs(graph: _Graph, node: NodeProto) -> None:
+    before = graph.producers.get(node.input[0])
+    relabelled = before is not None and before.op_type == "DequantizeLinear"
+    if graph.dtype(node) not in _UNSIGNED and not relabelled and node.input[0] not in graph.constants:
+        raise ExportError(
+            f"{node.name}: a signed activation, which sends the layer to the CPU",
+            next_step='export with force_activation_as="unsigned"',
+        )
+
+
+def _check_matmul(graph: _Graph, node: NodeProto) -> None:
+    if _unsigned_operand(graph, node) is not None:
+        raise ExportError(
+            f"{node.name}: its second operand is uint16, which the compiler narrows to 8 bits",
+            next_step="call relabel first",
+        )
+    first, second = (
+        {
+            graph.dtype(origin)
+            for origin in graph.origins(name)
+            if isinstance(origin, NodeProto) and origin.op_type == "DequantizeLinear"
+        }
+        for name in node.input
+    )
+    if second & set(_WIDE) and first - set(_WIDE):
+        raise ExportError(
+            f"{node.name}: a 16-bit second operand needs a 16-bit first one",
+            next_step="give both the same bits by a rule",
+        )
+
+
+def _check_bias(graph: _Graph, node: NodeProto) -> None:
+    bias = graph.producers.get(node.input[2])
+    if bias is None or bias.op_type != "DequantizeLinear" or graph.dtype(bias) != TensorProto.INT32:
+        raise ExportError(
+            f"{node.name} ({node.op_type}): its bias is not int32, so it runs in float32",
+            next_step="export with export_int32_bias, or allow it by a rule with 32 bits",
+        )
+    if node.op_type.endswith("Normalization"):
+        return
+    weight = graph.producers[node.input[1]]
+    for source in graph.origins(node.input[0]):
+        if isinstance(source, NodeProto) and source.op_type == "DequantizeLinear":
+            expected = graph.value(source.input[1]) * graph.value(weight.input[1])
+            if not np.allclose(graph.value(bias.input[1]), expected, rtol=1e-3, atol=0):
+                raise ExportError(
+                    f"{node.name}: its bias is stored for another input's scale; is the module called twice?",
+                    next_step="one instance per call",
+                )
+
+
+def _module(node: NodeProto) -> str:
+    return node.name.rpartition("/")[0]
+
+
+def _name_pairs(model: onnx.ModelProto) -> None:
+    """Name each Q and DQ after the module that made its values, or that reads them if they are weights."""
+    readers: dict[str, str] = {}
+    for node in reversed(model.graph.node):
+        owner = readers.get(node.output[0], "graph") if node.op_type in _PAIR else _module(node)
+        readers |= dict.fromkeys(node.input, owner)
+    owners = {value.name: value.name for value in model.graph.input}
+    taken: Counter[str] = Counter()
+    for node in model.graph.node:
+        if node.op_type in _PAIR:
+            owner = owners.get(node.input[0]) or readers[node.input[0]]
+            name = f"{owner}/{node.op_type}"
+            taken[name] += 1
+            node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        else:
+            owner = _module(node)
+        owners |= dict.fromkeys(node.output, owner)
+
+
+# ---- what was lost ----
+
+
+def conditioning(run: Runner, reference: Runner, samples: Sequence[Tensors]) -> dict[str, float]:
+    """Return by input how much the output of `run` answers to it, over how much that of `reference` does.
+
+    The answer is the RMS of the output's change when this input alone is taken from another sample, over
+    all samples, each with the next. 1 is perfect, 0 an input that does not matter any more. An input to
+    which the reference does not answer either has 1, or inf if `run` does.
+
+    Raises UsageError for fewer than two samples.
+    """
+    if len(samples) < 2:
+        raise UsageError("conditioning needs two samples or more")
+    answers: list[dict[str, float]] = []
+    for runner in (run, reference):
+        squares = dict.fromkeys(samples[0], 0.0)
+        for sample, other in zip(samples, [*samples[1:], samples[0]], strict=True):
+            base = np.asarray(runner(sample), np.float64)
+            for name in squares:
+                changed = np.asarray(runner(sample | {name: other[name]}), np.float64) - base
+                squares[name] += float(np.sum(changed * changed))
+        answers.append({name: math.sqrt(square) for name, square in squares.items()})
+    return {name: _ratio(value, answers[1][name]) for name, value in answers[0].items()}
+
+
+def _ratio(value: float, reference: float) -> float:
+    if reference:
+        return value / reference
+    return math.inf if value else 1.0
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """SQNR of the output in dB against float: with nothing but `block` quantised, and with all but it."""
+
+    block: str
+    alone_db: float
+    spared_db: float
+
+
+def sensitivity(quantised: Quantised, inputs: Tensors, *, depth: int = 4) -> list[Sensitivity]:
+    """Return what each block costs, the costliest when alone first.
+
+    A block is all modules whose paths have their first `depth` names in common; ranges stay as they are.
+    """
+    reference = quantised.run_float(inputs)
+    paths = [path for path, _ in quantised.sim.named_qmodules()]
+
+    def block_of(path: str) -> str:
+        return ".".join(path.split(".")[:depth])
+
+    def measured(without: Callable[[str], bool]) -> float:
+        with quantised._without(without):
+            return sqnr_db(reference, quantised.run(inputs))
+
+    rows = [
+        Sensitivity(
+            block,
+            measured(lambda path, block=block: block_of(path) != block),  # type: ignore[misc]
+            measured(lambda path, block=block: block_of(path) == block),  # type: ignore[misc]
+        )
+        for block in dict.fromkeys(map(block_of, paths))
+    ]
+    return sorted(rows, key=lambda row: row.alone_db)
