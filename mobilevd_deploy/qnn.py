@@ -1,0 +1,661 @@
+"""The Hexagon compiler and the NPU's simulator, as onnxruntime-qnn brings them to any x86 Linux machine.
+
+lint             what is known to go wrong, said before the compiler is asked
+compile_context  ONNX -> ContextBinary: a binary for one chip, the wrapper that loads it, the graph read back
+measure_traffic  bytes to and from DRAM per module, from the compiler's schedule
+NpuSimRunner     runs a context binary here, as the phone's NPU would compute it
+
+The library works in a child process, because it may crash, take all memory, or never end; its verbose log is
+read as it comes, because only there it says why it refuses an operation. The only file that imports
+onnxruntime_qnn, and late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import math
+import mmap
+import os
+import platform
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mobilevd_deploy.devices import table
+from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError
+from mobilevd_deploy.progress import Progress, duration
+from mobilevd_deploy.qnn_graph import QnnGraph, Traffic, origin, read_qnn_graph, read_traffic
+from mobilevd_deploy.recipe import NpuOptions
+
+if TYPE_CHECKING:
+    import onnx
+
+    from mobilevd_deploy.pipeline import Array
+
+DEFAULT_TIMEOUT_S = 4 * 3600.0
+
+_PROVIDER = "QNNExecutionProvider"
+# onnxruntime writes the newest version that it knows; the wrapper's one node needs none of it.
+_WRAPPER_IR, _WRAPPER_OPSET = 10, 21
+_KEPT_METADATA = ("ep_compatibility_info", "external_dependencies")
+_TARGET_TEXT = re.compile(rb"soc_type=([A-Za-z0-9]+);arch=([0-9]+)")
+# Where the compiler's stages begin, as parts of the whole; measured on the demo's UNet.
+_STAGES = {"Graph Optimizations": 0.2, "Graph Sequencing for Target": 0.7, "VTCM Allocation": 0.9}
+_SHOWN = 8
+_POLL_MS = 100
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """A chip to compile for: its part number, QNN's number for it, and the version of its Hexagon."""
+
+    name: str
+    soc_model: int
+    arch: int
+
+
+def targets() -> tuple[Target, ...]:
+    """Every chip of devices.toml, by its first part number."""
+    return tuple(Target(c.sm[0].upper(), c.soc_model, int(c.htp.removeprefix("v"))) for c in table().chip)
+
+
+def find_target(name: str) -> Target:
+    """Return the chip with the part number `name`, such as "SM8650". Raises UsageError for others."""
+    for chip, target in zip(table().chip, targets(), strict=True):
+        if name.lower() in chip.sm:
+            return target
+    known = ", ".join(target.name for target in targets())
+    raise UsageError(f"no chip has the part number {name!r}", next_step=f"known are {known}")
+
+
+@dataclass(frozen=True)
+class ContextBinary:
+    """A compiled model: `context` is the binary, `wrapper` the ONNX file that loads it from beside itself.
+
+    `soc` and `arch` are read back from the binary. `qnn_api` is the version of the QNN interface and `sdk`
+    that of the SDK that wrote it; a phone needs a runtime at least as new. `graph` is what was compiled.
+    """
+
+    wrapper: Path
+    context: Path
+    soc: str
+    arch: int
+    qnn_api: str
+    sdk: str
+    bytes: int
+    seconds: float
+    peak_bytes: int
+    graph: QnnGraph
+
+
+def compile_context(
+    model: Path,
+    folder: Path,
+    target: Target,
+    options: NpuOptions,
+    *,
+    float16: bool,
+    memory_bytes: int | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    progress: Progress | None = None,
+) -> ContextBinary:
+    """Compile an ONNX file, all of it, as <target>.onnx and <target>.bin in `folder`.
+
+    `float16`: `model` is in float32 and computed in float16; else it is quantised (QDQ). Both files are made
+    aside and renamed. The graph is read back but not judged: `check_graph` does that.
+
+    Raises:
+        ExportError: the compiler refuses operations; they are named, with its reasons.
+        VendorError: it failed, crashed, ran out of time, or made something else than it was asked for.
+        ResourceError: it needs more than `memory_bytes`, or more than the machine has.
+        UsageError: onnxruntime-qnn is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
+        aside = Path(name)
+        made = aside / "context.onnx"
+        job = _compile_job(model, target, options, float16) | {"context": str(made)}
+        what = f"compiling {model} for {target.name}"
+        ran = _run_child(what, job, aside, memory_bytes, timeout_s, progress)
+        wrapper, context = folder / f"{target.name}.onnx", folder / f"{target.name}.bin"
+        binary, sdk = _rewrite_wrapper(made, context.name)
+        soc, arch = read_target(binary)
+        if (soc, arch) != (target.name, target.arch):
+            raise VendorError(
+                f"{model} was compiled for {soc} (V{arch}), not for {target.name} (V{target.arch})",
+                next_step="check the chip in devices.toml",
+            )
+        graph = read_qnn_graph(_graph_json(aside), model)
+        binary.replace(context)
+        made.replace(wrapper)
+    return ContextBinary(
+        wrapper,
+        context,
+        soc,
+        arch,
+        ran.log.qnn_api,
+        sdk,
+        wrapper.stat().st_size + context.stat().st_size,
+        ran.seconds,
+        ran.peak_bytes,
+        graph,
+    )
+
+
+def measure_traffic(
+    model: Path,
+    target: Target,
+    options: NpuOptions,
+    *,
+    float16: bool,
+    memory_bytes: int | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Traffic:
+    """Compile `model` and sum the DRAM traffic that the compiler scheduled; nothing is kept.
+
+    The schedule takes some 200 MB of disk per large block while it is read. Errors as in `compile_context`.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job = _compile_job(model, target, options, float16)
+        job["options"] |= {"profiling_level": "optrace", "profiling_file_path": str(folder / "profile.csv")}
+        _run_child(f"compiling {model} for {target.name}", job, folder, memory_bytes, timeout_s)
+        graph = read_qnn_graph(_graph_json(folder), model)
+        schedules = [*folder.glob("*_schematic.bin")]
+        if len(schedules) != 1:
+            raise VendorError(f"the compiler wrote {len(schedules)} schedules for {model}, not one")
+        return read_traffic(schedules[0], graph)
+
+
+def read_target(context: Path) -> tuple[str, int]:
+    """Return part number and Hexagon version that a context binary names. Raises VendorError."""
+    try:
+        with context.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = {(m[1].decode(), int(m[2])) for m in _TARGET_TEXT.finditer(data)}
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise VendorError(f"{context} cannot be read: {error}", next_step="compile it again") from error
+    if len(found) != 1:
+        names = ", ".join(sorted(f"{soc} V{arch}" for soc, arch in found)) or "no chip"
+        raise VendorError(f"{context} names {names}, not one chip", next_step="compile it again")
+    return found.pop()
+
+
+class NpuSimRunner:
+    """A context binary on the simulator of the NPU, which computes as the chip does, and far slower.
+
+    It needs what `compile_context` wrote: the wrapper with the binary beside it. The process lives for one
+    call. `memory_bytes` and `timeout_s` limit each call.
+    """
+
+    def __init__(
+        self, wrapper: Path, *, memory_bytes: int | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        _check_installed()
+        if not wrapper.is_file():
+            raise UsageError(f"{wrapper} does not exist", next_step="compile it first")
+        self._wrapper = wrapper
+        self._memory_bytes = memory_bytes
+        self._timeout_s = timeout_s
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Map inputs by name to outputs by name. Raises VendorError, ResourceError."""
+        import numpy as np
+
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for i, value in enumerate(feeds.values()):
+                np.save(folder / f"in{i}.npy", value)
+            job = {"model": str(self._wrapper.resolve()), "options": {}, "feeds": list(feeds)}
+            what = f"simulating {self._wrapper}"
+            ran = _run_child(what, job, folder, self._memory_bytes, self._timeout_s)
+            return {key: np.load(folder / f"out{i}.npy") for i, key in enumerate(ran.result["outputs"])}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a model that is known to go wrong: where, what, and who says so."""
+
+    rule: str
+    where: str
+    what: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what} [{self.rule}; {self.source}]"
+
+
+def lint(
+    model: Path,
+    *,
+    float16: bool,
+    vtcm_mb: int = 8,
+    peaks: Mapping[str, float] | None = None,
+) -> tuple[Finding, ...]:
+    """Look for what the compiler or the NPU is known to stumble over; the weights are read for float16 only.
+
+    `peaks`: the largest magnitudes of values by ONNX name, where somebody has measured them. Rules:
+    "shape", "rank", "io-type", "data-file", "vtcm", "allocation", "float16-range".
+    """
+    import onnx
+
+    loaded = onnx.load(model, load_external_data=False)
+    graph = onnx.shape_inference.infer_shapes(loaded).graph
+    shapes = _shapes(graph)
+    return (
+        *_lint_shapes(graph, shapes),
+        *_lint_io(graph),
+        *_lint_data_files(graph, model.parent),
+        *_lint_norms(graph, shapes, vtcm_mb or 8),
+        *_lint_allocation(graph, float16),
+        *(_lint_range(graph, model.parent, peaks or {}) if float16 else ()),
+    )
+
+
+# ---- lint rules ----
+
+
+def _lint_shapes(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
+    for node in graph.node:
+        for name in filter(None, node.output):
+            if name not in shapes or min(shapes[name], default=1) < 1:
+                what = f"{name} has no fixed shape, so the compiler answers 'Cannot get shape'"
+                yield Finding("shape", node.name, what, "measured, onnxruntime-qnn 2.7")
+            elif len(shapes[name]) > 4:
+                what = f"{name} {list(shapes[name])} has rank {len(shapes[name])}; above 4 is slow or refused"
+                yield Finding("rank", node.name, what, "QNN HTP op definitions")
+
+
+def _lint_io(graph: onnx.GraphProto) -> Iterator[Finding]:
+    import onnx
+
+    constants = {init.name for init in graph.initializer}
+    types = onnx.TensorProto
+    bad = (types.INT64, types.UINT64, types.DOUBLE, types.UINT16, types.INT16)
+    for value in (*graph.input, *graph.output):
+        kind = value.type.tensor_type.elem_type
+        if kind in bad and value.name not in constants:
+            what = f"is {types.DataType.Name(kind).lower()}; phones' runtimes feed and read float32"
+            yield Finding("io-type", value.name, what, "QNN HTP has no 64-bit values; android_app")
+
+
+def _lint_data_files(graph: onnx.GraphProto, folder: Path) -> Iterator[Finding]:
+    names = {e.value for i in graph.initializer for e in i.external_data if e.key == "location"}
+    for name in sorted(names):
+        if name != Path(name).name:
+            yield Finding(
+                "data-file", name, "is not a plain file name beside the model", "ONNX external data"
+            )
+        elif not (folder / name).is_file():
+            yield Finding("data-file", name, "does not exist", "ONNX external data")
+
+
+def _lint_norms(
+    graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]], vtcm_mb: int
+) -> Iterator[Finding]:
+    for node in graph.node:
+        if node.op_type in ("GroupNormalization", "InstanceNormalization"):
+            size = 2 * math.prod(shapes.get(node.input[0], (0,))[1:])
+            if size > vtcm_mb * 2**20:
+                what = f"normalises {size / 2**20:.1f} MiB at once, more than {vtcm_mb} MiB of VTCM"
+                yield Finding("vtcm", node.name, what, "executorch #1430")
+
+
+def _lint_allocation(graph: onnx.GraphProto, float16: bool) -> Iterator[Finding]:
+    import onnx
+
+    width = {onnx.TensorProto.FLOAT: 2 if float16 else 4}
+    size = sum(
+        math.prod(i.dims) * width.get(i.data_type, onnx.helper.tensor_dtype_to_np_dtype(i.data_type).itemsize)
+        for i in graph.initializer
+    )
+    if size >= 2**31:
+        what = f"{size / 2**30:.2f} GiB of weights; a graph may allocate 2 GiB"
+        yield Finding("allocation", graph.name or "graph", what, "ai-hub-models #129, #274")
+
+
+def _lint_range(graph: onnx.GraphProto, folder: Path, peaks: Mapping[str, float]) -> Iterator[Finding]:
+    import numpy as np
+    import onnx
+
+    largest = float(np.finfo(np.float16).max)
+    known = dict(peaks)
+    for init in graph.initializer:
+        if init.data_type == onnx.TensorProto.FLOAT and math.prod(init.dims):
+            with contextlib.suppress(OSError, ValueError):  # a missing file has its own rule
+                values = onnx.numpy_helper.to_array(init, str(folder))
+                known[init.name] = max(float(values.max()), -float(values.min()))
+    for name, peak in sorted(known.items()):
+        if not peak <= largest:
+            yield Finding("float16-range", name, f"reaches {peak:g}, float16 ends at {largest:g}", "IEEE 754")
+
+
+def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
+    return {
+        value.name: tuple(
+            d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim
+        )
+        for value in (*graph.input, *graph.output, *graph.value_info)
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+# ---- files of a compilation ----
+
+
+def _compile_job(model: Path, target: Target, options: NpuOptions, float16: bool) -> dict[str, Any]:
+    if not model.is_file():
+        raise UsageError(f"{model} does not exist")
+    provider = {
+        "htp_arch": str(target.arch),
+        "soc_model": str(target.soc_model),
+        "htp_graph_finalization_optimization_mode": str(options.optimization_mode),
+        "dump_json_qnn_graph": "1",
+        "json_qnn_graph_dir": ".",
+    }
+    if options.vtcm_mb:
+        provider["vtcm_mb"] = str(options.vtcm_mb)
+    if float16:
+        provider["enable_htp_fp16_precision"] = "1"
+    return {"model": str(model.resolve()), "options": provider}
+
+
+def _rewrite_wrapper(path: Path, context: str) -> tuple[Path, str]:
+    """Make the wrapper refer to the file name `context`; return the binary that it referred to, and the SDK.
+
+    It also gets an old IR version, and loses what exporters left in the model's metadata.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    nodes = model.graph.node
+    if [node.op_type for node in nodes] != ["EPContext"]:
+        kinds = ", ".join(sorted({node.op_type for node in nodes}))
+        raise VendorError(f"the compiler made {len(nodes)} parts of the graph ({kinds}), not one")
+    attributes = {a.name: a for a in nodes[0].attribute}
+    binary = path.with_name(attributes["ep_cache_context"].s.decode())
+    attributes["ep_cache_context"].s = context.encode()
+    rewritten = onnx.helper.make_model(
+        model.graph,
+        ir_version=min(model.ir_version, _WRAPPER_IR),
+        opset_imports=[
+            onnx.helper.make_opsetid("", _WRAPPER_OPSET),
+            onnx.helper.make_opsetid("com.microsoft", 1),
+        ],
+    )
+    kept = {p.key: p.value for p in model.metadata_props if p.key.startswith(_KEPT_METADATA)}
+    onnx.helper.set_model_props(rewritten, kept)
+    onnx.save(rewritten, path)
+    return binary, attributes["ep_sdk_version"].s.decode()
+
+
+def _graph_json(folder: Path) -> Path:
+    found = [path for path in folder.glob("*.json") if path.name.startswith(_PROVIDER)]
+    graphs = [path for path in found if not path.name.endswith("_tensor_log.json")]
+    if len(graphs) != 1:
+        raise VendorError(f"the compiler described {len(graphs)} graphs, not one")
+    return graphs[0]
+
+
+# ---- the child process, seen from outside ----
+
+
+class _Log:
+    """What the library says of itself: versions, stages, refused operations and their reasons."""
+
+    _ERRORS = ("[E:onnxruntime", "<E>", "terminate called", "  what():")
+    _HARMLESS = ("unexpected GraphHtpSettings option", "Unsupported nodes in QNN EP")
+
+    def __init__(self, progress: Progress) -> None:
+        self.qnn_api = "unknown"
+        self.stage = ""
+        self.refused: dict[str, tuple[str, str]] = {}
+        self.is_refused = False
+        self.errors: deque[str] = deque(maxlen=5)
+        self._progress = progress
+        self._half = b""
+        self._unit: str | None = None
+        self._members: list[tuple[str, str]] = []
+
+    def feed(self, chunk: bytes) -> None:
+        *lines, self._half = (self._half + chunk).split(b"\n")
+        for line in lines:
+            self._read(line.decode(errors="replace"))
+
+    def _read(self, line: str) -> None:
+        if self._unit is not None and line.startswith("\t"):
+            self._read_refusal(line)
+            return
+        self._unit = None
+        if "Validation FAILED for" in line:
+            self._unit, self._members = line.rpartition("(")[2].partition(")")[0], []
+        elif "GetCapability pass" in line:
+            # The first pass may refuse what the second one, after the layout has changed, takes.
+            self.refused.clear()
+        elif "ComposeGraph Graph name" in line:
+            self.is_refused = bool(self.refused)
+        elif "Starting stage: " in line:
+            self.stage = line.rpartition("Starting stage: ")[2].strip()
+            if self.stage in _STAGES:
+                self._progress.advance(_STAGES[self.stage])
+        elif match := re.search(r"Found valid interface, version: (\S+)", line):
+            self.qnn_api = match[1]
+        elif any(sign in line for sign in self._ERRORS) and not any(text in line for text in self._HARMLESS):
+            self.errors.append(re.sub(r"\x1b\[[0-9;]*m|^.*?(QnnLogging\]\s*<E>|\w+\.cc:\d+ \w+\])", "", line))
+
+    def _read_refusal(self, line: str) -> None:
+        if match := re.search(r"Operator type: (\S+) Node name: (.*?) Node index:", line):
+            self._members.append((match[1], match[2]))
+        elif "REASON :" in line and self._members:
+            reason = line.partition("REASON :")[2].strip()
+            reason = re.sub(r"\.?\w+ node `.*` will not be assigned.*", "", reason)
+            # Quantised operations come as a group, with the borders around the one that it is named for.
+            kind, name = next((m for m in self._members if m[0] == self._unit), self._members[0])
+            self.refused[name] = (kind, reason)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    result: dict[str, Any]
+    log: _Log
+    seconds: float
+    peak_bytes: int
+
+
+def _check_installed() -> None:
+    step = "pip install 'mobilevd-deploy[npu]'"
+    if (here := f"{platform.system()} {platform.machine()}") != "Linux x86_64":
+        raise UsageError(
+            f"the Hexagon compiler runs on Linux x86_64 only, not on {here}",
+            next_step=f"on such a machine: {step}",
+        )
+    if importlib.util.find_spec("onnxruntime_qnn") is None:
+        raise UsageError("onnxruntime-qnn is not installed, which holds the Hexagon compiler", next_step=step)
+
+
+def _run_child(
+    what: str,
+    job: Mapping[str, Any],
+    folder: Path,
+    memory_bytes: int | None,
+    timeout_s: float,
+    progress: Progress | None = None,
+) -> _Ran:
+    """Run a job with `folder` as its working folder; `what` begins every error."""
+    _check_installed()
+    # The child must find exactly the modules that we would, though it works elsewhere.
+    code = (
+        f"import sys; sys.path[:] = {[str(Path(entry).resolve()) for entry in sys.path]!r}\n"
+        "from mobilevd_deploy.qnn import _child_main; _child_main(sys.argv[1])"
+    )
+    begun, log = time.monotonic(), _Log(progress or Progress())
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code, json.dumps(job)],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        try:
+            peak = _follow(process, what, log, memory_bytes, timeout_s)
+            status = process.wait()
+        finally:
+            process.kill()
+    seconds = time.monotonic() - begun
+    file = folder / "result.json"
+    result = json.loads(file.read_bytes()) if file.is_file() else {}
+    if error := _failure(what, Path(job["model"]), status, result, log):
+        raise error
+    return _Ran(result, log, seconds, max(peak, int(result["peak_bytes"])))
+
+
+def _follow(
+    process: subprocess.Popen[bytes], what: str, log: _Log, memory_bytes: int | None, timeout_s: float
+) -> int:
+    """Read the child's log to its end and hold it to its limits; return its peak memory in bytes."""
+    assert process.stdout is not None
+    poller, peak, begun = select.poll(), 0, time.monotonic()
+    poller.register(process.stdout)
+    while True:
+        if poller.poll(_POLL_MS):
+            chunk = os.read(process.stdout.fileno(), 2**16)
+            log.feed(chunk)
+            if not chunk:
+                return peak
+        if log.is_refused:  # to compile the rest could take minutes, for nothing
+            process.kill()
+            return peak
+        peak = max(peak, _peak_bytes(process.pid))
+        if memory_bytes is not None and peak > memory_bytes:
+            raise ResourceError(
+                f"{what} takes more than {memory_bytes / 1e9:.2f} GB{_during(log)}",
+                next_step="raise the limit, or make the graph smaller",
+            )
+        if time.monotonic() - begun > timeout_s:
+            raise VendorError(
+                f"{what} was not done after {duration(timeout_s)}{_during(log)}",
+                next_step="raise the limit, or choose a lower npu.optimization_mode",
+            )
+
+
+def _failure(
+    what: str, model: Path, status: int, result: Mapping[str, Any], log: _Log
+) -> MobileVDError | None:
+    """Say why the child did not do its job; None if it did."""
+    if log.refused and (log.is_refused or status):
+        return ExportError(
+            f"{what}: {len(log.refused)} operations do not run on the NPU\n  "
+            + "\n  ".join(_describe_refused(model, log.refused)),
+            next_step="choose another graph form in the recipe",
+        )
+    if status == 0 and "error" not in result:
+        return None
+    said = "".join(f"\n  {line.strip()}" for line in dict.fromkeys(log.errors))
+    if status == -signal.SIGKILL or "bad_alloc" in said or "MemoryError" in str(result.get("error")):
+        return ResourceError(
+            f"{what}: memory ran out{_during(log)}{said}",
+            next_step="close other programs, or make the graph smaller",
+        )
+    if status < 0:
+        return VendorError(
+            f"{what}: Qualcomm's library crashed ({signal.Signals(-status).name}){_during(log)}{said}",
+            next_step="try another npu.optimization_mode, or another graph form",
+        )
+    return VendorError(f"{what}: {result.get('error', f'it ended with status {status}')}{said}")
+
+
+def _describe_refused(model: Path, refused: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False)).graph
+    shapes = _shapes(graph)
+    nodes = {node.name: node for node in graph.node}
+    ours = {name: node for name in refused if (node := origin(name, nodes.keys())) is not None}
+    shown = list(ours or refused)[:_SHOWN]
+    for name in shown:
+        kind, reason = refused[name]
+        node = nodes.get(ours.get(name, ""))
+        shape = shapes.get(node.output[0]) if node is not None else None
+        size = f" -> {'x'.join(map(str, shape))}" if shape else ""
+        hint = "; its layer has no quantised output" if "standalone DQ" in reason else ""
+        yield f"{ours.get(name, name)} ({kind}{size}): {reason}{hint}"
+    if more := len(ours or refused) - len(shown):
+        yield f"and {more} more"
+
+
+def _during(log: _Log) -> str:
+    return f", in the stage '{log.stage}'" if log.stage else ""
+
+
+def _peak_bytes(pid: int) -> int:
+    """Peak resident memory of a process so far; 0 once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(match[1]) * 1024 if match else 0
+
+
+# ---- the child process, from inside ----
+
+
+def _child_main(job: str) -> None:
+    """Do a job and write result.json into the working folder."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody waits for an orphan's gigabytes
+    try:
+        result = _do(json.loads(job))
+    except BaseException as error:  # reported by the parent, in its own words
+        result = {"error": f"{type(error).__name__}: {error}"}
+    result["peak_bytes"] = _peak_bytes(os.getpid())
+    aside = Path("result.json.new")
+    aside.write_text(json.dumps(result))
+    aside.rename("result.json")
+    sys.stdout.flush()
+    # The library's own tear-down takes long for a large graph, and may crash when all is done.
+    os._exit(1 if "error" in result else 0)
+
+
+def _do(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Create a session, which compiles or loads; run it if there are `feeds`."""
+    import onnxruntime
+    import onnxruntime_qnn
+
+    # The reasons for a refusal stand in the verbose log alone; a simulation would drown in it.
+    severity = 2 if "feeds" in job else 0
+    onnxruntime.set_default_logger_severity(severity)
+    onnxruntime.register_execution_provider_library(_PROVIDER, onnxruntime_qnn.get_library_path())
+    device = next(d for d in onnxruntime.get_ep_devices() if d.ep_name == _PROVIDER)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = severity
+    settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if "context" in job:
+        settings.add_session_config_entry("ep.context_enable", "1")
+        settings.add_session_config_entry("ep.context_file_path", job["context"])
+        settings.add_session_config_entry("ep.context_embed_mode", "0")
+    backend = {"backend_path": onnxruntime_qnn.get_qnn_htp_path()}
+    settings.add_provider_for_devices([device], backend | job["options"])
+    session = onnxruntime.InferenceSession(job["model"], settings)
+    return {"outputs": _run_session(session, job["feeds"])} if "feeds" in job else {}
+
+
+def _run_session(session: Any, names: Sequence[str]) -> list[str]:
+    import numpy as np
+
+    feeds = {name: np.load(f"in{i}.npy") for i, name in enumerate(names)}
+    outputs = [output.name for output in session.get_outputs()]
+    for i, value in enumerate(session.run(outputs, feeds)):
+        np.save(f"out{i}.npy", value)
+    return outputs
