@@ -227,18 +227,9 @@ def load_calibration() -> Calibration:
 
 def count_operations(spec: ModelSpec, rewrites: Sequence[str]) -> Counts:
     """Count the UNet's operations by kind, on its module tree without weights: seconds at full size."""
-    import torch
+    from mobilevd_deploy.skeleton import rewritten_skeleton
 
-    from mobilevd_deploy.components import build_component, deploy_contract, input_shapes
-    from mobilevd_deploy.passes import select_passes
-
-    with torch.device("meta"):
-        step = deploy_contract(build_component(spec, "unet"))
-        inputs = [torch.empty(shape) for shape in input_shapes(spec, "unet").values()]
-    with torch.no_grad():
-        for rewrite in select_passes(rewrites):
-            rewrite.requires(step.unet)  # type: ignore[arg-type]
-            rewrite.apply(step.unet)  # type: ignore[arg-type]
+    step, inputs = rewritten_skeleton(spec, rewrites)
     return count_module(step.unet, step, *inputs)
 
 

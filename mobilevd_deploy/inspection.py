@@ -20,11 +20,11 @@ from rich.table import Table
 
 from mobilevd_deploy.artifact import MANIFEST, Artifact
 from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
-from mobilevd_deploy.components import COMPONENTS, Component, build_component, deploy_contract, input_shapes
+from mobilevd_deploy.components import COMPONENTS, Component, build_component
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.flops import Convention, count_flops_by_module
-from mobilevd_deploy.passes import select_passes
 from mobilevd_deploy.progress import Progress
+from mobilevd_deploy.skeleton import rewritten_skeleton
 from mobilevd_deploy.spec import LadderRow, ModelSpec, Preset, from_dict, load_preset, preset_names
 from mobilevd_deploy.unet import MobileVDUNet
 
@@ -150,15 +150,8 @@ def _count(spec: ModelSpec, rewrites: Iterable[str]) -> _Counted:
 
 @lru_cache(maxsize=8)
 def _count_once(spec: ModelSpec, rewrites: tuple[str, ...]) -> _Counted:
-    with torch.device("meta"):
-        step = deploy_contract(build_component(spec, "unet"))
-        inputs = [torch.empty(shape) for shape in input_shapes(spec, "unet").values()]
-    unet = cast(MobileVDUNet, step.unet)
-    with torch.no_grad():
-        for rewrite in select_passes(rewrites):
-            rewrite.requires(unet)
-            rewrite.apply(unet)
-    return _Counted(count_flops_by_module(unet, step, *inputs), _parameters(unet))
+    step, inputs = rewritten_skeleton(spec, rewrites)
+    return _Counted(count_flops_by_module(step.unet, step, *inputs), _parameters(step.unet))
 
 
 def _describe(
