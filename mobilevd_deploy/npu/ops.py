@@ -72,7 +72,12 @@ class Constant(nn.Module):
 
 
 class SiLU(nn.Module):
-    """x sigmoid(x) as two modules: the fused one exports with no range between its halves."""
+    """x sigmoid(x) as two modules: the fused one exports with no range between its halves.
+
+    The sigmoid sees a map as one row, so that the compiler does not see the product of a tensor with its own
+    sigmoid: what it makes of that, behind a group norm, reads memory that nobody wrote at many sizes (0 dB at
+    14x64x8x16, another 0 dB at the next run). With the detour it is right (77 dB).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +86,8 @@ class SiLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to itself."""
-        return self.multiply(x, self.sigmoid(x))
+        row = x.reshape(*x.shape[:2], 1, -1) if x.ndim == 4 else x
+        return self.multiply(x, self.sigmoid(row).reshape(x.shape))
 
 
 class InstanceGroupNorm(nn.Module):
@@ -93,7 +99,8 @@ class InstanceGroupNorm(nn.Module):
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
-        self.norm = nn.InstanceNorm2d(norm.num_groups, norm.eps, affine=True, dtype=norm.weight.dtype)
+        placement: dict[str, Any] = {"dtype": norm.weight.dtype, "device": norm.weight.device}
+        self.norm = nn.InstanceNorm2d(norm.num_groups, norm.eps, affine=True, **placement)
         self.multiply, self.add = Multiply(), Add()
         self.scale = Constant(norm.weight[:, None, None])
         self.shift = Constant(norm.bias[:, None, None])
