@@ -101,11 +101,39 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class NpuBinary:
+    """A component compiled for one chip: a QNN context binary, and the ONNX wrapper that loads it.
+
+    `target` is the part number and `arch` the Hexagon version, both read back from the binary. `precision`
+    is "float16" or like "w8a16". `qnn_api` is the QNN version that wrote it; an older runtime cannot load
+    it. Files by role: "wrapper", "context". Inputs and outputs are the component's own.
+    """
+
+    target: str
+    arch: int
+    precision: str
+    qnn_api: str
+    files: dict[str, FileEntry]
+
+    @property
+    def bytes(self) -> int:
+        """Size of wrapper and context."""
+        return sum(entry.bytes for entry in self.files.values())
+
+    def __post_init__(self) -> None:
+        _match(_NAME, self.target, "npu target")
+        if set(self.files) != {"wrapper", "context"}:
+            raise SpecError(f"npu {self.target}: files {sorted(self.files)} are not wrapper and context")
+
+
+@dataclass(frozen=True)
 class Component:
     """One network of the pipeline.
 
-    `kind` says how to run it: "onnx" with the files "model" and, if the weights lie outside, "data".
-    It has one output. `flops` are 2 x MAC for one call; `ops` counts the graph's nodes by type.
+    `kind` says how to run it anywhere: "onnx" with the files "model" and, if the weights lie outside,
+    "data". The quantised graph, where there is one, has the roles "quantised" and "quantised_data"; `npu`
+    holds what was compiled for chips. It has one output. `flops` are 2 x MAC for one call; `ops` counts the
+    graph's nodes by type.
     """
 
     name: str
@@ -116,9 +144,11 @@ class Component:
     parameters: int
     flops: int
     ops: dict[str, int]
+    npu: tuple[NpuBinary, ...] = ()
 
     def __post_init__(self) -> None:
         _match(_NAME, self.name, "component name")
+        _unique((binary.target for binary in self.npu), f"component {self.name}: npu target")
         if "model" not in self.files:
             raise SpecError(f"component {self.name}: no file has the role 'model'")
         if not self.inputs or len(self.outputs) != 1:
@@ -137,7 +167,35 @@ class Component:
     @property
     def bytes(self) -> int:
         """Size of the component's files."""
-        return sum(entry.bytes for entry in self.files.values())
+        return sum(entry.bytes for entry in self.all_files())
+
+    def all_files(self) -> Iterator[FileEntry]:
+        """Every file of the component."""
+        yield from self.files.values()
+        for binary in self.npu:
+            yield from binary.files.values()
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What quantisation cost, on pictures that did not calibrate.
+
+    `calibration`: where the pictures came from, how many, and the sha256 of each picture's bytes.
+    `clip_psnr_db`: of the quantised clip against the float clip, frames in [-1, 1].
+    `conditioning`: component, then input: how far the output moves when this input alone becomes another
+    picture's, quantised over float; 1 is perfect, 0 a dead input.
+    """
+
+    calibration: str
+    samples: int
+    sha256: tuple[str, ...]
+    clip_psnr_db: float | None
+    conditioning: dict[str, dict[str, float]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clip_psnr_db", _drift(self.clip_psnr_db, "quality.clip_psnr_db"))
+        for digest in self.sha256:
+            _match(_SHA256, digest, "quality.sha256")
 
 
 @dataclass(frozen=True)
@@ -228,8 +286,9 @@ class Manifest:
 
     `created` is UTC, "2025-01-31T12:00:00Z". `recipe` and `model` are the resolved Recipe and the ModelSpec
     as plain values. `drift` holds, per stage and component, the SQNR in dB against the trained network, None
-    where the outputs are identical (inf is turned into None). `components` stand in running order. `files`
-    are those that belong to no component. Raises SpecError where the parts do not fit together.
+    where the outputs are identical (inf is turned into None): "onnx", then "quantised" as AIMET simulates it,
+    then "npu.<target>" on the HTP simulator. `components` stand in running order. `files` are those that
+    belong to no component. Raises SpecError where the parts do not fit together.
     """
 
     schema_version: Literal[1]
@@ -245,6 +304,7 @@ class Manifest:
     tools: dict[str, str]
     stages: dict[str, StageCost]
     files: dict[str, FileEntry] = field(default_factory=dict)
+    quality: Quality | None = None
 
     def __post_init__(self) -> None:
         _match(_CREATED, self.created, "created")
@@ -286,7 +346,7 @@ class Manifest:
     def all_files(self) -> Iterator[FileEntry]:
         """Every file that the manifest lists."""
         for component in self.components:
-            yield from component.files.values()
+            yield from component.all_files()
         yield from self.files.values()
 
     def component(self, name: str) -> Component:
@@ -373,7 +433,7 @@ class Artifact:
 
     def verify(self, component: Component | None = None) -> None:
         """Compare the sha256 of every file, or of `component`'s; ArtifactError names the one that differs."""
-        entries = self.manifest.all_files() if component is None else component.files.values()
+        entries = self.manifest.all_files() if component is None else component.all_files()
         for entry in entries:
             path = self.root / entry.path
             try:

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from mobilevd_deploy.artifact import (
     disk_guard,
 )
 from mobilevd_deploy.artifact import Component as ComponentEntry
+from mobilevd_deploy.calibration import Pictures, drawn_pictures, read_pictures
 from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.components import COMPONENTS, Component, deploy_contract
-from mobilevd_deploy.errors import ArtifactError, ParityError
+from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.onnx_export import DATA, MODEL, export_onnx, read_graph
 from mobilevd_deploy.passes import UNetProbe, run_passes, select_passes
@@ -39,7 +40,7 @@ from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
 from mobilevd_deploy.pipeline import OnnxRunner
 from mobilevd_deploy.probe import Tensors, make_probe
 from mobilevd_deploy.progress import Progress
-from mobilevd_deploy.recipe import Recipe
+from mobilevd_deploy.recipe import QuantScheme, Recipe
 from mobilevd_deploy.report import render_report
 from mobilevd_deploy.spec import ModelSpec, from_dict
 from mobilevd_deploy.stages import StageOutput, Stages
@@ -51,6 +52,7 @@ PROBE_SEED = 20241207
 _WEIGHTS: dict[str, float] = {"image_encoder": 2, "vae_encoder": 1, "unet": 12, "decoder": 1}
 # The rewrites do not depend on the map's size; a large network is proven on a cut of this many pixels.
 _PROBE_PIXELS = 128
+_LATER = ("quant", "npu")  # parts of a recipe that the float export does not depend on
 _TOOLS = (
     "mobilevd-deploy",
     "torch",
@@ -64,7 +66,12 @@ _TOOLS = (
 
 
 def deploy(
-    checkpoint_path: str | Path, recipe: Recipe, output: str | Path, progress: Progress | None = None
+    checkpoint_path: str | Path,
+    recipe: Recipe,
+    output: str | Path,
+    progress: Progress | None = None,
+    *,
+    calibration: Sequence[str | Path] = (),
 ) -> Artifact:
     """Take a trained checkpoint to a verified artifact.
 
@@ -76,7 +83,11 @@ def deploy(
     5. Rewrite it exactly (the UNet), each pass proven against the untouched network.
     6. Build the deploy form and write it as ONNX: simplified, checked, read back.
     7. Run the file on onnxruntime and compare with the reference.
-    8. Write manifest and report, and give the artifact its name in one rename.
+    8. Where the recipe asks for it: calibrate, quantise with AIMET, compile for the NPU, prove it on the
+       simulator (npu_stages.py), again as resumable stages.
+    9. Write manifest and report, and give the artifact its name in one rename.
+
+    `calibration`: pictures, or folders of them; left out, they are drawn as the demo's training clips are.
 
     Raises:
         CheckpointError, RewriteError, ExportError, ParityError, ResourceError: named in errors.py.
@@ -86,28 +97,53 @@ def deploy(
     output = Path(output)
     # 1.
     checkpoint = open_checkpoint(checkpoint_path)
-    spec, tools = checkpoint.spec, tool_versions()
+    spec, tools = checkpoint.spec, tool_versions(recipe)
     source = Source(checkpoint.path.resolve().name, checkpoint.sha256)
+    pictures = _pictures(spec, recipe, calibration)
     # 2.
-    if (finished := _same_artifact(output, source, recipe, tools)) is not None:
+    if (finished := _same_artifact(output, source, recipe, tools, pictures)) is not None:
         progress.say(f"{output}: nothing has changed since it was made, so it stays as it is")
         return finished
     # 3.
     with PartialArtifact(output) as folder, disk_guard(folder.root, 0):
         stages = Stages(folder, {"checkpoint": source.sha256, "tools": tools}, progress)
-        progress.plan({f"export {name}": _WEIGHTS[name] for name in COMPONENTS})
+        shares = {f"export {name}": _WEIGHTS[name] for name in COMPONENTS}
+        if pictures is not None:
+            from mobilevd_deploy import npu_stages
+
+            shares |= npu_stages.plan(recipe, _WEIGHTS)
+        progress.plan(shares)
         sizes = [4 * checkpoint.parameters[name] for name in COMPONENTS]
         records = {
             name: stages.run(
                 f"export {name}",
-                {"recipe": recipe.to_dict()},
-                partial(_export_component, name, checkpoint, recipe, folder.artifact, progress),
+                {key: value for key, value in recipe.to_dict().items() if key not in _LATER},
+                partial(_export_component, name, checkpoint, recipe, folder, progress),
                 disk_bytes=2 * sum(sizes[i:]),  # of all that is still to be written
             ).values
             for i, name in enumerate(COMPONENTS)
         }
+        drift: dict[str, dict[str, float | None]] = {
+            "onnx": {name: record["drift"] for name, record in records.items()}
+        }
+        components = tuple(
+            _component_entry(name, spec, record, folder.artifact) for name, record in records.items()
+        )
         # 8.
-        drift: dict[str, float | None] = {name: record["drift"] for name, record in records.items()}
+        quality = sheet = None
+        if pictures is not None:
+            added = npu_stages.run(
+                recipe,
+                components,
+                lambda name: _deploy_form(name, checkpoint.load(name), spec, recipe, progress)[0],
+                pictures,
+                folder,
+                stages,
+                progress,
+            )
+            components, drift = added.components, drift | added.drift
+            quality, sheet = added.quality, added.sheet
+        # 9.
         manifest = Manifest(
             schema_version=1,
             created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -116,37 +152,45 @@ def deploy(
             recipe=recipe.to_dict(),
             model=spec.to_dict(),
             passes=tuple(from_dict(PassReport, report) for report in records["unet"]["passes"]),
-            drift={"onnx": drift},
-            components=tuple(
-                _component_entry(name, spec, record, folder.artifact) for name, record in records.items()
-            ),
+            drift=drift,
+            components=components,
             pipeline=PipelineSpec(spec.frames, spec.height, spec.width, spec.step.fps),
             tools=tools,
             stages=stages.costs,
+            quality=quality,
         )
         report = folder.artifact / REPORT
-        report.write_text(render_report(manifest, checkpoint.importance()), encoding="utf-8")
+        report.write_text(render_report(manifest, checkpoint.importance(), sheet), encoding="utf-8")
         files = {"report": FileEntry.of(folder.artifact, report)}
         return folder.finish(dataclasses.replace(manifest, files=files))
 
 
 def _export_component(
-    name: Component, checkpoint: Checkpoint, recipe: Recipe, folder: Path, progress: Progress
+    name: Component,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    partial_artifact: PartialArtifact,
+    progress: Progress,
 ) -> StageOutput:
-    spec = checkpoint.spec
+    spec, folder, work = checkpoint.spec, partial_artifact.artifact, partial_artifact.work
     inputs, outputs = component_tensors(name, spec)
     network = checkpoint.load(name)
     # 4.
-    probe = make_probe(inputs, PROBE_SEED, partial(_reference, deploy_contract(network), outputs[0].name))
+    # What an earlier network gave is passed on: on random embeddings, which no encoder would ever give, a
+    # trained UNet multiplies the rounding of float32 by ten.
+    given = {
+        t.name: np.load(work / f"{str(t.source).partition(':')[2]}.npy") for t in inputs if _is_passed_on(t)
+    }
+    reference = partial(_reference, deploy_contract(network), outputs[0].name)
+    probe = make_probe(inputs, PROBE_SEED, reference, given)
     if not np.isfinite(probe.reference[outputs[0].name]).all():
         raise ParityError(
             f"{name}: the trained network's outputs are not finite", next_step="check the weights"
         )
     # 5.
-    reports = _rewrite(network, spec, recipe, progress) if isinstance(network, MobileVDUNet) else ()
-    # 6.
-    deployed = build_npu(name, network, spec, recipe.graph)
+    deployed, reports = _deploy_form(name, network, spec, recipe, progress)
     del network  # what the deploy form did not share is freed before the export
+    # 6.
     for note in export_onnx(deployed, probe.inputs, [outputs[0].name], folder / name, recipe.onnx):
         progress.say(note)
     del deployed
@@ -159,13 +203,21 @@ def _export_component(
             f"the floor is {recipe.floors.onnx_sqnr_db:g} dB",
             next_step="choose other graph forms in the recipe, or report it with the model's configuration",
         )
-    written = tuple(path for path in (folder / name / MODEL, folder / name / DATA) if path.exists())
+    passed_on = work / f"{name}.npy"
+    np.save(passed_on, probe.reference[outputs[0].name])
+    written = tuple(
+        path for path in (folder / name / MODEL, folder / name / DATA, passed_on) if path.exists()
+    )
     values = {
         "drift": None if drift == math.inf else drift,
         "passes": [dataclasses.asdict(report) for report in reports],
         "graph": dataclasses.asdict(graph),
     }
     return StageOutput(written, values)
+
+
+def _is_passed_on(tensor: TensorSpec) -> bool:
+    return tensor.source is not None and tensor.source.startswith("component:")
 
 
 def _component_entry(
@@ -181,6 +233,27 @@ def _component_entry(
         outputs,
         **record["graph"],
     )
+
+
+def _deploy_form(
+    name: Component, network: nn.Module, spec: ModelSpec, recipe: Recipe, progress: Progress
+) -> tuple[nn.Module, tuple[PassReport, ...]]:
+    reports = _rewrite(network, spec, recipe, progress) if isinstance(network, MobileVDUNet) else ()
+    return build_npu(name, network, spec, recipe.graph), reports
+
+
+def _pictures(spec: ModelSpec, recipe: Recipe, calibration: Sequence[str | Path]) -> Pictures | None:
+    """Return what calibrates and judges; None where the recipe ends with float ONNX."""
+    if not (recipe.quant or recipe.npu):
+        if calibration:
+            raise UsageError(
+                f"recipe {recipe.name} calibrates nothing", next_step="choose a recipe with [quant] or [npu]"
+            )
+        return None
+    scheme = recipe.quant or QuantScheme(samples=1)
+    if calibration:
+        return read_pictures(calibration, spec.width, spec.height, scheme.samples, scheme.seed)
+    return drawn_pictures(spec.width, spec.height, scheme.samples, scheme.seed)
 
 
 def _rewrite(
@@ -232,18 +305,31 @@ def component_tensors(
     return (latents("latents", frames, "component:unet"),), (clip,)
 
 
-def tool_versions() -> dict[str, str]:
-    """Versions of everything that shapes an artifact."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _TOOLS}
+def tool_versions(recipe: Recipe) -> dict[str, str]:
+    """Versions of everything that shapes an artifact; UsageError for a vendor's tool that is missing."""
+    names = (*_TOOLS, *("aimet-torch",) * bool(recipe.quant), *("onnxruntime-qnn",) * bool(recipe.npu))
+    try:
+        versions = {name: importlib.metadata.version(name) for name in names}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UsageError(
+            f"recipe {recipe.name} needs {error.name}, which is not installed",
+            next_step="pip install 'mobilevd-deploy[npu]' (Linux x86-64), or choose --recipe onnx",
+        ) from error
+    return {"python": platform.python_version()} | versions
 
 
-def _same_artifact(output: Path, source: Source, recipe: Recipe, tools: Mapping[str, str]) -> Artifact | None:
+def _same_artifact(
+    output: Path, source: Source, recipe: Recipe, tools: Mapping[str, str], pictures: Pictures | None
+) -> Artifact | None:
     try:
         artifact = Artifact.open(output)
         manifest = artifact.manifest
         made_from = (manifest.source, manifest.recipe, manifest.tools)
         # The recipe's tuples are lists in JSON.
         if made_from != (source, json.loads(json.dumps(recipe.to_dict())), tools):
+            return None
+        judged_on = manifest.quality.sha256 if manifest.quality else None
+        if recipe.quant and pictures is not None and judged_on != pictures.sha256:
             return None
         artifact.verify()
     except ArtifactError:

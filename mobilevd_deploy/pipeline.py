@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ class Runner(Protocol):
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Map inputs by name to outputs by name."""
+
+
+Loader = Callable[[Component], Runner]
 
 
 class OnnxRunner:
@@ -89,7 +92,7 @@ class Pipeline:
     """An artifact and a way to load its components; `load` decides where they run."""
 
     artifact: Artifact
-    load: Callable[[Component], Runner]
+    load: Loader
 
     @classmethod
     def open(
@@ -97,11 +100,16 @@ class Pipeline:
     ) -> Pipeline:
         """Open an artifact to run on onnxruntime with these execution providers, best first.
 
-        Raises ArtifactError for an artifact that is damaged, UsageError for a provider that is not there.
+        In place of one, "npu-sim" runs the context binaries on the HTP simulator, and "quantised" the
+        quantised graphs on the CPU. Raises ArtifactError for an artifact that is damaged, UsageError for a
+        provider that is not there, or for what this artifact does not hold.
         """
         opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
-        check_providers(providers)
-        return cls(opened, partial(_load_onnx, opened, tuple(providers)))
+        match tuple(providers):
+            case ("npu-sim" | "quantised" as kind,):
+                return cls(opened, loader(opened, kind))
+            case chosen:
+                return cls(opened, loader(opened, "onnx", chosen))
 
     def generate(self, image: npt.ArrayLike, seed: int, progress: Progress | None = None) -> Array:
         """Make the clip of one picture: (1, 3, H, W) in [-1, 1] to frames float32 (T, 3, H, W), not clamped.
@@ -119,22 +127,14 @@ class Pipeline:
         or a seed outside [0, 2^64), ArtifactError for files that are damaged or do not do what the manifest
         says, ResourceError where memory runs out.
         """
-        progress = progress or Progress()
-        jobs = [_Job(self._check_image(image), seed, {}) for image, seed in requests]
-        progress.plan(
-            {component.name: max(component.flops, 1) for component in self.artifact.manifest.components}
-        )
-        for component in self.artifact.manifest.components:
+        progress, components = progress or Progress(), self.artifact.manifest.components
+        jobs = [Job(self._check_image(image), seed) for image, seed in requests]
+        progress.plan({component.name: max(component.flops, 1) for component in components})
+        for component in components:
             progress.begin(component.name)
-            runner = self.load(component)
-            for number, job in enumerate(jobs, start=1):
-                feeds = {tensor.name: job.feed(tensor) for tensor in component.inputs}
-                job.outputs[component.name] = _check_outputs(component, runner.run(feeds))
-                progress.advance(number / len(jobs))
-            del runner
+            run_component(component, self.load, jobs, progress.advance)
             progress.end()
-        last = self.artifact.manifest.components[-1].name
-        return [job.outputs[last].astype(np.float32, copy=False) for job in jobs]
+        return [job.outputs[components[-1].name].astype(np.float32, copy=False) for job in jobs]
 
     def _check_image(self, image: npt.ArrayLike) -> Array:
         shape, (low, high) = (
@@ -150,13 +150,18 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """One clip on its way: the picture, the seed of its noise, and what each component gave so far."""
+
     image: Array
     seed: int
-    outputs: dict[str, Array]
+    outputs: dict[str, Array] = field(default_factory=dict)
 
-    def feed(self, tensor: TensorSpec) -> Array:
-        """Fetch an input from whoever its source names."""
+    def feeds(self, component: Component) -> dict[str, Array]:
+        """Return a component's inputs, each from whoever its source names."""
+        return {tensor.name: self._feed(tensor) for tensor in component.inputs}
+
+    def _feed(self, tensor: TensorSpec) -> Array:
         kind, _, which = (tensor.source or "").partition(":")
         if kind == "image":
             value = self.image
@@ -167,9 +172,56 @@ class _Job:
         return value.astype(tensor.dtype, copy=False)
 
 
-def _load_onnx(artifact: Artifact, providers: Sequence[str], component: Component) -> Runner:
+def run_component(
+    component: Component,
+    load: Loader,
+    jobs: Sequence[Job],
+    advance: Callable[[float], None] = lambda done: None,
+) -> None:
+    """Load a component once and run it for every job, which keeps the output. Errors as `generate_all`."""
+    runner = load(component)
+    for number, job in enumerate(jobs, start=1):
+        job.outputs[component.name] = _check_outputs(component, runner.run(job.feeds(component)))
+        advance(number / len(jobs))
+
+
+def loader(
+    artifact: Artifact,
+    kind: Literal["onnx", "quantised", "npu-sim"],
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> Loader:
+    """Return what loads an artifact's components, digests checked: see `Pipeline.open`.
+
+    Raises UsageError for a provider that is not there, or for what this artifact does not hold.
+    """
+    components = artifact.manifest.components
+    if kind == "npu-sim":
+        if any(not component.npu for component in components):
+            raise UsageError(
+                f"{artifact.root} holds no context binaries",
+                next_step="export with a recipe that has [npu], for example --recipe xiaomi-14-pro",
+            )
+        return partial(_load_simulated, artifact)
+    role = "model" if kind == "onnx" else "quantised"
+    if any(role not in component.files for component in components):
+        raise UsageError(
+            f"{artifact.root} holds no quantised graphs",
+            next_step="export with a recipe that has [quant], for example --recipe xiaomi-14-pro",
+        )
+    check_providers(providers)
+    return partial(_load_onnx, artifact, role, tuple(providers))
+
+
+def _load_onnx(artifact: Artifact, role: str, providers: Sequence[str], component: Component) -> Runner:
     artifact.verify(component)
-    return OnnxRunner(artifact.path(component, "model"), providers)
+    return OnnxRunner(artifact.path(component, role), providers)
+
+
+def _load_simulated(artifact: Artifact, component: Component) -> Runner:
+    from mobilevd_deploy.qnn import NpuSimRunner
+
+    artifact.verify(component)
+    return NpuSimRunner(artifact.root / component.npu[0].files["wrapper"].path)
 
 
 def _check_outputs(component: Component, outputs: Mapping[str, Array]) -> Array:

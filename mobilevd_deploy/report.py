@@ -7,6 +7,7 @@ in reading order; each is a function from the manifest to HTML.
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 import shlex
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from string import Template
 from typing import Literal
 
-from mobilevd_deploy.artifact import Component, Manifest, PassReport, TensorSpec
+from mobilevd_deploy.artifact import Component, Manifest, NpuBinary, PassReport, TensorSpec
 from mobilevd_deploy.progress import duration
 from mobilevd_deploy.recipe import GraphForms, Recipe
 from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict
@@ -23,13 +24,14 @@ from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict
 DROP_PASS = "drop-temporal-blocks"  # a dropped block is out of the graph only where this pass ran
 
 
-def render_report(manifest: Manifest, importance: Mapping[str, float]) -> str:
+def render_report(manifest: Manifest, importance: Mapping[str, float], sheet: bytes | None = None) -> str:
     """Lay out a manifest as one self-contained HTML page.
 
     Args:
         manifest: of the artifact; its `files` are not looked at, since the report is one of them.
         importance: temporal block path -> what it was worth in training, as the checkpoint has it; empty
             where there are no gates.
+        sheet: a PNG of what the float and the quantised networks make of one picture.
 
     Returns:
         The page; equal inputs give equal text.
@@ -40,7 +42,10 @@ def render_report(manifest: Manifest, importance: Mapping[str, float]) -> str:
     recipe = from_dict(Recipe, manifest.recipe)
     spec = from_dict(ModelSpec, manifest.model)
     sections = (
+        *(() if sheet is None else (_section("What it makes", _picture(sheet)),)),
         _section("Components", _components(manifest, recipe)),
+        *(() if manifest.quality is None else (_section("Quantisation", _quantisation(manifest, recipe)),)),
+        *((_section("For the NPU", _binaries(manifest)),) if manifest.components[0].npu else ()),
         _section("Rewrites", _rewrites(manifest, recipe)),
         _section("Temporal blocks", _temporal(manifest, spec, importance)),
         _section("Graph forms", _graph_forms(recipe)),
@@ -133,6 +138,64 @@ def _components(manifest: Manifest, recipe: Recipe) -> str:
         "SQNR compares each file's outputs on a fixed probe with the trained network's in float32; "
         f"the export fails below {recipe.floors.onnx_sqnr_db:g} dB.</p>"
     )
+
+
+def _picture(sheet: bytes) -> str:
+    data = base64.b64encode(sheet).decode("ascii")
+    return (
+        f'<img class="sheet" alt="input, float clip and quantised clip" src="data:image/png;base64,{data}">'
+    )
+
+
+def _quantisation(manifest: Manifest, recipe: Recipe) -> str:
+    quality, scheme, floors = manifest.quality, recipe.quant, recipe.floors
+    assert quality is not None
+    assert scheme is not None
+    rows = [
+        (
+            _text(name),
+            _decibels(manifest.drift.get("quantised", {}).get(name)),
+            ", ".join(f"{_text(tensor)} {ratio:.2f}" for tensor, ratio in ratios.items()),
+        )
+        for name, ratios in quality.conditioning.items()
+    ]
+    clip = _decibels(quality.clip_psnr_db)
+    table = _table(("component", "SQNR against float", "answer to each input"), rows, kind="fall")
+    return table + (
+        f'<p class="note">{scheme.weights}-bit weights, {scheme.activations}-bit activations, calibrated on '
+        f"{_plural(quality.samples, 'picture')} ({_text(quality.calibration)}) and judged on others. "
+        f"The clip is {clip} PSNR from the float clip. The answer is how far an output moves when one input "
+        "alone changes, quantised over float: 1 is perfect, 0 a dead input. The export fails below "
+        f"{floors.quantised_sqnr_db:g} dB, a clip below {floors.clip_psnr_db:g} dB, or an answer below "
+        f"{floors.conditioning:g}.</p>"
+    )
+
+
+def _binaries(manifest: Manifest) -> str:
+    rows = [
+        (
+            _text(component.name),
+            f"{_text(binary.target)} <small>Hexagon V{binary.arch}, {_text(binary.precision)}, "
+            f"QNN {_text(binary.qnn_api)}</small>",
+            _si(binary.files["context"].bytes, "B")
+            + f" <small>{_simulated(manifest, component, binary)}</small>",
+        )
+        for component in manifest.components
+        for binary in component.npu
+    ]
+    return (
+        _table(("component", "target", "context binary"), rows, kind="fall")
+        + '<p class="note">Target and Hexagon version were read back from each binary. SQNR is that of the '
+        "binary on Qualcomm&rsquo;s x86 simulator of the NPU against the float graph; no number here was "
+        "measured on a phone.</p>"
+    )
+
+
+def _simulated(manifest: Manifest, component: Component, binary: NpuBinary) -> str:
+    drift = manifest.drift.get(f"npu.{binary.target}", {})
+    if component.name not in drift:
+        return "not simulated"
+    return f"{_decibels(drift[component.name])} on the simulator"
 
 
 def _tensors(component: Component) -> str:
@@ -608,6 +671,7 @@ rect.dropped { fill: var(--paper); stroke: var(--hue); stroke-width: 1.25; opaci
 .pairs > div { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem; padding: .5rem 0;
   border-top: 1px solid var(--line); }
 .pairs dt { font-weight: 600; } .pairs dt small { display: block; } .pairs dd { margin: 0; }
+.sheet { display: block; max-width: 100%; border-radius: .5rem; image-rendering: pixelated; }
 .chips { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; }
 .chips span { color: var(--quiet); } .chips b { color: var(--ink); font-weight: 600; }
 details { margin-top: .8rem; } summary { color: var(--quiet); cursor: pointer; font-size: .875rem; }
@@ -649,7 +713,8 @@ _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>$title</title>

@@ -285,8 +285,8 @@ def test_anything_else_replaces_it(
     elif change == "checkpoint":
         checkpoint = write_checkpoint(output.parent / "same-weights.pt")
     elif change == "tools":
-        tools = flow.tool_versions() | {"onnxsim": "99"}
-        monkeypatch.setattr(flow, "tool_versions", lambda: tools)
+        tools = flow.tool_versions(RECIPE) | {"onnxsim": "99"}
+        monkeypatch.setattr(flow, "tool_versions", lambda recipe: tools)
     else:
         data = output / "unet" / "model.onnx.data"
         data.write_bytes(data.read_bytes()[:-1] + b"!")

@@ -99,7 +99,7 @@ def test_the_page_tells_the_artifact_and_stands_alone(manifest):
     assert not re.search(r"https?:|url\(|@import|<script|<link|<img", text)
     assert "prefers-color-scheme: dark" in text
     policies = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
-    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_key_figures_sum_over_the_components(manifest):

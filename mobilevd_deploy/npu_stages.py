@@ -1,0 +1,323 @@
+"""From float ONNX to proven context binaries: what deploy() adds where a recipe has `quant` or `npu`.
+
+    calibrate          run the float graphs on pictures, keep what every component gave
+    quantise <name>    AIMET, judged on pictures that did not calibrate
+    judge clip         the quantised graphs in a row against the float clip
+    compile <name>     one QNN context binary for each target, read back
+    simulate <name>    the binaries on the HTP simulator against what they should give
+
+Every one is a resumable stage. With `npu` and no `quant` the float graphs are compiled, in float16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from torch import nn
+
+from mobilevd_deploy.artifact import Component, FileEntry, NpuBinary, PartialArtifact, Quality
+from mobilevd_deploy.calibration import JUDGES, Pictures
+from mobilevd_deploy.components import Component as ComponentName
+from mobilevd_deploy.errors import ParityError
+from mobilevd_deploy.media import to_uint8, write_sheet
+from mobilevd_deploy.onnx_export import DATA, MODEL
+from mobilevd_deploy.pipeline import Job, OnnxRunner, run_component
+from mobilevd_deploy.probe import Tensors, psnr_db, sqnr_db
+from mobilevd_deploy.progress import Progress
+from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target, lint
+from mobilevd_deploy.qnn_graph import check_graph
+from mobilevd_deploy.quantize import conditioning, quantise
+from mobilevd_deploy.recipe import Recipe
+from mobilevd_deploy.stages import StageOutput, Stages
+
+SIMULATE_UP_TO_FLOPS = 20e9
+"""A component with more is not simulated: on two cores its run would take from minutes to days."""
+
+SHEET = "sheet.png"
+"""In the work folder: input, float clip and quantised clip of the first judge, for the report."""
+
+_QUANTISED = "quantised"
+_ENCODINGS = "encodings.pt"
+
+
+@dataclass(frozen=True)
+class NpuResult:
+    """The components with what was added, drifts by stage, what quantisation cost, and how it looks."""
+
+    components: tuple[Component, ...]
+    drift: dict[str, dict[str, float | None]]
+    quality: Quality | None
+    sheet: bytes | None
+
+
+def plan(recipe: Recipe, weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the stages that `run` will add, each with its share of the time."""
+    shares: dict[str, float] = {}
+    if recipe.quant or recipe.npu:
+        shares["calibrate"] = 1
+    if recipe.quant:
+        shares |= {f"quantise {name}": 3 * weight for name, weight in weights.items()} | {"judge clip": 1}
+    for target in recipe.npu.targets if recipe.npu else ():
+        shares |= {f"compile {name} {target}": 3 * weight for name, weight in weights.items()}
+        shares |= {f"simulate {name} {target}": weight for name, weight in weights.items()}
+    return shares
+
+
+def run(
+    recipe: Recipe,
+    components: Sequence[Component],
+    build: Callable[[ComponentName], nn.Module],
+    pictures: Pictures,
+    folder: PartialArtifact,
+    stages: Stages,
+    progress: Progress,
+) -> NpuResult:
+    """Quantise, compile and simulate as the recipe says.
+
+    Args:
+        recipe: with `quant`, `npu`, or both.
+        components: entries of the float export, whose files lie in `folder.artifact`.
+        build: makes a component's deploy form anew.
+        pictures: calibration pictures, the last `JUDGES` of them for judging.
+        folder: of the artifact that is being built.
+        stages: those of the export have run.
+        progress: told about every stage.
+
+    Raises:
+        ParityError: below one of the recipe's floors. ExportError, VendorError: see quantize.py and qnn.py.
+    """
+    flow = _Flow(recipe, tuple(components), build, folder, progress)
+    stages.run("calibrate", {"pictures": pictures.sha256}, partial(flow.calibrate, pictures))
+    drift: dict[str, dict[str, float | None]] = {}
+    found = {component.name: component for component in components}
+    quality = None
+    if recipe.quant:
+        scheme = {"quant": dataclasses.asdict(recipe.quant), "floors": dataclasses.asdict(recipe.floors)}
+        records = {
+            c.name: stages.run(f"quantise {c.name}", scheme, partial(flow.quantise, c)).values
+            for c in components
+        }
+        drift["quantised"] = {name: record["drift"] for name, record in records.items()}
+        clip = stages.run("judge clip", scheme, flow.judge_clip).values["psnr_db"]
+        quality = Quality(
+            pictures.source,
+            len(pictures.values) - JUDGES,
+            pictures.sha256,
+            clip,
+            {name: record["conditioning"] for name, record in records.items()},
+        )
+        found = {name: flow.with_quantised(component) for name, component in found.items()}
+    for target in recipe.npu.targets if recipe.npu else ():
+        for c in components:
+            assert recipe.npu is not None
+            options = {"npu": dataclasses.asdict(recipe.npu) | {"targets": target}}
+            compiled = stages.run(f"compile {c.name} {target}", options, partial(flow.compile, c, target))
+            binary = flow.binary(c, target, compiled.values)
+            found[c.name] = dataclasses.replace(found[c.name], npu=(*found[c.name].npu, binary))
+            floors = {"floors": dataclasses.asdict(recipe.floors)}
+            proof = stages.run(f"simulate {c.name} {target}", floors, partial(flow.simulate, c, target))
+            if proof.values["simulated"]:
+                drift.setdefault(f"npu.{target}", {})[c.name] = proof.values["drift"]
+    sheet = (folder.work / SHEET).read_bytes() if recipe.quant else None
+    return NpuResult(tuple(found[c.name] for c in components), drift, quality, sheet)
+
+
+@dataclass(frozen=True)
+class _Flow:
+    recipe: Recipe
+    components: tuple[Component, ...]
+    build: Callable[[ComponentName], nn.Module]
+    folder: PartialArtifact
+    progress: Progress
+
+    # ---- stages ----
+
+    def calibrate(self, pictures: Pictures) -> StageOutput:
+        """Run the float pipeline on every picture; one file per picture holds it and all outputs."""
+        files = []
+        for index, picture in enumerate(pictures.values):
+            job = Job(picture, index)
+            for component in self.components:
+                run_component(component, self._float_runner, [job])
+            path = self._sample_path(index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arrays: dict[str, Any] = {"image": job.image, **job.outputs}
+            np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy types its own keyword only
+            files.append(path)
+            self.progress.advance((index + 1) / len(pictures.values))
+        return StageOutput(tuple(files))
+
+    def quantise(self, component: Component) -> StageOutput:
+        """Quantise one component, judge it, write its QDQ graph and what it gave for the first judge."""
+        assert self.recipe.quant is not None
+        name, output = component.name, component.outputs[0].name
+        state = self.folder.work / name / _ENCODINGS
+        state.parent.mkdir(parents=True, exist_ok=True)
+        quantised = quantise(
+            self.build(cast(ComponentName, name)), self._feeds(component), self.recipe.quant, state=state
+        )
+        judges = self._judges()
+        feeds = [job.feeds(component) for job in judges]
+        given = [quantised.run(values) for values in feeds]
+        drift = min(sqnr_db(job.outputs[name], out) for job, out in zip(judges, given, strict=True))
+        self._require(name, "the quantised network", drift, self.recipe.floors.quantised_sqnr_db)
+        exact = self._float_runner(component)
+        ratios = conditioning(quantised.run, lambda values: exact.run(values)[output], feeds)
+        floor = self.recipe.floors.conditioning
+        for tensor, ratio in ratios.items():
+            if not floor <= ratio <= 1 / floor:
+                raise ParityError(
+                    f"{name}: when {tensor} changes, the quantised output moves {ratio:.2f} times as far as "
+                    f"the float one; from {floor:g} to {1 / floor:.2f} is allowed",
+                    next_step="calibrate with more pictures, or keep layers at 16 bit with quant.rules",
+                )
+        quantised.export(self._quantised(name), feeds[0], [output])
+        expected = self._expected_path(name)
+        np.savez(expected, **{output: given[0]})
+        return StageOutput(
+            (*self._existing(self._quantised(name)), expected),
+            {"drift": _plain(drift), "conditioning": ratios},
+        )
+
+    def judge_clip(self) -> StageOutput:
+        """Run the quantised graphs one after the other and compare the clip with the float clip."""
+        last, judges = self.components[-1].name, self._judges()
+        jobs = [Job(judge.image, judge.seed) for judge in judges]
+        for component in self.components:
+            run_component(component, lambda c: OnnxRunner(self._quantised(c.name) / MODEL), jobs)
+        clips = [(judge.outputs[last], job.outputs[last]) for judge, job in zip(judges, jobs, strict=True)]
+        worst = min(psnr_db(exact, quantised, peak=2.0) for exact, quantised in clips)
+        floor = self.recipe.floors.clip_psnr_db
+        if not worst >= floor:
+            raise ParityError(
+                f"the quantised clip is {worst:.1f} dB PSNR from the float clip, the floor is {floor:g} dB",
+                next_step="calibrate with more pictures, or keep layers at 16 bit with quant.rules",
+            )
+        sheet = self.folder.work / SHEET
+        rows = [("input", to_uint8(judges[0].image))]
+        for label, clip in zip(("float", "quantised"), clips[0], strict=True):
+            rows.append((label, to_uint8(clip)[:: max(1, len(clip) // 7)]))
+        write_sheet(rows, sheet)
+        return StageOutput((sheet,), {"psnr_db": _plain(worst)})
+
+    def compile(self, component: Component, target: str) -> StageOutput:
+        """Compile one component for one chip."""
+        assert self.recipe.npu is not None
+        quantised = self.recipe.quant is not None
+        model = self._quantised(component.name) if quantised else self.folder.artifact / component.name
+        for finding in lint(model / MODEL, float16=not quantised, vtcm_mb=self.recipe.npu.vtcm_mb):
+            self.progress.say(f"{component.name}: {finding}")
+        made = compile_context(
+            model / MODEL,
+            self.folder.artifact / component.name / target,
+            find_target(target),
+            self.recipe.npu,
+            float16=not quantised,
+            progress=self.progress,
+        )
+        check_graph(made.graph, self._precision, self.recipe.npu.allow)
+        values = {"arch": made.arch, "qnn_api": made.qnn_api}
+        return StageOutput((made.wrapper, made.context), values)
+
+    def simulate(self, component: Component, target: str) -> StageOutput:
+        """Run one binary on the simulator, on the first judge; compare with AIMET and with the float run."""
+        if component.flops > SIMULATE_UP_TO_FLOPS:
+            self.progress.say(
+                f"{component.name}: not simulated, {component.flops / 1e9:.0f} GFLOPs are too many for it"
+            )
+            return StageOutput((), {"simulated": False})
+        output, judge = component.outputs[0].name, self._judges()[0]
+        wrapper = self.folder.artifact / component.name / target / f"{target}.onnx"
+        given = NpuSimRunner(wrapper).run(judge.feeds(component))[output]
+        drift = sqnr_db(judge.outputs[component.name], given)
+        floors, scheme = self.recipe.floors, self.recipe.quant
+        if scheme is None:
+            self._require(component.name, "the simulator's float16", drift, floors.float16_sqnr_db)
+            return StageOutput((), {"simulated": True, "drift": _plain(drift), "agreement": None})
+        with np.load(self._expected_path(component.name)) as expected:
+            agreement = sqnr_db(expected[output], given)
+        # At 8 bit rounding flips spread, so that only the distance to the float run means something.
+        if scheme.activations == 16:
+            self._require(component.name, "the simulator, seen from AIMET,", agreement, floors.simulator_db)
+        else:
+            self._require(component.name, "the simulator", drift, floors.quantised_sqnr_db)
+        return StageOutput((), {"simulated": True, "drift": _plain(drift), "agreement": _plain(agreement)})
+
+    # ---- entries ----
+
+    def with_quantised(self, component: Component) -> Component:
+        """Add the quantised graph's files."""
+        root = self.folder.artifact
+        roles = {MODEL: _QUANTISED, DATA: f"{_QUANTISED}_data"}
+        files = {
+            roles[path.name]: FileEntry.of(root, path)
+            for path in self._existing(self._quantised(component.name))
+        }
+        return dataclasses.replace(component, files=component.files | files)
+
+    def binary(self, component: Component, target: str, values: Mapping[str, Any]) -> NpuBinary:
+        """Describe what was compiled."""
+        root = self.folder.artifact
+        folder = root / component.name / target
+        files = {
+            "wrapper": FileEntry.of(root, folder / f"{target}.onnx"),
+            "context": FileEntry.of(root, folder / f"{target}.bin"),
+        }
+        return NpuBinary(target, values["arch"], self._precision, values["qnn_api"], files)
+
+    # ---- parts ----
+
+    @property
+    def _precision(self) -> str:
+        scheme = self.recipe.quant
+        return f"w{scheme.weights}a{scheme.activations}" if scheme else "float16"
+
+    def _float_runner(self, component: Component) -> OnnxRunner:
+        return OnnxRunner(self.folder.artifact / component.name / MODEL)
+
+    def _quantised(self, name: str) -> Path:
+        return self.folder.artifact / name / _QUANTISED
+
+    def _existing(self, folder: Path) -> tuple[Path, ...]:
+        return tuple(path for path in (folder / MODEL, folder / DATA) if path.exists())
+
+    def _sample_path(self, index: int) -> Path:
+        return self.folder.work / "calibration" / f"{index}.npz"
+
+    def _expected_path(self, name: str) -> Path:
+        return self.folder.work / name / "simulated.npz"
+
+    def _jobs(self) -> list[Path]:
+        return sorted((self.folder.work / "calibration").glob("*.npz"), key=lambda path: int(path.stem))
+
+    def _load(self, path: Path) -> Job:
+        with np.load(path) as arrays:
+            outputs = {name: arrays[name] for name in arrays.files if name != "image"}
+            return Job(arrays["image"], int(path.stem), outputs)
+
+    def _feeds(self, component: Component) -> Iterator[Tensors]:
+        """Inputs of the pictures that calibrate, one at a time."""
+        for path in self._jobs()[:-JUDGES]:
+            yield self._load(path).feeds(component)
+
+    def _judges(self) -> list[Job]:
+        return [self._load(path) for path in self._jobs()[-JUDGES:]]
+
+    def _require(self, name: str, what: str, value: float, floor: float) -> None:
+        if not value >= floor:
+            raise ParityError(
+                f"{name}: {what} gives {value:.1f} dB SQNR, the floor is {floor:g} dB",
+                next_step="calibrate with more pictures, or keep layers at 16 bit with quant.rules",
+            )
+
+
+def _plain(value: float) -> float | None:
+    """Infinity, for identical outputs, is nothing that JSON can hold."""
+    return None if value == math.inf else value

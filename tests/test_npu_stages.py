@@ -1,0 +1,199 @@
+"""From a checkpoint to context binaries on the simulator, with a small model; gates are shown to close."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from conftest import write_checkpoint
+
+pytest.importorskip("aimet_torch")
+pytest.importorskip("onnxruntime_qnn")
+
+from mobilevd_deploy import npu_stages, verify
+from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.deploy import deploy
+from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError
+from mobilevd_deploy.pipeline import Pipeline
+from mobilevd_deploy.probe import psnr_db
+from mobilevd_deploy.progress import Progress
+from mobilevd_deploy.recipe import Floors, Recipe, load_recipe
+from mobilevd_deploy.report import render_report
+from mobilevd_deploy.spec import ModelSpec, load_preset
+
+SHIPPED = load_recipe("xiaomi-14-pro")
+# Random weights make more of every rounding than trained ones do.
+RECIPE = dataclasses.replace(
+    SHIPPED,
+    quant=dataclasses.replace(SHIPPED.quant, samples=2),
+    floors=dataclasses.replace(SHIPPED.floors, quantised_sqnr_db=15, clip_psnr_db=15, simulator_db=35),
+)
+
+
+def small_model() -> ModelSpec:
+    """The demo's layers at the demo's widths, with two levels and four frames."""
+    demo = load_preset("demo").model
+    unet = dataclasses.replace(
+        demo.unet,
+        block_out_channels=(32, 64),
+        num_attention_heads=(2, 4),
+        attention=(True, False),
+        kept_temporal_blocks=("down_blocks.0.resnets.0", "up_blocks.1.attentions.0"),
+    )
+    return dataclasses.replace(demo, name="small", frames=4, unet=unet)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "small.safetensors", small_model())
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Path) -> Artifact:
+    return deploy(checkpoint, RECIPE, checkpoint.parent / "npu")
+
+
+def test_every_component_has_a_binary_that_names_its_chip(artifact: Artifact) -> None:
+    for component in artifact.manifest.components:
+        (binary,) = component.npu
+        assert (binary.target, binary.arch, binary.precision) == ("SM8650", 75, "w8a16")
+        assert b"soc_type=SM8650;arch=75" in (artifact.root / binary.files["context"].path).read_bytes()
+        assert {"model", "quantised"} <= set(component.files)
+
+
+def test_the_manifest_follows_its_schema_and_tells_the_quality(artifact: Artifact) -> None:
+    schema = Path(npu_stages.__file__).with_name("manifest.schema.json")
+    jsonschema.validate(
+        json.loads(artifact.manifest.to_json()), json.loads(schema.read_text(encoding="utf-8"))
+    )
+    assert set(artifact.manifest.drift) == {"onnx", "quantised", "npu.SM8650"}
+    quality = artifact.manifest.quality
+    assert quality is not None
+    assert len(quality.sha256) == 4
+    assert set(quality.conditioning["unet"]) == {"noise", "image_latents", "image_embeds"}
+    assert {"aimet-torch", "onnxruntime-qnn"} <= set(artifact.manifest.tools)
+
+
+def test_the_report_tells_it(artifact: Artifact) -> None:
+    page = (artifact.root / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page
+    for text in ("Quantisation", "For the NPU", "SM8650", "Hexagon V75", "on the simulator"):
+        assert text in page
+    assert "img class" not in render_report(artifact.manifest, {})
+
+
+def test_the_same_clip_from_all_three_forms(artifact: Artifact) -> None:
+    picture = np.random.default_rng(0).uniform(-1, 1, (1, 3, 64, 128)).astype(np.float32)
+    exact, quantised, simulated = (
+        Pipeline.open(artifact, (provider,)).generate(picture, 0)
+        for provider in ("CPUExecutionProvider", "quantised", "npu-sim")
+    )
+    assert psnr_db(exact, quantised, 2.0) > 15
+    assert psnr_db(quantised, simulated, 2.0) > 30
+
+
+def test_nothing_is_made_twice(artifact: Artifact, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("it was made again")
+
+    monkeypatch.setattr(npu_stages, "run", fail)
+    assert deploy(checkpoint, RECIPE, artifact.root) == artifact
+
+
+# ---- verify ----
+
+
+def test_verify_passes_what_was_made(artifact: Artifact) -> None:
+    checks = verify.verify(artifact, simulate=True)
+    assert [check for check in checks if not check.ok] == []
+    assert {check.what for check in checks} >= {"files", "SM8650 binary", "quantised graph"}
+    assert sum("simulated" in check.what for check in checks) == 4
+
+
+@pytest.fixture
+def copied(artifact: Artifact, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact.root, tmp_path / "copy"))
+
+
+def test_a_flipped_byte_in_any_file_is_found(copied: Path) -> None:
+    for path in sorted(p for p in copied.rglob("*") if p.is_file()):
+        original = path.read_bytes()
+        path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        try:
+            checks = verify.verify(Artifact.open(copied))
+        except ArtifactError:
+            pass  # the manifest itself, or its digest
+        else:
+            assert not all(check.ok for check in checks), path
+        path.write_bytes(original)
+
+
+def test_a_floor_that_is_not_met_fails(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = dataclasses.replace(RECIPE, floors=dataclasses.replace(RECIPE.floors, quantised_sqnr_db=200))
+    monkeypatch.setattr(verify, "from_dict", lambda *_: strict)
+    failed = [check for check in verify.verify(artifact) if not check.ok]
+    assert {check.what for check in failed} == {"quantised graph"}
+
+
+# ---- the gates of the export ----
+
+
+def test_pipeline_forms_that_an_artifact_lacks_are_refused(exported: dict[str, Artifact]) -> None:
+    for provider in ("npu-sim", "quantised"):
+        with pytest.raises(UsageError, match="--recipe") as caught:
+            Pipeline.open(exported["onnx"], (provider,))
+        assert "holds no" in caught.value.what or "xiaomi" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("floors", "message"),
+    [
+        (Floors(quantised_sqnr_db=200), "quantised network gives"),
+        (Floors(quantised_sqnr_db=0, conditioning=0.9999999), "when image changes"),
+    ],
+)
+def test_gates_stop_the_export_and_keep_the_stages(
+    checkpoint: Path, tmp_path: Path, floors: Floors, message: str
+) -> None:
+    recipe = dataclasses.replace(RECIPE, floors=floors)
+    with pytest.raises(ParityError, match=message):
+        deploy(checkpoint, recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.partial" / "stages" / "calibrate.json").exists()
+
+
+def test_a_dead_input_is_refused_even_where_the_outputs_are_close(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stable Diffusion lost its prompt this way at W8A16, with every other figure green."""
+    monkeypatch.setattr(npu_stages, "conditioning", lambda *_: {"image": 0.01})
+    with pytest.raises(ParityError, match=r"0\.01 times as far"):
+        deploy(checkpoint, RECIPE, tmp_path / "out")
+
+
+def test_plan_names_every_stage_that_runs(artifact: Artifact) -> None:
+    planned = npu_stages.plan(RECIPE, dict.fromkeys(("image_encoder", "vae_encoder", "unet", "decoder"), 1.0))
+    ran = [name for name in artifact.manifest.stages if not name.startswith("export ")]
+    assert set(planned) == set(ran)
+    assert npu_stages.plan(Recipe("float"), {"unet": 1.0}) == {}
+
+
+def test_large_components_are_not_simulated_and_say_so(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(npu_stages, "SIMULATE_UP_TO_FLOPS", 0)
+    heard: list[str] = []
+
+    class Heard(Progress):
+        def say(self, sentence: str) -> None:
+            heard.append(sentence)
+
+    component = artifact.manifest.components[0]
+    flow = npu_stages._Flow(RECIPE, (component,), lambda _: None, None, Heard())  # type: ignore[arg-type]
+    assert flow.simulate(component, "SM8650").values == {"simulated": False}
+    assert "not simulated" in heard[0]
