@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from mobilevd_deploy import __version__
-from mobilevd_deploy.errors import MobileVDError, UsageError, VendorError
+from mobilevd_deploy.errors import ArtifactError, MobileVDError, UsageError, VendorError
 
 if TYPE_CHECKING:
     from mobilevd_deploy.hub import Run
@@ -63,7 +63,7 @@ def export(
     ] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="A shipped recipe by name, or a TOML file of your own.")
-    ] = "onnx",
+    ] = "xiaomi-14-pro",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -71,6 +71,21 @@ def export(
             "-o",
             help="The artifact's folder. [default: CHECKPOINT-RECIPE here]",
             show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            help="Pictures, or folders of them, to calibrate the quantisation. [default: drawn ones]",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", help="Chip to compile for, SM8650; several may be named. [default: the recipe's]"
         ),
     ] = None,
     as_json: Json = False,
@@ -84,13 +99,20 @@ def export(
     from mobilevd_deploy.recipe import load_recipe
 
     chosen = load_recipe(recipe)
+    if target:
+        if chosen.npu is None:
+            raise UsageError(
+                f"recipe {chosen.name} compiles for no chip", next_step="choose a recipe with [npu]"
+            )
+        npu = dataclasses.replace(chosen.npu, targets=tuple(dict.fromkeys(target)))
+        chosen = dataclasses.replace(chosen, npu=npu)
     checkpoint = checkpoint or data_dir("models") / "demo.safetensors"
     output = output or Path(f"{checkpoint.resolve().stem}-{chosen.name}")
     with _progress(quiet or as_json) as progress:
         progress.say(f"{checkpoint.name} -> {output} by recipe {chosen.name}")
         from mobilevd_deploy.deploy import deploy
 
-        artifact = deploy(checkpoint, chosen, output, progress)
+        artifact = deploy(checkpoint, chosen, output, progress, calibration=calibration or ())
     manifest = artifact.manifest
     if as_json:
         _print_json({"artifact": str(artifact.root), **json.loads(manifest.to_json())})
@@ -101,6 +123,15 @@ def export(
     tflops = sum(c.flops for c in manifest.components) / 1e12
     print(f"{artifact.root}: {artifact.bytes / 1e6:.1f} MB, {parameters:.1f} M parameters,", end=" ")
     print(f"{tflops:.3g} TFLOPs a clip, {worst} from the trained network")
+    if manifest.quality is not None:
+        quantised = min(value for value in manifest.drift["quantised"].values() if value is not None)
+        print(f"quantised: worst component {quantised:.1f} dB", end=", ")
+        print(f"clip {_number(manifest.quality.clip_psnr_db)} dB PSNR from the float clip")
+    for binary in manifest.components[-1].npu:
+        size = sum(b.bytes for c in manifest.components for b in c.npu if b.target == binary.target)
+        print(f"{binary.target}: {binary.precision} context binaries, {size / 1e6:.1f} MB", end="")
+        simulated = [v for v in manifest.drift.get(f"npu.{binary.target}", {}).values() if v is not None]
+        print(f", on the simulator {min(simulated):.1f} dB at worst" if simulated else ", not simulated")
     print(f"look at {artifact.root / 'report.html'}")
 
 
@@ -135,7 +166,8 @@ def generate(
         typer.Option(
             "--provider",
             "-p",
-            help="onnxruntime execution provider, best first. [default: CPU]",
+            help="onnxruntime execution provider, best first; or npu-sim: the context binaries on the HTP "
+            "simulator; or quantised: the quantised graphs on the CPU. [default: CPU]",
             show_default=False,
         ),
     ] = None,
@@ -185,6 +217,49 @@ def generate(
         return
     size = f"{spec.width * scale}x{spec.height * scale}"
     print(f"{output}: {spec.frames} frames of {size} at {spec.fps} fps, seed {seed}")
+
+
+@app.command(
+    epilog="Example: [bold]mobilevd-deploy verify build/clip-model --simulate[/]",
+)
+def verify(
+    artifact: Annotated[
+        Path | None,
+        typer.Argument(help="An exported artifact. [default: the newest here]", show_default=False),
+    ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Also run the context binaries on the HTP simulator.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check an artifact: digests, the chips its binaries name, outputs graph against graph.
+
+    Exit code 0 only if everything holds.
+    """
+    from rich.table import Table
+
+    from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.verify import verify as look
+
+    opened = Artifact.open(artifact) if artifact else find_newest(Path())
+    with _progress(quiet or as_json) as progress:
+        checks = look(opened, simulate=simulate, progress=progress)
+    failed = [check for check in checks if not check.ok]
+    if as_json:
+        values = {"artifact": str(opened.root), "ok": not failed}
+        _print_json(values | {"checks": [dataclasses.asdict(check) for check in checks]})
+        sys.exit(1 if failed else 0)
+    table = Table("", "check", "component", "")
+    for check in checks:
+        table.add_row("ok" if check.ok else "FAILED", check.what, check.component or "", check.detail)
+    _print_rich(table)
+    if failed:
+        where = f" of {failed[0].component}" if failed[0].component else ""
+        raise ArtifactError(
+            f"{opened.root}: {failed[0].what}{where}: {failed[0].detail}",
+            next_step="export it again, or copy it again from where it came",
+        )
 
 
 @app.command(

@@ -34,7 +34,7 @@ from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
 from mobilevd_deploy.passes import PASSES
 from mobilevd_deploy.recipe import PassName
 
-VERBS = ("export", "generate", "inspect", "diff", "train-demo", "profile", "jobs", "devices")
+VERBS = ("export", "generate", "verify", "inspect", "diff", "train-demo", "profile", "jobs", "devices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ def test_names_of_passes_in_recipes() -> None:
 
 
 def test_export_that_has_nothing_to_do(run: Run, artifact: Artifact, tiny_checkpoint: Path) -> None:
-    ended = run("export", tiny_checkpoint, "-o", artifact.root)
+    ended = run("export", tiny_checkpoint, "-r", "onnx", "-o", artifact.root)
     assert ended.code == 0
     first, second = ended.out.splitlines()
     assert first.startswith(f"{artifact.root}: ")
@@ -196,9 +196,9 @@ def test_export_that_has_nothing_to_do(run: Run, artifact: Artifact, tiny_checkp
     assert " dB from the trained network" in first
     assert second == f"look at {artifact.root / 'report.html'}"
     assert "nothing has changed" in ended.err
-    quiet = run("export", tiny_checkpoint, "-o", artifact.root, "--quiet")
+    quiet = run("export", tiny_checkpoint, "-r", "onnx", "-o", artifact.root, "--quiet")
     assert (quiet.out, quiet.err) == (ended.out, "")
-    result = run("export", tiny_checkpoint, "-o", artifact.root, "--json")
+    result = run("export", tiny_checkpoint, "-r", "onnx", "-o", artifact.root, "--json")
     assert (result.code, result.err) == (0, "")
     expected = json.loads((artifact.root / "manifest.json").read_text())
     assert result.json == {"artifact": str(artifact.root), **expected}
@@ -225,7 +225,7 @@ def test_export_says_where_it_is(
         return (f"a note about {folder.name}",)
 
     monkeypatch.setattr(flow, "export_onnx", copy)
-    stopped = run("export", tiny_checkpoint)
+    stopped = run("export", tiny_checkpoint, "-r", "onnx")
     assert (stopped.code, stopped.out) == (130, "")
     assert stopped.err.endswith("error: interrupted\n next: run the same command again to go on\n")
     assert re.search(r"^\[2/4\] export vae_encoder: \d", stopped.err, re.MULTILINE)
@@ -242,11 +242,11 @@ def test_export_says_where_it_is(
 
 
 def test_interrupted_json_is_json(run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(flow, "deploy", interrupt)
-    ended = run("export", tiny_checkpoint, "--json")
+    ended = run("export", tiny_checkpoint, "-r", "onnx", "--json")
     assert ended.code == ended.json["exit_code"] == 130
 
 
@@ -261,15 +261,15 @@ def test_interrupted_json_is_json(run: Run, tiny_checkpoint: Path, monkeypatch: 
 def test_exit_codes(
     error: Exception, code: int, run: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(flow, "deploy", fail)
-    ended = run("export", tiny_checkpoint, "-q")
+    ended = run("export", tiny_checkpoint, "-r", "onnx", "-q")
     what = error.what if isinstance(error, MobileVDError) else "not enough memory"
     assert (ended.code, ended.out) == (code, "")
     assert ended.err.startswith(f"error: {what}\n next: ")
-    ended = run("export", tiny_checkpoint, "--json")
+    ended = run("export", tiny_checkpoint, "-r", "onnx", "--json")
     assert ended.json["error"] == what
     assert ended.json["exit_code"] == ended.code == code
 
@@ -340,13 +340,13 @@ def test_bad_checkpoints(
 ) -> None:
     path = tmp_path / f"bad.{ending}"
     make(path, tiny_checkpoint)
-    ended = run("export", path, "-o", "out", "-q")
+    ended = run("export", path, "-r", "onnx", "-o", "out", "-q")
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith("error: ")
     assert message in ended.err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "made").exists()
-    assert message in run("export", path, "-o", "out", "--json").json["error"]
+    assert message in run("export", path, "-r", "onnx", "-o", "out", "--json").json["error"]
     if message != "NaN":  # inspection reads no weights
         ended = run("inspect", path, "--json")
         assert ended.code == 1
@@ -357,7 +357,7 @@ def test_truncated_pt(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.pt"
     torch.save({"tensors": torch.zeros(1000)}, path)
     path.write_bytes(path.read_bytes()[:2000])
-    ended = run("export", path, "-q")
+    ended = run("export", path, "-r", "onnx", "-q")
     assert ended.code == 1
     assert "not a whole .pt file" in ended.err
 
@@ -365,7 +365,7 @@ def test_truncated_pt(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_an_output_of_somebody_else(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    ended = run("export", tiny_checkpoint, "-o", "mine", "--json")
+    ended = run("export", tiny_checkpoint, "-r", "onnx", "-o", "mine", "--json")
     assert ended.code == 2
     assert "not touched" in ended.json["error"]
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
@@ -628,7 +628,7 @@ def test_as_a_program(exported: dict[str, Artifact], tiny_checkpoint: Path, tmp_
     assert (ended.returncode, ended.stderr) == (0, "")
     assert json.loads(ended.stdout)[0]["quantity"] == "bytes"
     hostile(tmp_path / "bad.pt", tiny_checkpoint)
-    ended = program("export", "bad.pt", "--json")
+    ended = program("export", "bad.pt", "-r", "onnx", "--json")
     assert ended.returncode == 1
     assert json.loads(ended.stdout)["exit_code"] == 1
     assert "Traceback" not in ended.stderr
