@@ -7,10 +7,23 @@ SOURCES := mobilevd_deploy benchmarks tests
 
 .PHONY: demo test check fix clean
 
-demo: $(READY)  ## export the bundled checkpoint and make a clip from a picture
-	$(BIN)/mobilevd-deploy export --output build/demo/artifact
+demo: $(READY)  ## a clip by the exported float model, then one by the NPU's binaries on its simulator
+	$(BIN)/mobilevd-deploy export --recipe onnx --output build/demo/artifact
+	@$(MAKE) --no-print-directory build/demo/clip.gif
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(BIN)/mobilevd-deploy export --recipe xiaomi-14-pro --output build/demo/npu
+	@$(MAKE) --no-print-directory build/demo/npu-clip.gif
+else
+	@echo "Qualcomm's compiler and simulator are for Linux on x86-64, so the demo ends here"
+endif
+
+build/demo/clip.gif: build/demo/artifact/manifest.sha256 models/demo.png
 	$(BIN)/mobilevd-deploy generate models/demo.png --artifact build/demo/artifact --scale 3 \
-	  --output build/demo/clip.gif --sheet build/demo/sheet.png
+	  --output $@ --sheet build/demo/sheet.png
+
+build/demo/npu-clip.gif: build/demo/npu/manifest.sha256 models/demo.png
+	$(BIN)/mobilevd-deploy generate models/demo.png --artifact build/demo/npu --provider npu-sim --scale 3 \
+	  --output $@ --sheet build/demo/npu-sheet.png
 
 test: check  ## everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile

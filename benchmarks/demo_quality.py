@@ -1,16 +1,22 @@
 """How good the demo's clips are, on seeds that it was never trained on: writes results/demo_quality.json.
 
     python benchmarks/demo_quality.py --artifact build/demo/artifact [--clips 200]
+    python benchmarks/demo_quality.py --artifact build/demo/npu --provider quantised
+    python benchmarks/demo_quality.py --artifact build/demo/npu --provider npu-sim --clips 12
+
+With a provider the same clips are also made by the float graphs and both are scored, in
+results/demo_quality_<provider>.json; the simulator takes a quarter of a minute for a clip, hence the few.
 
 Each held-out clip's first frame goes through the artifact; frames 2 to 14 are compared with the truth, and so
-is "repeat the first frame". A minute on two cores. It also writes README's contact sheet (generated above
-truth) and animation: results/demo_sheet.png and results/demo_clip.gif.
+is "repeat the first frame". A minute on two cores. Without a provider it also writes README's contact sheet
+(generated above truth) and animation: results/demo_sheet.png and results/demo_clip.gif.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,20 +38,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--artifact", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--provider", choices=("quantised", "npu-sim"))
     arguments = parser.parse_args()
 
     artifact = Artifact.open(arguments.artifact)
     clips = [make_clip(SEED, HELD_OUT + i) for i in range(arguments.clips)]
-    made = Pipeline.open(artifact).generate_all((picture(clip), i) for i, clip in enumerate(clips))
+    made, values = measure(Pipeline.open(artifact), clips)
+    manifest = artifact.manifest
+    held_out = {"stream": SEED, "first_index": HELD_OUT, "clips": len(clips)}
+    source = {"model": manifest.model["name"], "checkpoint_sha256": manifest.source.sha256}
+    result: dict[str, Any] = {"artifact": source, "held_out": held_out, "values": values}
+    if arguments.provider is None:
+        write_result("demo_quality", result)
+        write_pictures(clips[:SHOWN], made[:SHOWN])
+        return
+    _, quantised = measure(Pipeline.open(artifact, (arguments.provider,)), clips)
+    result |= {"precision": manifest.components[0].npu[0].precision, arguments.provider: quantised}
+    result["psnr_lost_db"] = round(values["psnr_db"] - quantised["psnr_db"], 4)
+    write_result(f"demo_quality_{arguments.provider.replace('-', '_')}", result)
+
+
+def measure(pipeline: Pipeline, clips: list[Clip]) -> tuple[list[npt.NDArray[np.float32]], dict[str, float]]:
+    """Make the clips from their first frames, score them, print."""
+    made = pipeline.generate_all((picture(clip), i) for i, clip in enumerate(clips))
     scores = [score(clip, to_uint8(frames)) for clip, frames in zip(clips, made, strict=True)]
     values = summarise(scores)
     for name, value in values.items():
         print(f"{name:36}{value:10.3f}")
-    manifest = artifact.manifest
-    held_out = {"stream": SEED, "first_index": HELD_OUT, "clips": len(clips)}
-    source = {"model": manifest.model["name"], "checkpoint_sha256": manifest.source.sha256}
-    write_result("demo_quality", {"artifact": source, "held_out": held_out, "values": values})
-    write_pictures(clips[:SHOWN], made[:SHOWN])
+    return made, values
 
 
 def picture(clip: Clip) -> npt.NDArray[np.float32]:

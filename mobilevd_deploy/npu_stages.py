@@ -149,7 +149,7 @@ class _Flow:
             path = self._sample_path(index)
             path.parent.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Any] = {"image": job.image, **job.outputs}
-            np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy types its own keyword only
+            np.savez(path, **arrays)
             files.append(path)
             self.progress.advance((index + 1) / len(pictures.values))
         return StageOutput(tuple(files))
@@ -180,7 +180,7 @@ class _Flow:
                 )
         quantised.export(self._quantised(name), feeds[0], [output])
         expected = self._expected_path(name)
-        np.savez(expected, **{output: given[0]})
+        np.savez(expected, given=given[0])
         return StageOutput(
             (*self._existing(self._quantised(name)), expected),
             {"drift": _plain(drift), "conditioning": ratios},
@@ -242,7 +242,7 @@ class _Flow:
             self._require(component.name, "the simulator's float16", drift, floors.float16_sqnr_db)
             return StageOutput((), {"simulated": True, "drift": _plain(drift), "agreement": None})
         with np.load(self._expected_path(component.name)) as expected:
-            agreement = sqnr_db(expected[output], given)
+            agreement = sqnr_db(expected["given"], given)
         # At 8 bit rounding flips spread, so that only the distance to the float run means something.
         if scheme.activations == 16:
             self._require(component.name, "the simulator, seen from AIMET,", agreement, floors.simulator_db)
