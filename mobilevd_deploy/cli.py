@@ -263,6 +263,59 @@ def verify(
 
 
 @app.command(
+    epilog="Examples: [bold]mobilevd-deploy traffic build/clip-model[/], "
+    "[bold]traffic mobilevd --blocks 'down_blocks.0.*' --recipe npu-float --mode 3[/]",
+)
+def traffic(
+    what: Annotated[
+        str,
+        typer.Argument(help="An artifact with context binaries, or a preset by name.", show_default=False),
+    ],
+    blocks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a preset: which blocks, with shell wildcards. [default: all]", show_default=False
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Of a preset: graph forms and bits.")
+    ] = "xiaomi-14-pro",
+    mode: Annotated[
+        int | None, typer.Option(min=0, max=3, help="Another optimisation mode than the recipe's.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Count the bytes that move to and from DRAM, by the compiler's own schedule: planned, not measured.
+
+    A preset is compiled block by block with random weights, because no schedule depends on their values.
+    """
+    from rich.table import Table
+
+    from mobilevd_deploy.artifact import MANIFEST, Artifact
+    from mobilevd_deploy.recipe import load_recipe
+    from mobilevd_deploy.spec import load_preset
+    from mobilevd_deploy.traffic import measure_artifact, measure_preset
+
+    with _progress(quiet or as_json) as progress:
+        if (Path(what) / MANIFEST).exists():
+            rows = measure_artifact(Artifact.open(what), progress)
+        else:
+            chosen, wanted = load_recipe(recipe), tuple(blocks or ["*"])
+            rows = measure_preset(load_preset(what).model, chosen, wanted, mode, progress)
+    if as_json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+        return
+    table = Table("module", "read, MB", "written, MB", "floor, MB", "", title="DRAM traffic as scheduled")
+    most = max(row.read + row.written for row in rows)
+    for row in rows:
+        bar = "█" * round(30 * (row.read + row.written) / most) if most else ""
+        floor = "" if row.floor is None else f"{row.floor / 1e6:,.1f}"
+        table.add_row(row.path, f"{row.read / 1e6:,.1f}", f"{row.written / 1e6:,.1f}", floor, bar)
+    _print_rich(table)
+
+
+@app.command(
     epilog="Examples: [bold]mobilevd-deploy inspect ckpt.pt[/], [bold]inspect mobilevd[/], "
     "[bold]inspect --ladder --json[/]",
 )

@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ _TARGET_TEXT = re.compile(rb"soc_type=([A-Za-z0-9]+);arch=([0-9]+)")
 _STAGES = {"Graph Optimizations": 0.2, "Graph Sequencing for Target": 0.7, "VTCM Allocation": 0.9}
 _SHOWN = 8
 _POLL_MS = 100
+_FULL_DISK_BYTES = 2**20
 _PR_SET_PDEATHSIG = 1
 
 
@@ -124,10 +126,9 @@ def compile_context(
         UsageError: onnxruntime-qnn is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
-        aside = Path(name)
+    with _fresh_folder(folder / f".{target.name}.partial") as aside:
         made = aside / "context.onnx"
-        job = _compile_job(model, target, options, float16) | {"context": str(made)}
+        job = _compile_job(model, target, options, float16) | {"context": str(made.resolve())}
         what = f"compiling {model} for {target.name}"
         ran = _run_child(what, job, aside, memory_bytes, timeout_s, progress)
         wrapper, context = folder / f"{target.name}.onnx", folder / f"{target.name}.bin"
@@ -355,6 +356,17 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
 # ---- files of a compilation ----
 
 
+@contextlib.contextmanager
+def _fresh_folder(path: Path) -> Iterator[Path]:
+    """Make an empty folder, whatever a run that was killed has left there, and remove it afterwards."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _compile_job(model: Path, target: Target, options: NpuOptions, float16: bool) -> dict[str, Any]:
     if not model.is_file():
         raise UsageError(f"{model} does not exist")
@@ -517,6 +529,8 @@ def _run_child(
     file = folder / "result.json"
     result = json.loads(file.read_bytes()) if file.is_file() else {}
     if error := _failure(what, Path(job["model"]), status, result, log):
+        if shutil.disk_usage(folder).free < _FULL_DISK_BYTES:
+            raise ResourceError(f"{what}: the disk is full", next_step="free some space") from error
         raise error
     return _Ran(result, log, seconds, max(peak, int(result["peak_bytes"])))
 

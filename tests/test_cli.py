@@ -34,7 +34,18 @@ from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
 from mobilevd_deploy.passes import PASSES
 from mobilevd_deploy.recipe import PassName
 
-VERBS = ("export", "generate", "verify", "inspect", "diff", "train-demo", "profile", "jobs", "devices")
+VERBS = (
+    "export",
+    "generate",
+    "verify",
+    "traffic",
+    "inspect",
+    "diff",
+    "train-demo",
+    "profile",
+    "jobs",
+    "devices",
+)
 
 
 @dataclasses.dataclass(frozen=True)

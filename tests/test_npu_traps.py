@@ -1,0 +1,70 @@
+"""Graphs that compile and were wrong: what the deploy form does about it, on the HTP simulator."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("aimet_torch")
+pytest.importorskip("onnxruntime_qnn")
+
+from mobilevd_deploy.npu import ops
+from mobilevd_deploy.onnx_export import MODEL
+from mobilevd_deploy.probe import sqnr_db
+from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target
+from mobilevd_deploy.quantize import quantise
+from mobilevd_deploy.recipe import NpuOptions, load_recipe
+
+RECIPE = load_recipe("xiaomi-14-pro")
+Shape = tuple[int, int, int, int]
+
+
+class PlainSiLU(nn.Module):
+    """The product of a tensor with its own sigmoid, as the compiler should not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigmoid, self.multiply = nn.Sigmoid(), ops.Multiply()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.sigmoid(x))
+
+
+def agreement(folder: Path, module: nn.Module, shape: Shape, mode: int = 3) -> float:
+    """SQNR in dB of the simulator against AIMET's simulation."""
+    inputs = {"x": np.random.default_rng(0).standard_normal(shape, np.float32)}
+    assert RECIPE.quant is not None
+    quantised = quantise(module, [inputs], RECIPE.quant)
+    expected = quantised.run(inputs)
+    quantised.export(folder, inputs, ["out"])
+    options = dataclasses.replace(NpuOptions(), optimization_mode=mode)
+    made = compile_context(folder / MODEL, folder / "npu", find_target("SM8650"), options, float16=False)
+    return sqnr_db(expected, NpuSimRunner(made.wrapper).run(inputs)["out"])
+
+
+def norm(channels: int) -> nn.Module:
+    torch.manual_seed(0)
+    plain = nn.GroupNorm(32, channels)
+    nn.init.normal_(plain.weight, 1, 0.2)
+    nn.init.normal_(plain.bias, 0, 0.2)
+    return ops.group_norm(plain, RECIPE.graph)
+
+
+@pytest.mark.parametrize("shape", [(14, 64, 8, 16), (7, 192, 2, 4), (7, 160, 4, 8)])
+def test_silu_behind_a_group_norm_is_right(shape: Shape, tmp_path: Path) -> None:
+    assert agreement(tmp_path, nn.Sequential(norm(shape[1]), ops.SiLU()), shape) > 60
+
+
+def test_the_plain_product_is_still_wrong(tmp_path: Path) -> None:
+    """If this fails, the compiler was mended: SiLU's detour can go."""
+    assert agreement(tmp_path, nn.Sequential(norm(64), PlainSiLU()), (14, 64, 8, 16)) < 20
+
+
+def test_instance_norms_are_still_wrong_in_mode_1(tmp_path: Path) -> None:
+    """If this fails, the compiler was mended: recipe.py need not refuse mode 1."""
+    assert agreement(tmp_path, nn.Sequential(nn.Conv2d(96, 96, 1), norm(96)), (7, 96, 2, 4), mode=1) < 20
