@@ -241,9 +241,13 @@ def _blaming_aimet(what: str, network: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:  # AIMET and torch raise what they like
         raise ExportError(
-            f"AIMET could not {what} {type(network).__name__}: {error}",
+            f"AIMET could not {what} {type(network).__name__}: {_first_line(error)}",
             next_step="report this with the model's configuration",
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)  # the rest is code to paste
 
 
 def _arguments(inputs: Tensors) -> tuple[Tensor, ...]:
@@ -406,6 +410,14 @@ class _Graph:
     def value(self, name: str) -> Array:
         return numpy_helper.to_array(self.constants[name])
 
+    def before_pairs(self, tensor: str) -> str:
+        """Return the float tensor that Q and DQ made this one from."""
+        node = self.producers.get(tensor)
+        while node is not None and node.op_type in _PAIR:
+            tensor = node.input[0]
+            node = self.producers.get(tensor)
+        return tensor
+
     def is_constant(self, dequantise: NodeProto) -> bool:
         """Whether a DQ yields weights."""
         stored = dequantise.input[0]
@@ -436,7 +448,7 @@ def relabel(model: onnx.ModelProto) -> None:
                 done[operand] = f"{operand}_signed"
                 inner = f"{operand}_int16"
                 for op, before, after in zip(_PAIR, (operand, inner), (inner, done[operand]), strict=True):
-                    name = f"{node.name}/relabel/{op}"
+                    name = f"{node.name}_relabel_{op}"
                     nodes.append(onnx.helper.make_node(op, [before, scale, zero.name], [after], name))
             node.input[1] = done[operand]
         nodes.append(node)
@@ -484,10 +496,6 @@ def check_forms(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda
     All were seen on SM8650 with onnxruntime-qnn 2.7.0.
     """
     graph = _Graph(model)
-    shapes = {
-        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
-        for value in model.graph.value_info
-    }
     for node in model.graph.node:
         if is_float(_module(node)):
             continue
@@ -502,20 +510,18 @@ def check_forms(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda
                 next_step="concatenate the tensor with itself, or let an op broadcast",
             )
         if node.op_type == "Mul" and _is_silu(graph, node):
-            shape = shapes.get(node.output[0], [])
-            if shape[2:] == [16, 8] and shape[1] < 48:
-                raise ExportError(
-                    f"{node.name}: SiLU of {shape} is computed wrongly",
-                    next_step="use 48 channels or more there, or a map of another shape",
-                )
+            raise ExportError(
+                f"{node.name}: a tensor times its own sigmoid is computed wrongly at many sizes",
+                next_step="use npu.ops.SiLU, which hides it from the compiler",
+            )
 
 
 def _is_silu(graph: _Graph, mul: NodeProto) -> bool:
-    for name in mul.input:
-        node = graph.producers.get(name)
-        while node is not None and node.op_type in _PAIR:
-            node = graph.producers.get(node.input[0])
-        if node is not None and node.op_type == "Sigmoid":
+    """Whether it multiplies x and sigmoid(x) with nothing but Q and DQ in between."""
+    sources = [graph.before_pairs(name) for name in mul.input]
+    for x, other in (sources, sources[::-1]):
+        node = graph.producers.get(other)
+        if node is not None and node.op_type == "Sigmoid" and graph.before_pairs(node.input[0]) == x:
             return True
     return False
 
