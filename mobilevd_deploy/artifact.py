@@ -101,29 +101,66 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class NpuPart:
+    """A context binary and the ONNX wrapper that loads it: a whole component, or a part of one.
+
+    Files by role: "wrapper", "context". `inputs` and `outputs` name values in the order of the wrapper's, all
+    float32; their shapes stand in the wrapper.
+    """
+
+    files: dict[str, FileEntry]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if set(self.files) != {"wrapper", "context"}:
+            raise SpecError(f"npu part: files {sorted(self.files)} are not wrapper and context")
+        if not self.inputs or not self.outputs:
+            raise SpecError(f"npu part {self.files['wrapper'].path}: it needs inputs and outputs")
+
+
+@dataclass(frozen=True)
 class NpuBinary:
-    """A component compiled for one chip: a QNN context binary, and the ONNX wrapper that loads it.
+    """A component compiled for one chip.
 
     `target` is the part number and `arch` the Hexagon version, both read back from the binary. `precision`
-    is "float16" or like "w8a16". `qnn_api` is the QNN version that wrote it; an older runtime cannot load
-    it. Files by role: "wrapper", "context". Inputs and outputs are the component's own.
+    is "float16" or like "w8a16". `qnn_api` is the version of QNN's interface and `sdk` that of the SDK
+    (QAIRT) that wrote it; an older runtime cannot load it. `parts` run in order, each on inputs of the
+    component or outputs of parts before it; the last one gives the component's output. A value may be dropped
+    after its last reader.
     """
 
     target: str
     arch: int
     precision: str
     qnn_api: str
-    files: dict[str, FileEntry]
+    sdk: str
+    parts: tuple[NpuPart, ...]
 
     @property
     def bytes(self) -> int:
-        """Size of wrapper and context."""
-        return sum(entry.bytes for entry in self.files.values())
+        """Size of wrappers and contexts."""
+        return sum(entry.bytes for entry in self.all_files())
+
+    def all_files(self) -> Iterator[FileEntry]:
+        """Every file, part by part."""
+        for part in self.parts:
+            yield from part.files.values()
+
+    def check_wiring(self, inputs: Iterable[str], output: str) -> None:
+        """Raise SpecError unless the parts get from `inputs` to `output`."""
+        known = set(inputs)
+        for part in self.parts:
+            if missing := [name for name in part.inputs if name not in known]:
+                raise SpecError(f"npu {self.target}: nobody provides {missing[0]}")
+            if again := [name for name in part.outputs if name in known]:
+                raise SpecError(f"npu {self.target}: {again[0]} is given twice")
+            known |= set(part.outputs)
+        if not self.parts or output not in self.parts[-1].outputs:
+            raise SpecError(f"npu {self.target}: its last part does not give {output}")
 
     def __post_init__(self) -> None:
         _match(_NAME, self.target, "npu target")
-        if set(self.files) != {"wrapper", "context"}:
-            raise SpecError(f"npu {self.target}: files {sorted(self.files)} are not wrapper and context")
 
 
 @dataclass(frozen=True)
@@ -160,6 +197,8 @@ class Component:
         for tensor in self.outputs:
             if tensor.source is not None:
                 raise SpecError(f"component {self.name}: output {tensor.name} has a source")
+        for binary in self.npu:
+            binary.check_wiring((t.name for t in self.inputs), self.outputs[0].name)
         for name, count in {"parameters": self.parameters, "flops": self.flops, **self.ops}.items():
             if count < 0:
                 raise SpecError(f"component {self.name}: {name} {count} is negative")
@@ -173,7 +212,7 @@ class Component:
         """Every file of the component."""
         yield from self.files.values()
         for binary in self.npu:
-            yield from binary.files.values()
+            yield from binary.all_files()
 
 
 @dataclass(frozen=True)

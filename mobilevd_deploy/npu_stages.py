@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
-from mobilevd_deploy.artifact import Component, FileEntry, NpuBinary, PartialArtifact, Quality
+from mobilevd_deploy.artifact import Component, FileEntry, NpuBinary, NpuPart, PartialArtifact, Quality
 from mobilevd_deploy.calibration import JUDGES, Pictures
 from mobilevd_deploy.components import Component as ComponentName
 from mobilevd_deploy.errors import ParityError
@@ -223,7 +223,7 @@ class _Flow:
             progress=self.progress,
         )
         check_graph(made.graph, self._precision, self.recipe.npu.allow)
-        values = {"arch": made.arch, "qnn_api": made.qnn_api}
+        values = {"arch": made.arch, "qnn_api": made.qnn_api, "sdk": made.sdk}
         return StageOutput((made.wrapper, made.context), values)
 
     def simulate(self, component: Component, target: str) -> StageOutput:
@@ -270,7 +270,9 @@ class _Flow:
             "wrapper": FileEntry.of(root, folder / f"{target}.onnx"),
             "context": FileEntry.of(root, folder / f"{target}.bin"),
         }
-        return NpuBinary(target, values["arch"], self._precision, values["qnn_api"], files)
+        inputs, outputs = (tuple(t.name for t in side) for side in (component.inputs, component.outputs))
+        parts = (NpuPart(files, inputs, outputs),)
+        return NpuBinary(target, values["arch"], self._precision, values["qnn_api"], values["sdk"], parts)
 
     # ---- parts ----
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mobilevd_deploy.artifact import Artifact, Component, TensorSpec
+from mobilevd_deploy.artifact import Artifact, Component, NpuPart, TensorSpec
 from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError
 from mobilevd_deploy.noise import unit_noise
 from mobilevd_deploy.progress import Progress
@@ -27,6 +27,26 @@ class Runner(Protocol):
 
 
 Loader = Callable[[Component], Runner]
+
+
+@dataclass(frozen=True)
+class PartsRunner:
+    """A component that was cut: runs its parts one after the other, as `NpuBinary.parts` says.
+
+    A part is loaded for its turn by `load` and dropped after it; a value is dropped after its last reader.
+    """
+
+    parts: Sequence[NpuPart]
+    load: Callable[[NpuPart], Runner]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Return what the last part gives."""
+        values = dict(feeds)
+        for i, part in enumerate(self.parts):
+            values |= self.load(part).run({name: values[name] for name in part.inputs})
+            needed = {name for later in self.parts[i + 1 :] for name in later.inputs}
+            values = {n: v for n, v in values.items() if n in needed or n in part.outputs}
+        return {name: values[name] for name in self.parts[-1].outputs}
 
 
 class OnnxRunner:
@@ -221,7 +241,9 @@ def _load_simulated(artifact: Artifact, component: Component) -> Runner:
     from mobilevd_deploy.qnn import NpuSimRunner
 
     artifact.verify(component)
-    return NpuSimRunner(artifact.root / component.npu[0].files["wrapper"].path)
+    return PartsRunner(
+        component.npu[0].parts, lambda part: NpuSimRunner(artifact.root / part.files["wrapper"].path)
+    )
 
 
 def _check_outputs(component: Component, outputs: Mapping[str, Array]) -> Array:

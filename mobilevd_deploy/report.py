@@ -176,8 +176,9 @@ def _binaries(manifest: Manifest) -> str:
         (
             _text(component.name),
             f"{_text(binary.target)} <small>Hexagon V{binary.arch}, {_text(binary.precision)}, "
-            f"QNN {_text(binary.qnn_api)}</small>",
-            _si(binary.files["context"].bytes, "B")
+            f"QAIRT {_text(binary.sdk)}</small>",
+            _si(binary.bytes, "B")
+            + (f" in {len(binary.parts)} parts" if len(binary.parts) > 1 else "")
             + f" <small>{_simulated(manifest, component, binary)}</small>",
         )
         for component in manifest.components

@@ -105,9 +105,11 @@ def _digests(artifact: Artifact) -> str:
 
 def _target(artifact: Artifact, component: Component, index: int) -> str:
     binary = component.npu[index]
-    soc, arch = read_target(artifact.root / binary.files["context"].path)
-    if (soc, arch) != (binary.target, binary.arch):
-        raise MobileVDError(
-            f"it was compiled for {soc}, V{arch}; the manifest says {binary.target}, V{binary.arch}"
-        )
-    return f"{soc}, Hexagon V{arch}, QNN {binary.qnn_api}"
+    for part in binary.parts:
+        soc, arch = read_target(artifact.root / part.files["context"].path)
+        if (soc, arch) != (binary.target, binary.arch):
+            raise MobileVDError(
+                f"it was compiled for {soc}, V{arch}; the manifest says {binary.target}, V{binary.arch}"
+            )
+    parts = f", {len(binary.parts)} parts" if len(binary.parts) > 1 else ""
+    return f"{binary.target}, Hexagon V{binary.arch}, QAIRT {binary.sdk}{parts}"

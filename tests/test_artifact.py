@@ -28,6 +28,8 @@ from mobilevd_deploy.artifact import (
     Component,
     FileEntry,
     Manifest,
+    NpuBinary,
+    NpuPart,
     PartialArtifact,
     PassReport,
     PipelineSpec,
@@ -173,6 +175,36 @@ def test_components_that_do_not_fit(manifest):
             dataclasses.replace(unet, **change)
 
 
+def npu_part(inputs, outputs, name="whole") -> NpuPart:
+    files = {role: FileEntry(f"unet/{name}.{role}", "0" * 64, 1) for role in ("wrapper", "context")}
+    return NpuPart(files, inputs, outputs)
+
+
+def test_parts_must_lead_from_inputs_to_output(manifest):
+    unet = manifest.component("unet")
+    inputs = ("noise", "image_latents", "image_embeds")
+    first, second = npu_part(inputs[:2], ("x", "skip"), "a"), npu_part(("x", "noise"), ("latents",), "b")
+
+    def with_parts(*parts):
+        binary = NpuBinary("SM8650", 75, "w8a16", "2.40.0", "v2.51.0", parts)
+        return dataclasses.replace(unet, npu=(binary,))
+
+    for parts in ((npu_part(inputs, ("latents",)),), (first, second)):
+        assert with_parts(*parts).npu[0].bytes == 2 * len(parts)
+    for parts, message in [
+        ((), "last part does not give latents"),
+        ((first,), "last part does not give latents"),
+        ((second, first), "nobody provides x"),
+        ((first, first, second), "x is given twice"),
+    ]:
+        with pytest.raises(SpecError, match=message):
+            with_parts(*parts)
+    with pytest.raises(SpecError, match="needs inputs and outputs"):
+        npu_part(inputs, ())
+    with pytest.raises(SpecError, match="not wrapper and context"):
+        dataclasses.replace(first, files={})
+
+
 def test_two_roles_cannot_share_a_file(manifest):
     entry = manifest.components[0].files["model"]
     shouted = dataclasses.replace(entry, path=entry.path.upper())
@@ -212,7 +244,18 @@ def test_text_that_is_no_manifest(text, message):
 
 # Manifest: the JSON Schema says the same as the dataclasses
 
-DATACLASSES = (Manifest, Source, PassReport, Component, TensorSpec, FileEntry, PipelineSpec, StageCost)
+DATACLASSES = (
+    Manifest,
+    Source,
+    PassReport,
+    Component,
+    NpuBinary,
+    NpuPart,
+    TensorSpec,
+    FileEntry,
+    PipelineSpec,
+    StageCost,
+)
 
 
 @pytest.mark.parametrize("cls", DATACLASSES)

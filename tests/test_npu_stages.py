@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jsonschema
 import numpy as np
+import onnx
 import pytest
 from conftest import write_checkpoint
 
@@ -62,7 +63,12 @@ def test_every_component_has_a_binary_that_names_its_chip(artifact: Artifact) ->
     for component in artifact.manifest.components:
         (binary,) = component.npu
         assert (binary.target, binary.arch, binary.precision) == ("SM8650", 75, "w8a16")
-        assert b"soc_type=SM8650;arch=75" in (artifact.root / binary.files["context"].path).read_bytes()
+        assert binary.sdk.startswith("v2.")
+        (part,) = binary.parts
+        assert b"soc_type=SM8650;arch=75" in (artifact.root / part.files["context"].path).read_bytes()
+        wrapper = onnx.load(artifact.root / part.files["wrapper"].path)
+        assert [value.name for value in wrapper.graph.input] == list(part.inputs)
+        assert [value.name for value in wrapper.graph.output] == list(part.outputs)
         assert {"model", "quantised"} <= set(component.files)
 
 

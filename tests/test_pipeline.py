@@ -9,10 +9,10 @@ import onnx
 import pytest
 from tiny_artifact import PIPELINE, STRENGTH, WEIGHTS, build, write_artifact
 
-from mobilevd_deploy.artifact import Artifact, Component, FileEntry, PartialArtifact, TensorSpec
+from mobilevd_deploy.artifact import Artifact, Component, FileEntry, NpuPart, PartialArtifact, TensorSpec
 from mobilevd_deploy.errors import ArtifactError, UsageError
 from mobilevd_deploy.noise import unit_noise
-from mobilevd_deploy.pipeline import OnnxRunner, Pipeline
+from mobilevd_deploy.pipeline import OnnxRunner, PartsRunner, Pipeline
 from mobilevd_deploy.progress import Progress
 
 
@@ -48,6 +48,29 @@ def test_generate(shared, image, seed):
     assert frames.shape == (2, 3, 16, 24)
     assert frames.dtype == np.float32
     assert np.allclose(frames, expected_frames(image, seed), atol=1e-5)
+
+
+def test_parts_run_in_order_and_hold_no_more_than_they_need():
+    log: list[object] = []
+
+    class Sum:
+        def __init__(self, part: NpuPart) -> None:
+            self.part = part
+            log.append(part.outputs)
+
+        def run(self, feeds):
+            assert tuple(feeds) == self.part.inputs
+            return dict.fromkeys(self.part.outputs, sum(feeds.values()))
+
+    entry = {role: FileEntry(f"{role}.x", "0" * 64, 1) for role in ("wrapper", "context")}
+    parts = [
+        NpuPart(entry, ("a", "b"), ("c", "skip")),
+        NpuPart(entry, ("c",), ("d",)),
+        NpuPart(entry, ("d", "skip", "a"), ("out",)),
+    ]
+    given = PartsRunner(parts, Sum).run({"a": np.float32(1), "b": np.float32(2)})
+    assert given == {"out": 3 + 3 + 1}
+    assert log == [("c", "skip"), ("d",), ("out",)]
 
 
 def test_the_same_seed_gives_the_same_clip(shared, image):
