@@ -517,12 +517,12 @@ def check_forms(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda
 
 
 def _is_silu(graph: _Graph, mul: NodeProto) -> bool:
-    """Whether it multiplies x and sigmoid(x) with nothing but Q and DQ in between."""
-    sources = [graph.before_pairs(name) for name in mul.input]
-    for x, other in (sources, sources[::-1]):
-        node = graph.producers.get(other)
-        if node is not None and node.op_type == "Sigmoid" and graph.before_pairs(node.input[0]) == x:
-            return True
+    """Whether it multiplies x and sigmoid(x), each behind Q and DQ and nothing else."""
+    for x, other in (mul.input, mul.input[::-1]):
+        source = graph.before_pairs(other)
+        node = graph.producers.get(source)
+        if source != other and node is not None and node.op_type == "Sigmoid":
+            return graph.before_pairs(node.input[0]) == graph.before_pairs(x)
     return False
 
 
