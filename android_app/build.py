@@ -1,0 +1,671 @@
+#!/usr/bin/env python3
+"""Builds and tests the Android app without Android SDK or Gradle. Standard library only.
+
+    python3 android_app/build.py apk --artifact build/demo/artifact
+    python3 android_app/build.py apk --flavour npu --artifact build/demo/npu --qnn-libs QNN_FOLDER
+    python3 android_app/build.py test-core
+    python3 android_app/build.py test-app
+
+It needs JDK 17, Maven, npm and, from Debian, the packages `aapt zipalign apksigner`. Everything else is named
+in dependencies.toml with its hash and fetched at the first need into a cache outside the repository
+(MOBILEVD_CACHE, else ~/.cache/mobilevd-deploy). Exit codes: 0 done, 1 failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+APP = Path(__file__).resolve().parent
+ROOT = APP.parent
+PLUGIN = "libonnxruntime_providers_qnn.so"
+# Debian package by program; what a message says is missing.
+PACKAGES = {
+    "javac": "openjdk-17-jdk-headless",
+    "mvn": "maven",
+    "npm": "npm",
+    "aapt2": "aapt",
+    "zipalign": "zipalign",
+    "apksigner": "apksigner",
+}
+# Zip's first day: entries carry no time of their own.
+EPOCH = (1980, 1, 1, 0, 0, 0)
+# A resource table must lie in the APK as it is from target 30 on; Java and the system map it.
+STORED = {"resources.arsc"}
+DEBUG_PASSWORD = "android"  # as Android's own debug keys have it
+
+
+class BuildError(Exception):
+    """What is wrong, where, and what to do next."""
+
+
+# 1. What has to be there, and what is fetched.
+
+
+def dependencies() -> dict[str, Any]:
+    """Read dependencies.toml."""
+    return tomllib.loads((APP / "dependencies.toml").read_text(encoding="utf-8"))
+
+
+def cache() -> Path:
+    """Return the folder that outlives builds: libraries, and the debug key."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(os.environ.get("MOBILEVD_CACHE") or Path(base) / "mobilevd-deploy") / "android"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def need(*programs: str) -> None:
+    """Raise BuildError unless all programs are installed; the message says which packages bring them."""
+    if missing := [program for program in programs if shutil.which(program) is None]:
+        packages = " ".join(dict.fromkeys(PACKAGES[program] for program in missing))
+        raise BuildError(f"not installed: {', '.join(missing)}\n  next: apt-get install {packages}")
+
+
+def run(
+    *command: str | Path,
+    cwd: Path | None = None,
+    quiet: bool = True,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Run a program; return its output, or raise BuildError with it. Not quiet: it goes to the terminal."""
+    words = [str(word) for word in command]
+    result = subprocess.run(
+        words,
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.STDOUT if quiet else None,
+        env=None if env is None else {**os.environ, **env},
+    )
+    if result.returncode != 0:
+        shown = (result.stdout or "").strip()
+        raise BuildError(f"{Path(words[0]).name} ended with {result.returncode}" + f"\n{shown}" * bool(shown))
+    return result.stdout or ""
+
+
+def say(text: str) -> None:
+    """Report progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Keep other builds out of a place in the cache meanwhile."""
+    with (cache() / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_hash(path: Path, expected: str, what: str) -> None:
+    """Raise BuildError, and remove the file, unless it has this SHA-256."""
+    if (found := sha256(path)) != expected:
+        path.unlink()
+        raise BuildError(f"{what}: SHA-256 is {found}, dependencies.toml says {expected}; it was thrown away")
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where Maven finds a file: "group:artifact:version", or with ":aar"."""
+
+    group: str
+    artifact: str
+    version: str
+    type: str = "jar"
+
+    @classmethod
+    def of(cls, text: str) -> Coordinates:
+        """Read them from their text."""
+        return cls(*text.split(":"))
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return f"{self.artifact}-{self.version}.{self.type}"
+
+
+def fetch(name: str) -> list[Path]:
+    """Return the files of set `maven.NAME`, in its order, fetched by Maven and checked."""
+    wanted = {Coordinates.of(text): digest for text, digest in dependencies()["maven"][name].items()}
+    folder = cache() / "maven"
+    with alone("maven"):
+        missing = [item for item in wanted if not (folder / item.file).exists()]
+        if missing:
+            say(f"fetching {len(missing)} files ({name}) ...")
+            _maven(missing, folder, {item: wanted[item] for item in missing})
+    return [folder / item.file for item in wanted]
+
+
+def _maven(items: Sequence[Coordinates], folder: Path, digests: Mapping[Coordinates, str]) -> None:
+    """Copy files out of Maven's repositories into `folder`; only those whose hash is right get there."""
+    need("mvn")
+    listed = "".join(
+        f"<artifactItem><groupId>{i.group}</groupId><artifactId>{i.artifact}</artifactId>"
+        f"<version>{i.version}</version><type>{i.type}</type></artifactItem>"
+        for i in items
+    )
+    # R8 and androidx lie in Google's repository, which a Maven without settings does not ask.
+    repositories = "".join(
+        f"<repository><id>extra{n}</id><url>{url}</url></repository>"
+        for n, url in enumerate(os.environ.get("MAVEN_REPOSITORIES", "").split())
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache()) as scratch:
+        pom = Path(scratch) / "pom.xml"
+        pom.write_text(
+            '<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>'
+            "<groupId>dev.mobilevd</groupId><artifactId>fetch</artifactId><version>1</version>"
+            f"<packaging>pom</packaging><repositories>{repositories}</repositories><build><plugins><plugin>"
+            "<groupId>org.apache.maven.plugins</groupId><artifactId>maven-dependency-plugin</artifactId>"
+            f"<version>3.6.1</version><configuration><artifactItems>{listed}</artifactItems>"
+            f"<outputDirectory>{scratch}/out</outputDirectory></configuration></plugin></plugins></build>"
+            "</project>",
+            encoding="utf-8",
+        )
+        try:
+            run("mvn", "--batch-mode", "--quiet", "--file", pom, "dependency:copy")
+        except BuildError as error:
+            raise BuildError(
+                f"Maven cannot fetch everything of {', '.join(i.file for i in items)}\n{error}\n"
+                "  next: name further repositories, such as Google's, in MAVEN_REPOSITORIES"
+            ) from error
+        for item in items:
+            path = Path(scratch) / "out" / item.file
+            if item in digests:
+                check_hash(path, digests[item], item.file)
+            path.replace(folder / item.file)
+
+
+def onnxruntime_aar() -> Path:
+    """Return ONNX Runtime for Android, fetched by npm and checked."""
+    entry = dependencies()["npm"]["onnxruntime"]
+    path = cache() / f"onnxruntime-{entry['version']}.aar"
+    with alone("npm"):
+        if not path.exists():
+            need("npm")
+            say(f"fetching ONNX Runtime {entry['version']} for Android (150 MB) ...")
+            with tempfile.TemporaryDirectory(dir=cache()) as scratch:
+                run("npm", "pack", entry["package"], "--silent", cwd=Path(scratch))
+                (package,) = Path(scratch).glob("*.tgz")
+                run("tar", "-xzf", package, "-C", scratch, entry["member"])
+                member = Path(scratch) / entry["member"]
+                check_hash(member, entry["sha256"], entry["package"])
+                member.replace(path)
+    return path
+
+
+def derived(name: str, make: Callable[[Path], None]) -> Path:
+    """Return a file of the cache that is made out of fetched ones; `make` writes it once."""
+    path = cache() / name
+    with alone(name):
+        if not path.exists():
+            partial = path.with_name(f".{name}.partial")
+            make(partial)
+            partial.replace(path)
+    return path
+
+
+def framework() -> tuple[Path, Path]:
+    """Return Android's framework: for aapt2 its resources, for javac and D8 its classes."""
+    (source,) = [path for path in fetch("build") if path.name.startswith("android-all")]
+
+    def resources(target: Path) -> None:
+        with zipfile.ZipFile(source) as jar:
+            # aapt2 maps the table and cannot when it is compressed.
+            names = ("AndroidManifest.xml", "resources.arsc")
+            write_zip(target, {name: jar.read(name) for name in names}, stored=True)
+
+    def classes(target: Path) -> None:
+        with zipfile.ZipFile(source) as jar:
+            names = [n for n in jar.namelist() if n.endswith(".class") and not n.startswith(("com/", "icu/"))]
+            write_zip(target, {name: jar.read(name) for name in names})
+
+    stem = source.stem
+    return derived(f"{stem}-resources.apk", resources), derived(f"{stem}-classes.jar", classes)
+
+
+def android_onnxruntime_classes() -> Path:
+    """Return ONNX Runtime's Java API as a jar, without the part that reports usage."""
+    aar = onnxruntime_aar()
+
+    def classes(target: Path) -> None:
+        with zipfile.ZipFile(aar) as outer, zipfile.ZipFile(outer.open("classes.jar")) as jar:
+            telemetry = ("ai/onnxruntime/telemetry/", "ai/onnxruntime/TelemetryInitializer")
+            names = [n for n in jar.namelist() if n.endswith(".class") and not n.startswith(telemetry)]
+            write_zip(target, {name: jar.read(name) for name in names})
+
+    return derived(f"{aar.stem}-classes.jar", classes)
+
+
+def write_zip(path: Path, entries: Mapping[str, bytes | Path], *, stored: bool = False) -> None:
+    """Write a zip that depends on names and contents alone: sorted, without times or owners."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in sorted(entries):
+            value = entries[name]
+            info = zipfile.ZipInfo(name, EPOCH)
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            plain = stored or name in STORED
+            info.compress_type = zipfile.ZIP_STORED if plain else zipfile.ZIP_DEFLATED
+            archive.writestr(info, value if isinstance(value, bytes) else value.read_bytes(), compresslevel=9)
+
+
+# 2. Compile.
+
+
+def version() -> str:
+    """Return the version of the whole project."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return str(tomllib.loads(text)["project"]["version"])
+
+
+def version_code(name: str) -> int:
+    """Return the number by which Android orders versions: 1.2.3 is 10203."""
+    major, minor, patch = (int(part) for part in name.split("."))
+    return major * 10000 + minor * 100 + patch
+
+
+def java_files(*folders: Path) -> list[Path]:
+    """Return all Java sources below the folders, sorted."""
+    return sorted(path for folder in folders for path in folder.rglob("*.java"))
+
+
+def javac(sources: Iterable[Path], classpath: Iterable[Path], target: Path, *options: str) -> None:
+    """Compile Java 17; every warning is an error."""
+    need("javac")
+    target.mkdir(parents=True, exist_ok=True)
+    checks = ["-Xlint:all,-processing,-classfile", "-Werror", "-proc:none"]
+    command = ["-encoding", "UTF-8", "-g:source,lines", *checks]
+    joined = os.pathsep.join(str(path) for path in classpath)
+    run("javac", *command, *options, "-cp", joined or ".", "-d", target, *sources)
+
+
+def link_resources(target: Path, flavour: str, version_name: str, java: Path) -> None:
+    """Compile resources and manifest into an APK without code; R.java goes below `java`."""
+    need("aapt2")
+    app = dependencies()["app"]
+    resources, _ = framework()
+    compiled = target.with_suffix(".zip")
+    run("aapt2", "compile", "--dir", APP / "app" / "res", "-o", compiled)
+    run(
+        "aapt2", "link", "-o", target, "-I", resources, "--manifest", APP / "app" / "AndroidManifest.xml",
+        "--java", java, "--min-sdk-version", str(app["min_sdk"][flavour]),
+        "--target-sdk-version", str(app["target_sdk"]), "--version-name", version_name,
+        "--version-code", str(version_code(version())),
+        # aapt2 of Debian does not know <uses-native-library> yet.
+        "--warn-manifest-validation",
+        compiled,
+    )  # fmt: skip
+
+
+def compile_app(work: Path, flavour: str, version_name: str) -> tuple[Path, Path]:
+    """Compile everything but native code; return the APK with resources, and the folder of classes."""
+    base, java, classes = work / "base.apk", work / "java", work / "classes"
+    java.mkdir(parents=True)
+    link_resources(base, flavour, version_name, java)
+    _, android = framework()
+    sources = java_files(APP / "core" / "src", APP / "app" / "src", java)
+    javac(sources, [android_onnxruntime_classes(), android], classes, "--release", "17")
+    return base, classes
+
+
+def dex(classes: Path, target: Path) -> None:
+    """Turn classes and ONNX Runtime's into `target`/classes.dex.
+
+    The level is the lowest of all flavours, so that one dex is checked and serves every one.
+    """
+    (d8,) = [path for path in fetch("build") if path.name.startswith("r8-")]
+    _, android = framework()
+    level = min(dependencies()["app"]["min_sdk"].values())
+    java_home = Path(shutil.which("javac") or "").resolve().parent.parent
+    run(
+        "java", "-cp", d8, "com.android.tools.r8.D8", "--release", "--min-api", str(level),
+        "--lib", android, "--lib", java_home, "--output", target,
+        *sorted(classes.rglob("*.class")), android_onnxruntime_classes(),
+    )  # fmt: skip
+
+
+# 3. Package.
+
+
+def native_libraries(flavour: str, qnn: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
+    """Return the native code of a flavour by its name in the APK."""
+    libraries: dict[str, bytes | Path] = {}
+    abis = dependencies()["app"]["abis"][flavour]
+    with zipfile.ZipFile(onnxruntime_aar()) as aar:
+        for abi in abis:
+            for name in ("libonnxruntime.so", "libonnxruntime4j_jni.so"):
+                libraries[f"lib/{abi}/{name}"] = aar.read(f"jni/{abi}/{name}")
+    libraries.update({f"lib/arm64-v8a/{name}": value for name, value in qnn.items()})
+    return libraries
+
+
+def qnn_names() -> list[str]:
+    """Return Qualcomm's libraries of the npu flavour: plugin, runtime, and stub and skeleton per Hexagon."""
+    parts = [
+        f"libQnnHtpV{arch}{kind}.so" for arch in dependencies()["qnn"]["archs"] for kind in ("Stub", "Skel")
+    ]
+    return [PLUGIN, "libQnnHtp.so", "libQnnSystem.so", *parts]
+
+
+def qnn_from_folder(folder: Path) -> dict[str, bytes | Path]:
+    """Find the libraries anywhere below a folder, such as an unpacked QAIRT SDK's `lib`.
+
+    A name that occurs more than once is taken from the Android build, or, for skeletons, wherever it lies.
+    """
+    found: dict[str, bytes | Path] = {}
+    for name in qnn_names():
+        places = sorted(folder.rglob(name))
+        android = [path for path in places if "android" in str(path.relative_to(folder))]
+        if not places:
+            raise BuildError(f"{folder} holds no {name}\n  next: it needs {', '.join(qnn_names())}")
+        found[name] = path = (android or places)[0]
+        if not name.endswith("Skel.so") and not for_arm64(path):
+            raise BuildError(f"{path} is not built for arm64\n  next: name the SDK's Android folder")
+    return found
+
+
+def for_arm64(path: Path) -> bool:
+    """Whether an ELF file is for arm64. Skeletons are Hexagon's."""
+    with path.open("rb") as file:
+        head = file.read(20)
+    return head[:4] == b"\x7fELF" and int.from_bytes(head[18:20], "little") == 183
+
+
+def qnn_from_maven() -> dict[str, bytes | Path]:
+    """Take the libraries from Qualcomm's AARs; the first hash seen is noted and kept to.
+
+    Raises BuildError where no repository has them.
+    """
+    entry = dependencies()["qnn"]
+    items = [Coordinates.of(entry[key]) for key in ("plugin", "runtime")]
+    folder = cache() / "qnn"
+    with alone("qnn"):
+        for item in items:
+            path, noted = folder / item.file, folder / f"{item.file}.sha256"
+            if not path.exists():
+                digests = {item: noted.read_text().strip()} if noted.exists() else {}
+                _maven([item], folder, digests)
+                noted.write_text(sha256(path) + "\n")
+            check_hash(path, noted.read_text().strip(), item.file)
+    libraries: dict[str, bytes | Path] = {}
+    for item in items:
+        with zipfile.ZipFile(folder / item.file) as aar:
+            for name in qnn_names():
+                if f"jni/arm64-v8a/{name}" in aar.namelist():
+                    libraries.setdefault(name, aar.read(f"jni/arm64-v8a/{name}"))
+    if missing := set(qnn_names()) - set(libraries):
+        raise BuildError(f"the AARs hold no {', '.join(sorted(missing))}")
+    return libraries
+
+
+def qnn_stand_ins() -> dict[str, bytes | Path]:
+    """Return files that are named like the libraries and say what they are; no phone can load them."""
+    text = "Stand-in for {}: it proves the packaging and is not a library.\n"
+    return {str(name): text.format(name).encode("ascii") for name in qnn_names()}
+
+
+STAND_INS = "stand-ins"
+
+
+def qnn_libraries(choice: str | None) -> tuple[Mapping[str, bytes | Path], bool]:
+    """Return Qualcomm's libraries, and whether they are only stand-ins.
+
+    `choice`: a folder, "stand-ins", or None for the AARs, and stand-ins where these cannot be had.
+    """
+    if choice == STAND_INS:
+        return qnn_stand_ins(), True
+    if choice is not None:
+        return qnn_from_folder(Path(choice)), False
+    try:
+        return qnn_from_maven(), False
+    except BuildError:
+        say(
+            "no repository of this Maven has Qualcomm's AARs: the npu APK gets stand-ins and runs on the CPU.\n"
+            "  next: QNN_LIBS=FOLDER make apk, with the SDK's Android libraries and the plugin"
+        )
+        return qnn_stand_ins(), True
+
+
+def assets(artifacts: Mapping[str, Path]) -> dict[str, bytes | Path]:
+    """Return the files of the bundled artifacts, given by name, by their path in the APK."""
+    files: dict[str, bytes | Path] = {}
+    for name, folder in artifacts.items():
+        if not (folder / "manifest.json").is_file():
+            raise BuildError(f"{folder} is not an artifact\n  next: make demo")
+        inside = (path for path in folder.rglob("*") if path.is_file())
+        files |= {f"assets/artifacts/{name}/{p.relative_to(folder).as_posix()}": p for p in inside}
+    return files
+
+
+def build_apk(
+    flavour: str, artifacts: Mapping[str, Path], output: Path, qnn: str | None, key: Key | None
+) -> Path:
+    """Build `output`/mobilevd-demo-FLAVOUR-VERSION.apk; without a key it stays unsigned."""
+    need("javac", "aapt2", "zipalign", *(["apksigner"] if key else []))
+    libraries, stand_ins = qnn_libraries(qnn) if flavour == "npu" else ({}, False)
+    name = version() + ("-stand-in" if stand_ins else "")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=f".{flavour}-") as scratch:
+        work = Path(scratch)
+        say(f"{flavour}: compiling ...")
+        base, classes = compile_app(work, flavour, name)
+        dex(classes, work)
+        say(f"{flavour}: packaging ...")
+        with zipfile.ZipFile(base) as linked:
+            entries: dict[str, bytes | Path] = {entry: linked.read(entry) for entry in linked.namelist()}
+        entries["classes.dex"] = work / "classes.dex"
+        entries |= native_libraries(flavour, libraries) | assets(artifacts)
+        write_zip(work / "unaligned.apk", entries)
+        aligned = work / "aligned.apk"
+        run("zipalign", "-p", "4", work / "unaligned.apk", aligned)
+        stem = f"mobilevd-demo-{flavour}-{name}"
+        if key is not None:
+            key.sign(aligned, work / "signed.apk")
+            target = output / f"{stem}.apk"
+            (work / "signed.apk").replace(target)
+        else:
+            target = output / f"{stem}-unsigned.apk"
+            aligned.replace(target)
+    say(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    return target
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key store to sign with; its password is in the environment variable named here."""
+
+    store: Path
+    alias: str
+    password_variable: str | None = None
+
+    @classmethod
+    def debug(cls) -> Key:
+        """Return the debug key of this machine, made at the first need."""
+        store = cache() / "debug.keystore"
+        with alone("debug-key"):
+            if not store.exists():
+                run(
+                    "keytool", "-genkeypair", "-keystore", store, "-storepass", DEBUG_PASSWORD,
+                    "-alias", "debug", "-keyalg", "RSA", "-keysize", "3072", "-validity", "10000",
+                    "-dname", "CN=Debug",
+                )  # fmt: skip
+        return cls(store, "debug")
+
+    def sign(self, source: Path, target: Path) -> None:
+        """Sign an aligned APK, schemes v2 and v3."""
+        source_of_password = (
+            f"env:{self.password_variable}" if self.password_variable else f"pass:{DEBUG_PASSWORD}"
+        )
+        run(
+            "apksigner", "sign", "--ks", self.store, "--ks-key-alias", self.alias, "--ks-pass",
+            source_of_password, "--v1-signing-enabled", "false", "--v2-signing-enabled", "true",
+            "--v3-signing-enabled", "true", "--v4-signing-enabled", "false", "--in", source, "--out", target,
+        )  # fmt: skip
+
+
+# 4. Test on the JVM.
+
+
+def test_properties() -> list[str]:
+    """Return what Java's tests are told, as -D options: where the repository, artifacts and QNN are."""
+    values = {
+        "mobilevd.root": ROOT,
+        "mobilevd.artifact": os.environ.get("MOBILEVD_ARTIFACT") or ROOT / "build" / "demo" / "artifact",
+        "mobilevd.npu": os.environ.get("MOBILEVD_NPU") or ROOT / "build" / "demo" / "npu",
+        "mobilevd.qnn": os.environ.get("MOBILEVD_QNN") or _qnn_wheel() or "",
+    }
+    return [f"-D{name}={value}" for name, value in values.items()]
+
+
+def _qnn_wheel() -> Path | None:
+    """Return the folder of the Linux wheel's libraries in the project's environment, if it is there."""
+    places = sorted((ROOT / ".venv" / "lib").glob("python3*/site-packages/onnxruntime_qnn"))
+    return places[-1] if places else None
+
+
+def junit(classes: Path, classpath: Sequence[Path], only: Sequence[str], *options: str) -> None:
+    """Run all classes *Test below `classes`, or those named; their report goes to the terminal."""
+    tests = (path.relative_to(classes).with_suffix("") for path in classes.rglob("*Test.class"))
+    names = sorted(".".join(path.parts) for path in tests)
+    chosen = [name for name in names if not only or name.rpartition(".")[2] in only]
+    if not chosen:
+        raise BuildError(f"no test is called {', '.join(only) or '*Test'}\n  next: one of {', '.join(names)}")
+    joined = os.pathsep.join(str(path) for path in classpath)
+    run(
+        "java", "-XX:+UseSerialGC", *test_properties(), *options, "-cp", joined,
+        "org.junit.runner.JUnitCore", *chosen, cwd=ROOT, quiet=False,
+    )  # fmt: skip
+
+
+def test_core(only: Sequence[str]) -> None:
+    """Compile core and its tests, and run them on ONNX Runtime for the desktop."""
+    need("javac")
+    libraries = fetch("jvm")
+    with tempfile.TemporaryDirectory(prefix="mobilevd-core-") as scratch:
+        main, tests = Path(scratch) / "main", Path(scratch) / "test"
+        javac(java_files(APP / "core" / "src"), libraries, main, "--release", "17")
+        javac(java_files(APP / "core" / "test"), [main, *libraries], tests, "--release", "17")
+        resources = APP / "core" / "test" / "resources"
+        junit(tests, [tests, main, *([resources] if resources.is_dir() else []), *libraries], only)
+
+
+def aar_classes(path: Path) -> Path:
+    """Return the classes of an AAR as a jar; other files as they are."""
+    if path.suffix != ".aar":
+        return path
+
+    def classes(target: Path) -> None:
+        with zipfile.ZipFile(path) as aar:
+            target.write_bytes(aar.read("classes.jar"))
+
+    return derived(f"{path.stem}-classes.jar", classes)
+
+
+def test_app(only: Sequence[str], record: bool) -> None:
+    """Compile the app and its tests, and run them in Robolectric; `record` writes the golden pictures."""
+    need("javac", "aapt2")
+    _, android = framework()
+    jvm, robolectric = fetch("jvm"), [aar_classes(path) for path in fetch("robolectric")]
+    frameworks = [*fetch("framework-28"), *fetch("framework-34")]
+    with tempfile.TemporaryDirectory(prefix="mobilevd-app-") as scratch:
+        work = Path(scratch)
+        base, main = compile_app(work, "cpu", version())
+        tests = work / "test"
+        libraries = [*jvm, *robolectric]
+        javac(java_files(APP / "app" / "test"), [main, *libraries, android], tests, "--release", "17")
+        config = tests / "com" / "android" / "tools" / "test_config.properties"
+        config.parent.mkdir(parents=True)
+        config.write_text(
+            f"android_resource_apk={base}\nandroid_merged_manifest={APP / 'app' / 'AndroidManifest.xml'}\n"
+            f"android_custom_package={dependencies()['app']['package']}\n",
+            encoding="utf-8",
+        )
+        offline = work / "frameworks"
+        offline.mkdir()
+        for path in frameworks:
+            (offline / path.name).symlink_to(path)
+        junit(
+            tests, [tests, main, *libraries, android], only, "-Xmx1500m", "-Drobolectric.offline=true",
+            f"-Drobolectric.dependency.dir={offline}", f"-Dmobilevd.record={str(record).lower()}",
+        )  # fmt: skip
+
+
+# 5. The command line.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command."""
+    options = _parser().parse_args(arguments)
+    try:
+        match options.command:
+            case "fetch":
+                for name in options.sets or ["build", "jvm", "robolectric", "framework-28", "framework-34"]:
+                    fetch(name)
+                onnxruntime_aar()
+            case "apk":
+                key = None if options.unsigned else Key.debug()
+                if options.keystore:
+                    key = Key(options.keystore, options.key_alias, "KEYSTORE_PASSWORD")
+                bundled = dict(_bundled(text) for text in options.artifact)
+                print(build_apk(options.flavour, bundled, options.output, options.qnn_libs, key))
+            case "test-core":
+                test_core(options.only)
+            case "test-app":
+                test_app(options.only, options.record)
+    except BuildError as error:
+        say(f"build.py: {error}")
+        return 1
+    return 0
+
+
+def _bundled(text: str) -> tuple[str, Path]:
+    name, _, folder = text.rpartition("=")
+    return name or Path(folder).name, Path(folder)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="build.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetching = commands.add_parser("fetch", help="fetch what the other commands need")
+    fetching.add_argument("sets", nargs="*", metavar="SET", help="sets of dependencies.toml; all by default")
+    apk = commands.add_parser("apk", help="build one APK")
+    apk.add_argument("--flavour", choices=["cpu", "npu"], default="cpu")
+    apk.add_argument(
+        "--artifact", action="append", default=[], metavar="[NAME=]FOLDER", help="to bundle; may be repeated"
+    )
+    apk.add_argument("--output", type=Path, default=ROOT / "build" / "apk", help="default: build/apk")
+    apk.add_argument("--qnn-libs", metavar="FOLDER", help=f"Qualcomm's libraries, or '{STAND_INS}'")
+    apk.add_argument("--unsigned", action="store_true", help="leave it unsigned")
+    apk.add_argument("--keystore", type=Path, help="your own; its password is in KEYSTORE_PASSWORD")
+    apk.add_argument("--key-alias", default="release")
+    for name, what in (("test-core", "the plain Java part"), ("test-app", "the screens, in Robolectric")):
+        test = commands.add_parser(name, help=f"test {what}")
+        test.add_argument("only", nargs="*", metavar="CLASS", help="test classes; all by default")
+        if name == "test-app":
+            test.add_argument("--record", action="store_true", help="write the golden pictures anew")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
