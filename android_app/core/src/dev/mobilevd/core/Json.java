@@ -1,0 +1,100 @@
+package dev.mobilevd.core;
+
+import com.grack.nanojson.JsonParser;
+import com.grack.nanojson.JsonParserException;
+import com.grack.nanojson.JsonReader;
+import com.grack.nanojson.JsonWriter;
+import java.nio.ByteBuffer;
+import java.nio.charset.CharacterCodingException;
+import java.nio.charset.StandardCharsets;
+import java.util.ArrayList;
+import java.util.LinkedHashMap;
+import java.util.List;
+import java.util.Map;
+
+/**
+ * JSON as plain values: Map, List, String, Boolean, Number, null.
+ *
+ * <p>nanojson reads by RFC 8259; on top of that, keys that stand twice, numbers that a double cannot hold, deep
+ * nesting and text behind the value are refused, as the Python side does.
+ */
+final class Json {
+    private static final int DEEPEST = 64;
+
+    private Json() {}
+
+    /** A text that is not JSON, or not as strict as we want it. */
+    static final class Refused extends Exception {
+        private static final long serialVersionUID = 1;
+
+        Refused(String why, Throwable cause) {
+            super(why, cause);
+        }
+    }
+
+    /** Read UTF-8 text that holds one object. */
+    static Map<String, Object> readObject(byte[] text) throws Refused {
+        if (read(text) instanceof Map<?, ?> values) {
+            @SuppressWarnings("unchecked") // value() makes maps with String keys only
+            Map<String, Object> object = (Map<String, Object>) values;
+            return object;
+        }
+        throw new Refused("it holds no object", null);
+    }
+
+    /** Read UTF-8 text that holds one object or array. */
+    static Object read(byte[] text) throws Refused {
+        try {
+            String decoded = StandardCharsets.UTF_8.newDecoder().decode(ByteBuffer.wrap(text)).toString();
+            Object value = value(JsonReader.from(decoded), 0);
+            // The reader stops where the value ends; the parser looks at what stands behind it.
+            JsonParser.any().from(decoded);
+            return value;
+        } catch (CharacterCodingException error) {
+            throw new Refused("it is not UTF-8", error);
+        } catch (JsonParserException error) {
+            throw new Refused(error.getMessage(), error);
+        }
+    }
+
+    /** Write plain values as indented JSON in UTF-8, with a newline at the end. */
+    static byte[] write(Map<String, ?> object) {
+        String text = JsonWriter.indent("  ").string().value(object).done() + "\n";
+        return text.getBytes(StandardCharsets.UTF_8);
+    }
+
+    private static Object value(JsonReader reader, int depth) throws JsonParserException, Refused {
+        if (depth > DEEPEST) {
+            throw new Refused("it is nested too deeply", null);
+        }
+        switch (reader.current()) {
+            case OBJECT: {
+                Map<String, Object> object = new LinkedHashMap<>();
+                reader.object();
+                while (reader.next()) {
+                    String key = reader.key();
+                    Object value = value(reader, depth + 1);
+                    if (object.containsKey(key)) {
+                        throw new Refused("the key \"" + key + "\" stands twice", null);
+                    }
+                    object.put(key, value);
+                }
+                return object;
+            }
+            case ARRAY: {
+                List<Object> array = new ArrayList<>();
+                reader.array();
+                while (reader.next()) {
+                    array.add(value(reader, depth + 1));
+                }
+                return array;
+            }
+            default:
+                Object value = reader.value();
+                if (value instanceof Double number && (number.isInfinite() || number.isNaN())) {
+                    throw new Refused("a number is too large", null);
+                }
+                return value;
+        }
+    }
+}

@@ -1,0 +1,146 @@
+package dev.mobilevd.core;
+
+import ai.onnxruntime.OrtEnvironment;
+import ai.onnxruntime.OrtEpDevice;
+import ai.onnxruntime.OrtException;
+import ai.onnxruntime.OrtHardwareDevice;
+import ai.onnxruntime.OrtSession;
+import java.nio.file.Path;
+import java.util.ArrayList;
+import java.util.List;
+import java.util.Locale;
+import java.util.Map;
+import java.util.TreeSet;
+
+/**
+ * Runs context binaries on the Hexagon NPU, through onnxruntime-qnn's plugin; or on its simulator, where the plugin is
+ * that of a Linux machine.
+ *
+ * <p>Nothing may fall back to the CPU: a session is refused if a node would, and after its first run the runtime's
+ * profile must name the NPU for every node. The chip and the SDK are compared here, before anything is loaded, because
+ * the plugin either fails in numbers (5000, 5005, 1009) or does not look.
+ */
+public final class NpuRuntime implements ComponentRuntime {
+    static final String PROVIDER = "QNNExecutionProvider";
+
+    /**
+     * Where the libraries are and what they run on.
+     *
+     * @param plugin libonnxruntime_providers_qnn.so: its path, or its plain name where the system finds it
+     * @param backend libQnnHtp.so, likewise
+     * @param soc part number of the device's chip, such as Build.SOC_MODEL's "SM8650"
+     * @param sdk version of the QNN libraries: {@link SdkVersion#ofLibrary}
+     * @param scratch a folder for short-lived files, such as an app's cache
+     */
+    public record Settings(String plugin, String backend, String soc, SdkVersion sdk, Path scratch) {}
+
+    private final Settings settings;
+    private final List<OrtEpDevice> devices;
+
+    private NpuRuntime(Settings settings, List<OrtEpDevice> devices) {
+        this.settings = settings;
+        this.devices = devices;
+    }
+
+    /**
+     * Load the plugin and look for an NPU. Once per process; the plugin stays loaded.
+     *
+     * @throws MobileVdException {@link Problem#NPU_LIBRARY_FAILS}, {@link Problem#NPU_NOT_FOUND}
+     */
+    public static NpuRuntime start(Settings settings) throws MobileVdException {
+        OrtEnvironment environment = OrtEnvironment.getEnvironment();
+        try {
+            if (devices(environment).isEmpty()) {
+                environment.registerExecutionProviderLibrary(PROVIDER, settings.plugin());
+            }
+            List<OrtEpDevice> found = devices(environment);
+            if (found.isEmpty()) {
+                throw new MobileVdException(Problem.NPU_NOT_FOUND);
+            }
+            return new NpuRuntime(settings, found);
+        } catch (OrtException error) {
+            throw new MobileVdException(error, Problem.NPU_LIBRARY_FAILS, error.getMessage());
+        }
+    }
+
+    /** Version of the QNN libraries. */
+    public SdkVersion sdk() {
+        return settings.sdk();
+    }
+
+    @Override
+    public Backend backend() {
+        return Backend.NPU;
+    }
+
+    /**
+     * {@inheritDoc}
+     *
+     * @throws MobileVdException {@link Problem#NPU_NO_BINARY}, {@link Problem#NPU_OTHER_CHIP},
+     *     {@link Problem#NPU_RUNTIME_OLD}
+     */
+    @Override
+    public List<Manifest.Part> parts(Manifest.Component component) throws MobileVdException {
+        TreeSet<String> targets = new TreeSet<>();
+        for (Manifest.NpuBinary binary : component.npu()) {
+            if (isChip(settings.soc(), binary.target())) {
+                if (settings.sdk().isOlderThan(binary.sdk())) {
+                    throw new MobileVdException(
+                            Problem.NPU_RUNTIME_OLD,
+                            component.name(),
+                            binary.sdk().toString(),
+                            settings.sdk().toString());
+                }
+                return binary.parts();
+            }
+            targets.add(binary.target());
+        }
+        if (targets.isEmpty()) {
+            throw new MobileVdException(Problem.NPU_NO_BINARY, component.name());
+        }
+        throw new MobileVdException(
+                Problem.NPU_OTHER_CHIP, component.name(), String.join(", ", targets), settings.soc());
+    }
+
+    /** Twice the context binary: off Windows the plugin reads all of it onto the heap before QNN takes a copy. */
+    @Override
+    public long memoryBytes(Manifest.Part part) {
+        return 2 * part.files().get("context").bytes();
+    }
+
+    @Override
+    public Runner load(Artifact artifact, Manifest.Component component, Manifest.Part part)
+            throws MobileVdException {
+        try (OrtSession.SessionOptions options = new OrtSession.SessionOptions()) {
+            options.addConfigEntry("session.disable_cpu_ep_fallback", "1");
+            options.addExecutionProvider(devices, Map.of("backend_path", settings.backend()));
+            Path wrapper = artifact.path(part.files().get("wrapper"));
+            return OrtRunner.load(component.name(), Backend.NPU, wrapper, settings.scratch(), options);
+        } catch (OrtException error) {
+            throw new MobileVdException(error, Problem.NPU_LIBRARY_FAILS, error.getMessage());
+        }
+    }
+
+    /** Whether a device's chip is the target: "SM8750-AC" and "sm8750" are SM8750. */
+    static boolean isChip(String soc, String target) {
+        String chip = soc.trim().toUpperCase(Locale.ROOT);
+        String wanted = target.toUpperCase(Locale.ROOT);
+        return chip.equals(wanted) || chip.startsWith(wanted + "-");
+    }
+
+    /** The plugin's devices: real NPUs if there are any, of one kind, else whatever it simulates on. */
+    private static List<OrtEpDevice> devices(OrtEnvironment environment) throws OrtException {
+        List<OrtEpDevice> found = new ArrayList<>();
+        for (OrtEpDevice device : environment.getEpDevices()) {
+            if (device.getEpName().equals(PROVIDER)) {
+                found.add(device);
+            }
+        }
+        for (OrtEpDevice device : found) {
+            if (device.getDevice().getType() == OrtHardwareDevice.OrtHardwareDeviceType.NPU) {
+                return List.of(device);
+            }
+        }
+        return found.isEmpty() ? found : List.of(found.get(0));
+    }
+}

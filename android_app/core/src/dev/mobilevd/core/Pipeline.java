@@ -1,0 +1,392 @@
+package dev.mobilevd.core;
+
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.Collection;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Locale;
+import java.util.Map;
+import java.util.Set;
+
+/**
+ * Picture in, clip out: runs an artifact's components one after the other, as its manifest says.
+ *
+ * <p>One session is in memory at a time; a value is dropped after its last reader. Not for two threads at once.
+ */
+public final class Pipeline {
+    private final Artifact artifact;
+    private final Runtimes runtimes;
+    private final MemoryInfo memory;
+    private final RunTrace trace;
+
+    /** What is being done to a component. */
+    public enum Stage {
+        /** Checking digests, then making a session of the files. */
+        LOAD,
+        /** Calls that are not measured. */
+        WARMUP,
+        /** Calls that are. */
+        RUN,
+        /** Freeing the session. */
+        CLOSE;
+
+        /** As it stands in benchmark files and traces: "load", "warmup", "run" or "close". */
+        public String id() {
+            return name().toLowerCase(Locale.ROOT);
+        }
+    }
+
+    /** Told about a run, on the thread that does it. */
+    public interface Listener {
+        /** For those who do not want to know. */
+        Listener NONE = new Listener() {};
+
+        /**
+         * Something begins.
+         *
+         * @param index of the component, from 0, of {@code count}
+         * @param call from 1, in stages WARMUP and RUN; else 0
+         * @param fraction of the whole run that is done, weighted by FLOPs: in [0, 1], never falling
+         */
+        default void at(String component, int index, int count, Backend backend, Stage stage, int call,
+                double fraction) {}
+
+        /** A component is done. */
+        default void finished(ComponentRun run) {}
+    }
+
+    /** {@code trace} is told before each native call. */
+    public Pipeline(Artifact artifact, Runtimes runtimes, MemoryInfo memory, RunTrace trace) {
+        this.artifact = artifact;
+        this.runtimes = runtimes;
+        this.memory = memory;
+        this.trace = trace;
+    }
+
+    /**
+     * Make a clip.
+     *
+     * @param image (1, 3, height, width) in [-1, 1]: {@link ImagePrep#prepare}
+     * @param seed any 64 bits, taken as unsigned; the same seed gives the same noise everywhere
+     * @throws MobileVdException {@link Problem#IMAGE_INVALID}, {@link Problem#NO_MEMORY} before anything is loaded,
+     *     {@link Problem#CANCELLED}, and whatever {@link ComponentRuntime} and {@link Runner} throw; on
+     *     {@link Runtimes.Asked#AUTO} NPU_ problems lead to the CPU instead
+     */
+    public Clip generate(
+            float[] image, long seed, Runtimes.Asked asked, Listener listener, Cancellation cancellation)
+            throws MobileVdException {
+        return run(new Request(image, seed, asked, 0, 1, null), listener, cancellation);
+    }
+
+    /**
+     * What to run, and how often.
+     *
+     * @param measured components to warm up and repeat, the others run once; null: all
+     */
+    record Request(
+            float[] image, long seed, Runtimes.Asked asked, int warmup, int samples, Set<String> measured) {
+        boolean measures(String component) {
+            return measured == null || measured.contains(component);
+        }
+    }
+
+    Clip run(Request request, Listener listener, Cancellation cancellation) throws MobileVdException {
+        checkImage(request.image());
+        checkMemory(request.asked());
+        return new Run(request, listener, cancellation).all();
+    }
+
+    private void checkImage(float[] image) throws MobileVdException {
+        Manifest.PipelineSpec spec = artifact.manifest().pipeline();
+        if (image.length != 3L * spec.height() * spec.width()) {
+            throw new MobileVdException(
+                    Problem.IMAGE_INVALID,
+                    image.length + " values are not 3 x " + spec.height() + " x " + spec.width());
+        }
+        for (float value : image) {
+            if (!(value >= -1 && value <= 1)) {
+                throw new MobileVdException(Problem.IMAGE_INVALID, "a value is " + value + ", not in [-1, 1]");
+            }
+        }
+    }
+
+    private void checkMemory(Runtimes.Asked asked) throws MobileVdException {
+        for (Manifest.Component component : artifact.manifest().components()) {
+            ComponentRuntime runtime = runtimes.choose(component, asked).runtime();
+            for (Manifest.Part part : runtime.parts(component)) {
+                checkMemory(component, runtime, part);
+            }
+        }
+    }
+
+    private void checkMemory(Manifest.Component component, ComponentRuntime runtime, Manifest.Part part)
+            throws MobileVdException {
+        long needed = runtime.memoryBytes(part);
+        long available = memory.read().availableBytes();
+        if (needed > available) {
+            throw new MobileVdException(
+                    Problem.NO_MEMORY, component.name(), new ByteSize(needed), new ByteSize(available));
+        }
+    }
+
+    /** One run: the values that live, and how far it is. */
+    private final class Run {
+        private final Request request;
+        private final Listener listener;
+        private final Cancellation cancellation;
+        private final List<Manifest.Component> components = artifact.manifest().components();
+        private final List<ComponentRun> runs = new ArrayList<>();
+        /** By source: "image" and "component:NAME". */
+        private final Map<String, Tensor> values = new HashMap<>();
+
+        Run(Request request, Listener listener, Cancellation cancellation) {
+            this.request = request;
+            this.listener = listener;
+            this.cancellation = cancellation;
+        }
+
+        Clip all() throws MobileVdException {
+            Manifest.PipelineSpec spec = artifact.manifest().pipeline();
+            try {
+                values.put("image", Tensor.of(request.image(), 1, 3, spec.height(), spec.width()));
+                for (int index = 0; index < components.size(); index++) {
+                    runComponent(index);
+                    dropRead(index);
+                }
+                String last = "component:" + components.get(components.size() - 1).name();
+                return new Clip(values.get(last).toArray(), spec, List.copyOf(runs));
+            } finally {
+                close(values.values());
+            }
+        }
+
+        private void runComponent(int index) throws MobileVdException {
+            Manifest.Component component = components.get(index);
+            Map<String, Tensor> inputs = new HashMap<>();
+            List<Tensor> noises = new ArrayList<>();
+            try {
+                for (Manifest.TensorSpec input : component.inputs()) {
+                    Tensor value = values.get(input.source());
+                    if (value == null) {
+                        value = noise(input);
+                        noises.add(value);
+                    }
+                    inputs.put(input.name(), value);
+                }
+                values.put("component:" + component.name(), runAnywhere(index, inputs));
+            } catch (OutOfMemoryError error) {
+                throw new MobileVdException(error, Problem.MEMORY_RAN_OUT, component.name());
+            } finally {
+                close(noises);
+            }
+        }
+
+        private Tensor noise(Manifest.TensorSpec input) {
+            long stream = Long.parseLong(input.source().substring("noise:".length()));
+            int count = Math.toIntExact(input.shape().stream().reduce(1L, Math::multiplyExact));
+            return Tensor.of(Noise.unit(request.seed(), stream, count), input.dimensions());
+        }
+
+        private Tensor runAnywhere(int index, Map<String, Tensor> inputs) throws MobileVdException {
+            Runtimes.Choice choice = runtimes.choose(components.get(index), request.asked());
+            try {
+                return new ComponentCall(index, choice, inputs).run();
+            } catch (MobileVdException problem) {
+                if (request.asked() != Runtimes.Asked.AUTO || !problem.problem().isNpu()) {
+                    throw problem;
+                }
+                return new ComponentCall(index, runtimes.onCpu(problem), inputs).run();
+            }
+        }
+
+        /** Close what no component behind {@code index} reads; the last one's output is the result. */
+        private void dropRead(int index) {
+            values.entrySet()
+                    .removeIf(
+                            value -> {
+                                boolean kept =
+                                        index == components.size() - 1
+                                                || components.subList(index + 1, components.size()).stream()
+                                                        .flatMap(component -> component.inputs().stream())
+                                                        .anyMatch(input -> input.source().equals(value.getKey()));
+                                if (!kept) {
+                                    value.getValue().close();
+                                }
+                                return !kept;
+                            });
+        }
+
+        /** All calls of one component on one backend. */
+        private final class ComponentCall {
+            private final int index;
+            private final Manifest.Component component;
+            private final Runtimes.Choice choice;
+            private final ComponentRuntime runtime;
+            private final Map<String, Tensor> inputs;
+            private final int warmup;
+            private final double[] ms;
+            private double loadMs;
+            private int npuNodes;
+            private int cpuNodes;
+
+            ComponentCall(int index, Runtimes.Choice choice, Map<String, Tensor> inputs) {
+                this.index = index;
+                this.choice = choice;
+                this.inputs = inputs;
+                component = components.get(index);
+                runtime = choice.runtime();
+                boolean measured = request.measures(component.name());
+                warmup = measured ? request.warmup() : 0;
+                ms = new double[measured ? request.samples() : 1];
+            }
+
+            Tensor run() throws MobileVdException {
+                Map<String, Tensor> made = new HashMap<>();
+                try (PeakMemory peak = new PeakMemory()) {
+                    List<Manifest.Part> parts = runtime.parts(component);
+                    for (int part = 0; part < parts.size(); part++) {
+                        runPart(parts, part, made);
+                        dropRead(parts.subList(part + 1, parts.size()), made);
+                    }
+                    Tensor output = made.get(component.output().name());
+                    checkOutput(output);
+                    ComponentRun run =
+                            new ComponentRun(
+                                    component.name(), runtime.backend(), npuNodes, cpuNodes, loadMs, msList(),
+                                    peak.bytes(), choice.whyNotNpu());
+                    runs.add(run);
+                    listener.finished(run);
+                    made.remove(component.output().name());
+                    return output;
+                } finally {
+                    close(made.values());
+                }
+            }
+
+            private void runPart(List<Manifest.Part> parts, int number, Map<String, Tensor> made)
+                    throws MobileVdException {
+                Manifest.Part part = parts.get(number);
+                Map<String, Tensor> feeds = new HashMap<>();
+                for (String name : part.inputs()) {
+                    feeds.put(name, made.containsKey(name) ? made.get(name) : inputs.get(name));
+                }
+                begin(parts, number, Stage.LOAD, 0);
+                checkMemory(component, runtime, part);
+                artifact.verify(part.files().values(), Progress.NONE, cancellation);
+                long begun = System.nanoTime();
+                Runner runner = runtime.load(artifact, component, part);
+                loadMs += since(begun);
+                try {
+                    int calls = warmup + ms.length;
+                    for (int call = 0; call < calls; call++) {
+                        boolean measured = call >= warmup;
+                        int sample = measured ? call - warmup : call;
+                        begin(parts, number, measured ? Stage.RUN : Stage.WARMUP, sample + 1);
+                        begun = System.nanoTime();
+                        Map<String, Tensor> outputs = runner.run(feeds, cancellation);
+                        double took = since(begun);
+                        if (measured) {
+                            ms[sample] += took;
+                        }
+                        keep(call == calls - 1 ? part.outputs() : List.of(), outputs, made);
+                    }
+                    npuNodes += runner.placement().npuNodes();
+                    cpuNodes += runner.placement().cpuNodes();
+                    begin(parts, number, Stage.CLOSE, 0);
+                } finally {
+                    runner.close();
+                    trace.clear();
+                }
+            }
+
+            private void begin(List<Manifest.Part> parts, int part, Stage stage, int call) throws MobileVdException {
+                cancellation.check();
+                if (call <= 1) { // to write it down takes milliseconds, which would cool the chip between the calls
+                    trace.begin(
+                            new RunTrace.Step(
+                                    artifact.root().getFileName().toString(), component.name(), part + 1,
+                                    parts.size(), runtime.backend().id(), stage.id()));
+                }
+                int calls = warmup + ms.length;
+                int done = stage == Stage.LOAD ? 0 : stage == Stage.CLOSE ? calls : call - 1;
+                if (stage == Stage.RUN) {
+                    done += warmup;
+                }
+                listener.at(
+                        component.name(), index, components.size(), runtime.backend(), stage, call,
+                        fraction((part + (double) done / calls) / parts.size()));
+            }
+
+            private double fraction(double ofComponent) {
+                double before = 0;
+                double total = 0;
+                for (int i = 0; i < components.size(); i++) {
+                    double weight = Math.max(components.get(i).flops(), 1);
+                    total += weight;
+                    before += i < index ? weight : i == index ? weight * ofComponent : 0;
+                }
+                return before / total;
+            }
+
+            /** Move those of a call's outputs that are listed to {@code made}; close the others. */
+            private void keep(List<String> names, Map<String, Tensor> outputs, Map<String, Tensor> made)
+                    throws MobileVdException {
+                Map<String, Tensor> left = new HashMap<>(outputs);
+                try {
+                    for (String name : names) {
+                        if (!left.containsKey(name)) {
+                            throw new MobileVdException(
+                                    Problem.OUTPUT_UNEXPECTED, component.name(), outputs.toString(), name);
+                        }
+                        made.put(name, left.remove(name));
+                    }
+                } finally {
+                    close(left.values());
+                }
+            }
+
+            private void dropRead(List<Manifest.Part> later, Map<String, Tensor> made) {
+                made.entrySet()
+                        .removeIf(
+                                value -> {
+                                    String name = value.getKey();
+                                    boolean kept =
+                                            name.equals(component.output().name())
+                                                    || later.stream().anyMatch(part -> part.inputs().contains(name));
+                                    if (!kept) {
+                                        value.getValue().close();
+                                    }
+                                    return !kept;
+                                });
+            }
+
+            private void checkOutput(Tensor output) throws MobileVdException {
+                long[] expected = component.output().dimensions();
+                if (!Arrays.equals(output.shape(), expected)) {
+                    throw new MobileVdException(
+                            Problem.OUTPUT_UNEXPECTED, component.name(), output.toString(), Arrays.toString(expected));
+                }
+                if (!output.isFinite()) {
+                    throw new MobileVdException(Problem.OUTPUT_NOT_FINITE, component.name());
+                }
+            }
+
+            private List<Double> msList() {
+                List<Double> values = new ArrayList<>();
+                for (double value : ms) {
+                    values.add(value);
+                }
+                return List.copyOf(values);
+            }
+        }
+    }
+
+    private static double since(long begun) {
+        return (System.nanoTime() - begun) / 1e6;
+    }
+
+    private static void close(Collection<Tensor> tensors) {
+        tensors.forEach(Tensor::close);
+    }
+}

@@ -1,0 +1,89 @@
+package dev.mobilevd.core;
+
+import ai.onnxruntime.OnnxJavaType;
+import ai.onnxruntime.OnnxTensor;
+import ai.onnxruntime.OrtEnvironment;
+import ai.onnxruntime.OrtException;
+import ai.onnxruntime.TensorInfo;
+import ai.onnxruntime.platform.Fp16Conversions;
+import java.nio.Buffer;
+import java.nio.ByteBuffer;
+import java.nio.ByteOrder;
+import java.nio.FloatBuffer;
+import java.nio.ShortBuffer;
+import java.util.Arrays;
+
+/** A value on its way between components: float32 or float16 in the runtime's own memory, until it is closed. */
+public final class Tensor implements AutoCloseable {
+    private final OnnxTensor value;
+
+    Tensor(OnnxTensor value) {
+        this.value = value;
+    }
+
+    /** A float32 tensor with a copy of {@code values}, in row-major order. */
+    public static Tensor of(float[] values, long... shape) {
+        return of(OnnxJavaType.FLOAT, values, shape);
+    }
+
+    private static Tensor of(OnnxJavaType type, float[] values, long... shape) {
+        try {
+            OrtEnvironment environment = OrtEnvironment.getEnvironment();
+            if (type == OnnxJavaType.FLOAT16) {
+                ShortBuffer halves = Fp16Conversions.convertFloatBufferToFp16Buffer(FloatBuffer.wrap(values));
+                return new Tensor(OnnxTensor.createTensor(environment, halves, shape, type));
+            }
+            return new Tensor(OnnxTensor.createTensor(environment, FloatBuffer.wrap(values), shape));
+        } catch (OrtException error) {
+            throw new IllegalArgumentException(error); // a shape that does not hold the values, or another type
+        }
+    }
+
+    /** Its shape. */
+    public long[] shape() {
+        return info().getShape();
+    }
+
+    /** Its values as float32, in row-major order: a copy. */
+    public float[] toArray() {
+        FloatBuffer values = value.getFloatBuffer();
+        float[] copy = new float[values.remaining()];
+        values.get(copy);
+        return copy;
+    }
+
+    /** Whether every value is a number. */
+    boolean isFinite() {
+        FloatBuffer values = value.getFloatBuffer();
+        for (int i = values.position(); i < values.limit(); i++) {
+            if (Float.isNaN(values.get(i)) || Float.isInfinite(values.get(i))) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    /** This value as a session wants it: itself, or a copy in the other float type. */
+    Tensor as(OnnxJavaType type) {
+        return info().type == type ? this : of(type, toArray(), shape());
+    }
+
+    OnnxTensor value() {
+        return value;
+    }
+
+    /** Free its memory; no other method may be called afterwards. */
+    @Override
+    public void close() {
+        value.close();
+    }
+
+    @Override
+    public String toString() {
+        return info().type + Arrays.toString(shape());
+    }
+
+    private TensorInfo info() {
+        return value.getInfo();
+    }
+}
