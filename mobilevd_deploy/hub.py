@@ -923,14 +923,14 @@ def _begin(artifact: Artifact, request: Request, hub: Hub) -> Run:
             )
     hosted = hub.devices()
     targets = tuple(choose_hosted(name, hosted) for name in request.devices)
-    return Run(secrets.token_hex(6), now(), hub.url, _manifest_sha256(artifact), request, targets)
+    return Run(secrets.token_hex(6), now(), hub.url, artifact.digest, request, targets)
 
 
 def _unfinished(ledger: Ledger, artifact: Artifact, hub: Hub) -> Run:
     run = next((run for run in reversed(ledger.runs) if not run.finished), None)
     if run is None:
         raise UsageError(f"{artifact.root}: no run is unfinished", next_step="profile it without --resume")
-    if run.manifest_sha256 != _manifest_sha256(artifact):
+    if run.manifest_sha256 != artifact.digest:
         raise UsageError(
             f"{artifact.root} is not the artifact that the run of {run.begun} began with",
             next_step="profile it without --resume; equal files are not uploaded again",
@@ -941,10 +941,6 @@ def _unfinished(ledger: Ledger, artifact: Artifact, hub: Hub) -> Run:
             next_step="use the configuration of that run (QAIHUB_CLIENT_INI)",
         )
     return run
-
-
-def _manifest_sha256(artifact: Artifact) -> str:
-    return hashlib.sha256(artifact.manifest.to_json().encode()).hexdigest()
 
 
 @contextlib.contextmanager
