@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -102,15 +103,21 @@ def test_no_adb(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("adb") is None, reason="needs the real adb")
-def test_the_real_adb_without_a_phone():
-    # Its server is shared by all of a machine: a phone that really is attached proves nothing here.
-    if attached()[1]:
-        pytest.skip("a phone is attached")
-    with pytest.raises(VendorError, match="no phone is attached"):
-        Adb.open()
-    # One that was unplugged between two calls.
-    with pytest.raises(VendorError, match="GONE went away in the middle"):
-        Adb(shutil.which("adb"), "GONE").shell("true")
+def test_the_real_adb_without_a_phone(monkeypatch):
+    program = shutil.which("adb")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(port))  # a server of our own, which we may end
+    try:
+        if attached()[1]:
+            pytest.skip("a phone is attached")
+        with pytest.raises(VendorError, match="no phone is attached"):
+            Adb.open()
+        # One that was unplugged between two calls.
+        with pytest.raises(VendorError, match="GONE went away in the middle"):
+            Adb(program, "GONE").shell("true")
+    finally:
+        subprocess.run([program, "kill-server"], capture_output=True, check=False)
 
 
 # Single calls
