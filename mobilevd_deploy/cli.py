@@ -675,7 +675,7 @@ def main() -> None:
 def _with_serial(arguments: Sequence[str]) -> list[str]:
     """Give `--adb` an empty value where it has none, because typer knows no optional ones."""
     filled: list[str] = []
-    for word, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+    for word, following in zip(arguments, [*arguments, "-"][1:], strict=True):
         filled.append(word)
         if word == "--adb" and (following.startswith("-") or Path(following).is_dir()):
             filled.append("")
