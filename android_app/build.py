@@ -236,7 +236,9 @@ def framework() -> tuple[Path, Path]:
 
     def classes(target: Path) -> None:
         with zipfile.ZipFile(source) as jar:
-            names = [n for n in jar.namelist() if n.endswith(".class") and not n.startswith(("com/", "icu/"))]
+            # What stands below com/ is not for apps, but javac looks up the annotations.
+            kept = ("android/", "dalvik/", "org/", "javax/", "com/android/internal/annotations/")
+            names = [n for n in jar.namelist() if n.endswith(".class") and n.startswith(kept)]
             write_zip(target, {name: jar.read(name) for name in names})
 
     stem = source.stem
@@ -257,10 +259,9 @@ def android_onnxruntime_classes() -> Path:
 
 
 def write_zip(path: Path, entries: Mapping[str, bytes | Path], *, stored: bool = False) -> None:
-    """Write a zip that depends on names and contents alone: sorted, without times or owners."""
+    """Write a zip that depends on names, contents and their order alone: without times or owners."""
     with zipfile.ZipFile(path, "w") as archive:
-        for name in sorted(entries):
-            value = entries[name]
+        for name, value in entries.items():
             info = zipfile.ZipInfo(name, EPOCH)
             info.create_system, info.external_attr = 3, 0o644 << 16
             plain = stored or name in STORED
@@ -323,7 +324,8 @@ def compile_app(work: Path, flavour: str, version_name: str) -> tuple[Path, Path
     link_resources(base, flavour, version_name, java)
     _, android = framework()
     sources = java_files(APP / "core" / "src", APP / "app" / "src", java)
-    javac(sources, [android_onnxruntime_classes(), android], classes, "--release", "17")
+    libraries = [*fetch("app"), android_onnxruntime_classes()]
+    javac(sources, [*libraries, android], classes, "--release", "17")
     return base, classes
 
 
@@ -339,7 +341,7 @@ def dex(classes: Path, target: Path) -> None:
     run(
         "java", "-cp", d8, "com.android.tools.r8.D8", "--release", "--min-api", str(level),
         "--lib", android, "--lib", java_home, "--output", target,
-        *sorted(classes.rglob("*.class")), android_onnxruntime_classes(),
+        *sorted(classes.rglob("*.class")), *fetch("app"), android_onnxruntime_classes(),
     )  # fmt: skip
 
 
@@ -439,21 +441,20 @@ def qnn_libraries(choice: str | None) -> tuple[Mapping[str, bytes | Path], bool]
         return qnn_from_maven(), False
     except BuildError:
         say(
-            "no repository of this Maven has Qualcomm's AARs: the npu APK gets stand-ins and runs on the CPU.\n"
+            "no Maven repository here has Qualcomm's AARs: the npu APK gets stand-ins and runs on the CPU.\n"
             "  next: QNN_LIBS=FOLDER make apk, with the SDK's Android libraries and the plugin"
         )
         return qnn_stand_ins(), True
 
 
-def assets(artifacts: Mapping[str, Path]) -> dict[str, bytes | Path]:
-    """Return the files of the bundled artifacts, given by name, by their path in the APK."""
-    files: dict[str, bytes | Path] = {}
-    for name, folder in artifacts.items():
-        if not (folder / "manifest.json").is_file():
-            raise BuildError(f"{folder} is not an artifact\n  next: make demo")
-        inside = (path for path in folder.rglob("*") if path.is_file())
-        files |= {f"assets/artifacts/{name}/{p.relative_to(folder).as_posix()}": p for p in inside}
-    return files
+def mvd(folder: Path, target: Path) -> Path:
+    """Write an artifact as an .mvd file, manifest first; nothing in it is compressed, the APK does that."""
+    if not (folder / "manifest.json").is_file():
+        raise BuildError(f"{folder} is not an artifact\n  next: make demo")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names.sort(key="manifest.json".__ne__)
+    write_zip(target, {name: folder / name for name in names}, stored=True)
+    return target
 
 
 def build_apk(
@@ -473,8 +474,10 @@ def build_apk(
         with zipfile.ZipFile(base) as linked:
             entries: dict[str, bytes | Path] = {entry: linked.read(entry) for entry in linked.namelist()}
         entries["classes.dex"] = work / "classes.dex"
-        entries |= native_libraries(flavour, libraries) | assets(artifacts)
-        write_zip(work / "unaligned.apk", entries)
+        entries |= native_libraries(flavour, libraries)
+        for artifact, folder in artifacts.items():
+            entries[f"assets/artifacts/{artifact}.mvd"] = mvd(folder, work / f"{artifact}.mvd")
+        write_zip(work / "unaligned.apk", dict(sorted(entries.items())))
         aligned = work / "aligned.apk"
         run("zipalign", "-p", "4", work / "unaligned.apk", aligned)
         stem = f"mobilevd-demo-{flavour}-{name}"
@@ -559,7 +562,7 @@ def junit(classes: Path, classpath: Sequence[Path], only: Sequence[str], *option
 def test_core(only: Sequence[str]) -> None:
     """Compile core and its tests, and run them on ONNX Runtime for the desktop."""
     need("javac")
-    libraries = fetch("jvm")
+    libraries = [*fetch("app"), *fetch("jvm")]
     with tempfile.TemporaryDirectory(prefix="mobilevd-core-") as scratch:
         main, tests = Path(scratch) / "main", Path(scratch) / "test"
         javac(java_files(APP / "core" / "src"), libraries, main, "--release", "17")
@@ -584,13 +587,13 @@ def test_app(only: Sequence[str], record: bool) -> None:
     """Compile the app and its tests, and run them in Robolectric; `record` writes the golden pictures."""
     need("javac", "aapt2")
     _, android = framework()
-    jvm, robolectric = fetch("jvm"), [aar_classes(path) for path in fetch("robolectric")]
+    robolectric = [aar_classes(path) for path in fetch("robolectric")]
     frameworks = [*fetch("framework-28"), *fetch("framework-34")]
     with tempfile.TemporaryDirectory(prefix="mobilevd-app-") as scratch:
         work = Path(scratch)
         base, main = compile_app(work, "cpu", version())
         tests = work / "test"
-        libraries = [*jvm, *robolectric]
+        libraries = [*fetch("app"), *fetch("jvm"), *robolectric]
         javac(java_files(APP / "app" / "test"), [main, *libraries, android], tests, "--release", "17")
         config = tests / "com" / "android" / "tools" / "test_config.properties"
         config.parent.mkdir(parents=True)
@@ -618,7 +621,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         match options.command:
             case "fetch":
-                for name in options.sets or ["build", "jvm", "robolectric", "framework-28", "framework-34"]:
+                for name in options.sets or dependencies()["maven"]:
                     fetch(name)
                 onnxruntime_aar()
             case "apk":

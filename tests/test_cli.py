@@ -43,8 +43,6 @@ VERBS = (
     "diff",
     "train-demo",
     "profile",
-    "install",
-    "pack",
     "jobs",
     "devices",
 )

@@ -1,0 +1,64 @@
+package dev.mobilevd.demo;
+
+import android.content.ContentResolver;
+import android.content.ContentValues;
+import android.net.Uri;
+import android.os.Build;
+import android.os.Environment;
+import android.os.ParcelFileDescriptor;
+import android.provider.MediaStore;
+import java.io.FileDescriptor;
+import java.io.IOException;
+
+/** Adds clips to the phone's gallery. */
+final class Gallery {
+    /** Writes a clip into an empty file that can be read, written and sought in. */
+    interface Encoder {
+        void write(Result clip, FileDescriptor target) throws IOException;
+    }
+
+    private final ContentResolver resolver;
+    private final Encoder encoder;
+
+    Gallery(ContentResolver resolver, Encoder encoder) {
+        this.resolver = resolver;
+        this.encoder = encoder;
+    }
+
+    /** Save a clip; nothing is left behind if that fails. Slow. */
+    Uri save(Result clip) throws IOException {
+        ContentValues values = new ContentValues();
+        values.put(MediaStore.Video.Media.DISPLAY_NAME, "mobilevd-" + Long.toUnsignedString(clip.seed()) + ".mp4");
+        values.put(MediaStore.Video.Media.MIME_TYPE, "video/mp4");
+        Uri collection = MediaStore.Video.Media.EXTERNAL_CONTENT_URI;
+        if (Build.VERSION.SDK_INT >= 29) {
+            collection = MediaStore.Video.Media.getContentUri(MediaStore.VOLUME_EXTERNAL_PRIMARY);
+            values.put(MediaStore.Video.Media.RELATIVE_PATH, Environment.DIRECTORY_MOVIES + "/MobileVD");
+            values.put(MediaStore.Video.Media.IS_PENDING, 1);
+        }
+        Uri uri = resolver.insert(collection, values);
+        if (uri == null) {
+            throw new IOException("the gallery takes no file");
+        }
+        boolean done = false;
+        try {
+            try (ParcelFileDescriptor file = resolver.openFileDescriptor(uri, "rw")) {
+                if (file == null) {
+                    throw new IOException("the gallery gives no file");
+                }
+                encoder.write(clip, file.getFileDescriptor());
+            }
+            if (Build.VERSION.SDK_INT >= 29) {
+                ContentValues finished = new ContentValues();
+                finished.put(MediaStore.Video.Media.IS_PENDING, 0);
+                resolver.update(uri, finished, null, null);
+            }
+            done = true;
+            return uri;
+        } finally {
+            if (!done) {
+                resolver.delete(uri, null, null);
+            }
+        }
+    }
+}

@@ -1,0 +1,37 @@
+package dev.mobilevd.demo;
+
+import android.content.Context;
+import android.util.AttributeSet;
+import android.widget.FrameLayout;
+
+/** Where picture and clip are shown: with the shape of the clip, as large as there is room, round at the corners. */
+public final class StageView extends FrameLayout {
+    private double aspect = 2;
+
+    /** As the layout makes it. */
+    public StageView(Context context, AttributeSet attributes) {
+        super(context, attributes);
+        setClipToOutline(true);
+    }
+
+    /** Set width over height. */
+    void setAspect(double aspect) {
+        if (this.aspect != aspect) {
+            this.aspect = aspect;
+            requestLayout();
+        }
+    }
+
+    @Override
+    protected void onMeasure(int widthSpec, int heightSpec) {
+        int width = MeasureSpec.getSize(widthSpec);
+        int room =
+                MeasureSpec.getMode(heightSpec) == MeasureSpec.UNSPECIFIED
+                        ? getResources().getDisplayMetrics().heightPixels * 3 / 5
+                        : MeasureSpec.getSize(heightSpec);
+        int height = Math.min((int) Math.round(width / aspect), room);
+        super.onMeasure(
+                MeasureSpec.makeMeasureSpec(Math.min(width, (int) Math.round(height * aspect)), MeasureSpec.EXACTLY),
+                MeasureSpec.makeMeasureSpec(height, MeasureSpec.EXACTLY));
+    }
+}
