@@ -34,6 +34,8 @@ import java.util.zip.ZipInputStream;
  * a dot are not artifacts. One thread at a time may install or delete.
  */
 public final class ArtifactStore {
+    private static final Object RENAMING = new Object();
+    private static final String REPLACED = ".replaced";
     private static final int LARGEST_MANIFEST = 16 << 20;
     private static final int BUFFER = 1 << 18;
     // Deflate cannot do more than 1032:1, and models come nowhere near 100:1. Small files may, and do no harm.
@@ -64,11 +66,16 @@ public final class ArtifactStore {
      */
     public List<Installed> list() throws MobileVdException {
         List<Path> folders;
-        try (Stream<Path> children = Files.list(folder)) {
-            folders =
-                    children.filter(path -> Files.isDirectory(path) && !path.getFileName().toString().startsWith("."))
-                            .sorted()
-                            .collect(Collectors.toList());
+        try {
+            synchronized (RENAMING) {
+                recover();
+            }
+            try (Stream<Path> children = Files.list(folder)) {
+                folders =
+                        children.filter(path -> Files.isDirectory(path) && !isHidden(path))
+                                .sorted()
+                                .collect(Collectors.toList());
+            }
         } catch (NoSuchFileException error) {
             return List.of();
         } catch (IOException error) {
@@ -125,15 +132,21 @@ public final class ArtifactStore {
         return install(name, partial -> unpack(zip, partial, progress, cancellation));
     }
 
+    /** Gives the files of an artifact by their paths in it: a folder, or an app's assets. */
+    @FunctionalInterface
+    public interface Opener {
+        /** A stream that the caller closes. */
+        InputStream open(String path) throws IOException;
+    }
+
     /**
-     * Install a copy of the artifact in another folder. Otherwise as {@link #installZip}.
+     * Install a copy of an artifact whose files lie somewhere else: as {@link #installZip}.
      *
-     * @throws MobileVdException as {@link Artifact#open} and {@link #installZip}
+     * @throws MobileVdException {@link Problem#FILE_UNREADABLE} for a file that cannot be opened or read
      */
-    public Artifact installFolder(Path source, String name, Progress progress, Cancellation cancellation)
+    public Artifact installFiles(Opener files, String name, Progress progress, Cancellation cancellation)
             throws MobileVdException {
-        Artifact artifact = Artifact.open(source);
-        return install(name, partial -> copy(artifact, partial, progress, cancellation));
+        return install(name, partial -> copy(files, partial, progress, cancellation));
     }
 
     /**
@@ -164,19 +177,20 @@ public final class ArtifactStore {
     private Artifact install(String name, Filler filler) throws MobileVdException {
         Path path = path(name);
         Path partial = folder.resolve("." + name + ".partial");
-        Path replaced = folder.resolve("." + name + ".replaced");
         try {
             Files.createDirectories(folder);
             removeTree(partial);
             Files.createDirectory(partial);
             filler.fill(partial);
             Artifact.open(partial);
-            removeTree(replaced);
-            if (Files.exists(path, LinkOption.NOFOLLOW_LINKS)) {
-                Files.move(path, replaced);
+            synchronized (RENAMING) {
+                recover();
+                if (Files.exists(path, LinkOption.NOFOLLOW_LINKS)) {
+                    Files.move(path, folder.resolve("." + name + REPLACED));
+                }
+                Files.move(partial, path);
+                recover();
             }
-            Files.move(partial, path);
-            removeTree(replaced);
             return Artifact.open(path);
         } catch (IOException error) {
             throw new MobileVdException(error, Problem.NOT_WRITTEN, name, error.toString());
@@ -185,6 +199,25 @@ public final class ArtifactStore {
                 removeTree(partial);
             } catch (IOException error) {
                 // It is hidden, and the next install of this name removes it.
+            }
+        }
+    }
+
+    /** Give artifacts their names back whose replacement was killed half way; remove those that were replaced. */
+    private void recover() throws IOException {
+        List<Path> found;
+        try (Stream<Path> children = Files.list(folder)) {
+            found =
+                    children.filter(path -> isHidden(path) && path.getFileName().toString().endsWith(REPLACED))
+                            .collect(Collectors.toList());
+        }
+        for (Path replaced : found) {
+            String hidden = replaced.getFileName().toString();
+            Path path = folder.resolve(hidden.substring(1, hidden.length() - REPLACED.length()));
+            if (Files.exists(path, LinkOption.NOFOLLOW_LINKS)) {
+                removeTree(replaced);
+            } else {
+                Files.move(replaced, path);
             }
         }
     }
@@ -198,7 +231,7 @@ public final class ArtifactStore {
                     ? new MobileVdException(Problem.ARCHIVE_UNREADABLE, "it is no zip file")
                     : new MobileVdException(Problem.ARCHIVE_ORDER, first);
         }
-        byte[] text = zip.readSmall(Manifest.FILE);
+        byte[] text = readSmall(Manifest.FILE, buffer -> zip.read(Manifest.FILE, buffer));
         Manifest manifest = Manifest.read(text);
         Writer writer = new Writer(partial, manifest.bytes() + text.length, progress, cancellation);
         writer.write(Manifest.FILE, text);
@@ -215,7 +248,7 @@ public final class ArtifactStore {
                 throw new MobileVdException(Problem.ARCHIVE_TWICE, path);
             }
             if (path.equals(Manifest.DIGEST_FILE)) {
-                byte[] line = zip.readSmall(path);
+                byte[] line = readSmall(path, buffer -> zip.read(path, buffer));
                 Artifact.checkDigest(Sha256.of(text), line);
                 writer.write(path, line);
             } else {
@@ -230,17 +263,54 @@ public final class ArtifactStore {
         }
     }
 
-    private void copy(Artifact artifact, Path partial, Progress progress, Cancellation cancellation)
+    private void copy(Opener files, Path partial, Progress progress, Cancellation cancellation)
             throws IOException, MobileVdException {
-        Writer writer = new Writer(partial, artifact.manifest().bytes(), progress, cancellation);
-        for (String name : List.of(Manifest.FILE, Manifest.DIGEST_FILE)) {
-            writer.write(name, Files.readAllBytes(artifact.root().resolve(name)));
-        }
-        for (Manifest.FileEntry entry : artifact.manifest().allFiles()) {
-            try (InputStream input = Files.newInputStream(artifact.path(entry))) {
-                writer.write(entry, input::read);
+        byte[] text = readSmall(files, Manifest.FILE);
+        byte[] line = readSmall(files, Manifest.DIGEST_FILE);
+        Artifact.checkDigest(Sha256.of(text), line);
+        Manifest manifest = Manifest.read(text);
+        Writer writer = new Writer(partial, manifest.bytes(), progress, cancellation);
+        writer.write(Manifest.FILE, text);
+        writer.write(Manifest.DIGEST_FILE, line);
+        for (Manifest.FileEntry entry : manifest.allFiles()) {
+            try (InputStream input = open(files, entry.path())) {
+                writer.write(entry, buffer -> read(input, entry.path(), buffer));
             }
         }
+    }
+
+    private static InputStream open(Opener files, String path) throws MobileVdException {
+        try {
+            return files.open(path);
+        } catch (IOException error) {
+            throw new MobileVdException(error, Problem.FILE_UNREADABLE, path, error.toString());
+        }
+    }
+
+    private static int read(InputStream input, String path, byte[] buffer) throws MobileVdException {
+        try {
+            return input.read(buffer);
+        } catch (IOException error) {
+            throw new MobileVdException(error, Problem.FILE_UNREADABLE, path, error.toString());
+        }
+    }
+
+    private static byte[] readSmall(Opener files, String path) throws IOException, MobileVdException {
+        try (InputStream input = open(files, path)) {
+            return readSmall(path, buffer -> read(input, path, buffer));
+        }
+    }
+
+    private static byte[] readSmall(String path, Source source) throws IOException, MobileVdException {
+        ByteArrayOutputStream content = new ByteArrayOutputStream();
+        byte[] buffer = new byte[1 << 14];
+        for (int count; (count = source.read(buffer)) >= 0; ) {
+            content.write(buffer, 0, count);
+            if (content.size() > LARGEST_MANIFEST) {
+                throw new MobileVdException(Problem.ARCHIVE_BOMB, path);
+            }
+        }
+        return content.toByteArray();
     }
 
     /** Gives some more bytes of a file, as {@link InputStream#read(byte[])} does. */
@@ -352,18 +422,6 @@ public final class ArtifactStore {
             }
             return count;
         }
-
-        byte[] readSmall(String path) throws MobileVdException {
-            ByteArrayOutputStream content = new ByteArrayOutputStream();
-            byte[] buffer = new byte[1 << 14];
-            for (int count; (count = read(path, buffer)) >= 0; ) {
-                content.write(buffer, 0, count);
-                if (content.size() > LARGEST_MANIFEST) {
-                    throw new MobileVdException(Problem.ARCHIVE_BOMB, path);
-                }
-            }
-            return content.toByteArray();
-        }
     }
 
     private static final class CountingStream extends FilterInputStream {
@@ -393,6 +451,10 @@ public final class ArtifactStore {
             throw new MobileVdException(Problem.NAME_INVALID, name);
         }
         return folder.resolve(name);
+    }
+
+    private static boolean isHidden(Path path) {
+        return path.getFileName().toString().startsWith(".");
     }
 
     private static long usableSpace(Path folder) {

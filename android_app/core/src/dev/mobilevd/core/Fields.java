@@ -87,10 +87,9 @@ final class Fields {
     }
 
     static long integer(String place, Object value, long least) throws MobileVdException {
-        if (!(value instanceof Integer || value instanceof Long)) {
+        if (!(value instanceof Long number)) {
             throw invalid(place + " is not an integer");
         }
-        long number = ((Number) value).longValue();
         if (number < least) {
             throw invalid(place + ": " + number + " is less than " + least);
         }

@@ -11,15 +11,17 @@ import java.util.ArrayList;
 import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.regex.Pattern;
 
 /**
- * JSON as plain values: Map, List, String, Boolean, Number, null.
+ * JSON as plain values: Map, List, String, Boolean, Long, Double, null.
  *
  * <p>nanojson reads by RFC 8259; on top of that, keys that stand twice, numbers that a double cannot hold, deep
  * nesting and text behind the value are refused, as the Python side does.
  */
 final class Json {
     private static final int DEEPEST = 64;
+    private static final Pattern WHOLE = Pattern.compile("-?[0-9]{1,18}");
 
     private Json() {}
 
@@ -90,11 +92,18 @@ final class Json {
                 return array;
             }
             default:
-                Object value = reader.value();
-                if (value instanceof Double number && (number.isInfinite() || number.isNaN())) {
-                    throw new Refused("a number is too large", null);
-                }
-                return value;
+                return reader.current() == JsonReader.Type.NUMBER ? number(reader.value().toString()) : reader.value();
         }
+    }
+
+    private static Number number(String text) throws Refused {
+        if (WHOLE.matcher(text).matches()) {
+            return Long.valueOf(text);
+        }
+        double value = Double.parseDouble(text);
+        if (Double.isInfinite(value)) {
+            throw new Refused("the number " + text + " is too large", null);
+        }
+        return value;
     }
 }

@@ -126,7 +126,7 @@ public record Manifest(
      * @param precision "float16", or like "w8a16"
      * @param qnnApi version of the QNN interface that wrote it
      * @param sdk version of the QAIRT that wrote it; an older runtime cannot load it
-     * @param parts in running order, at least one
+     * @param parts in running order; the last one gives the component's output
      */
     public record NpuBinary(String target, int arch, String precision, String qnnApi, SdkVersion sdk, List<Part> parts) {
         private static NpuBinary read(Fields fields) throws MobileVdException {
@@ -213,25 +213,23 @@ public record Manifest(
         private void checkParts(NpuBinary binary, String where) throws MobileVdException {
             Set<String> known = new HashSet<>();
             inputs.forEach(input -> known.add(input.name()));
-            Set<String> made = new HashSet<>();
+            List<String> last = List.of();
             for (Part part : binary.parts()) {
-                if (part.outputs().isEmpty()) {
-                    throw Fields.invalid(where + "a part has no output");
+                if (part.inputs().isEmpty() || part.outputs().isEmpty()) {
+                    throw Fields.invalid(where + "a part needs inputs and outputs");
                 }
-                Set<String> read = new HashSet<>();
                 for (String input : part.inputs()) {
-                    unique(read, input, where + "input of a part");
                     if (!known.contains(input)) {
-                        throw Fields.invalid(where + "no part before it gives " + input);
+                        throw Fields.invalid(where + "nobody provides " + input);
                     }
                 }
                 for (String output : part.outputs()) {
                     unique(known, output, where + "value");
-                    made.add(output);
                 }
+                last = part.outputs();
             }
-            if (!made.contains(output().name())) {
-                throw Fields.invalid(where + "no part gives the output " + output().name());
+            if (!last.contains(output().name())) {
+                throw Fields.invalid(where + "its last part does not give " + output().name());
             }
         }
     }
@@ -283,11 +281,11 @@ public record Manifest(
             throw new MobileVdException(error, Problem.MANIFEST_UNREADABLE, error.getMessage());
         }
         Object version = values.get("schema_version");
-        if (!(version instanceof Integer || version instanceof Long)) {
+        if (!(version instanceof Long number)) {
             throw new MobileVdException(Problem.MANIFEST_UNREADABLE, "it has no schema_version");
         }
-        if (((Number) version).longValue() != SCHEMA_VERSION) {
-            throw new MobileVdException(Problem.MANIFEST_VERSION, version, SCHEMA_VERSION);
+        if (number != SCHEMA_VERSION) {
+            throw new MobileVdException(Problem.MANIFEST_VERSION, number, (long) SCHEMA_VERSION);
         }
         return Fields.read("", values, Manifest::read);
     }

@@ -39,11 +39,11 @@ public final class RunTrace {
             return new Step(
                     (String) fields.get("artifact"),
                     (String) fields.get("component"),
-                    (Integer) fields.get("part"),
-                    (Integer) fields.get("parts"),
+                    Math.toIntExact((Long) fields.get("part")),
+                    Math.toIntExact((Long) fields.get("parts")),
                     (String) fields.get("backend"),
                     (String) fields.get("stage"));
-        } catch (IOException | Json.Refused | ClassCastException | NullPointerException error) {
+        } catch (IOException | Json.Refused | ClassCastException | NullPointerException | ArithmeticException error) {
             return null; // there is none, or it is no trace of this version
         } finally {
             clear();
