@@ -6,6 +6,7 @@ import ai.onnxruntime.OnnxTensorLike;
 import ai.onnxruntime.OnnxValue;
 import ai.onnxruntime.OrtEnvironment;
 import ai.onnxruntime.OrtException;
+import ai.onnxruntime.OrtLoggingLevel;
 import ai.onnxruntime.OrtSession;
 import ai.onnxruntime.TensorInfo;
 import java.io.IOException;
@@ -42,6 +43,7 @@ final class OrtRunner implements Runner {
             String component, Backend backend, Path model, Path scratch, OrtSession.SessionOptions options)
             throws MobileVdException {
         try {
+            options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_FATAL); // errors are thrown as well
             options.enableProfiling(scratch.resolve("profile").toString());
             return new OrtRunner(
                     component, backend, OrtEnvironment.getEnvironment().createSession(model.toString(), options));

@@ -271,33 +271,40 @@ public final class Pipeline {
                 for (String name : part.inputs()) {
                     feeds.put(name, made.containsKey(name) ? made.get(name) : inputs.get(name));
                 }
-                begin(parts, number, Stage.LOAD, 0);
-                checkMemory(component, runtime, part);
-                artifact.verify(part.files().values(), Progress.NONE, cancellation);
-                long begun = System.nanoTime();
-                Runner runner = runtime.load(artifact, component, part);
-                loadMs += since(begun);
                 try {
-                    int calls = warmup + ms.length;
-                    for (int call = 0; call < calls; call++) {
-                        boolean measured = call >= warmup;
-                        int sample = measured ? call - warmup : call;
-                        begin(parts, number, measured ? Stage.RUN : Stage.WARMUP, sample + 1);
-                        begun = System.nanoTime();
-                        Map<String, Tensor> outputs = runner.run(feeds, cancellation);
-                        double took = since(begun);
-                        if (measured) {
-                            ms[sample] += took;
-                        }
-                        keep(call == calls - 1 ? part.outputs() : List.of(), outputs, made);
+                    begin(parts, number, Stage.LOAD, 0);
+                    checkMemory(component, runtime, part);
+                    artifact.verify(part.files().values(), Progress.NONE, cancellation);
+                    long begun = System.nanoTime();
+                    try (Runner runner = runtime.load(artifact, component, part)) {
+                        loadMs += since(begun);
+                        callAll(parts, number, runner, feeds, made);
+                        begin(parts, number, Stage.CLOSE, 0);
                     }
-                    npuNodes += runner.placement().npuNodes();
-                    cpuNodes += runner.placement().cpuNodes();
-                    begin(parts, number, Stage.CLOSE, 0);
                 } finally {
-                    runner.close();
                     trace.clear();
                 }
+            }
+
+            private void callAll(
+                    List<Manifest.Part> parts, int number, Runner runner, Map<String, Tensor> feeds,
+                    Map<String, Tensor> made)
+                    throws MobileVdException {
+                int calls = warmup + ms.length;
+                for (int call = 0; call < calls; call++) {
+                    boolean measured = call >= warmup;
+                    int sample = measured ? call - warmup : call;
+                    begin(parts, number, measured ? Stage.RUN : Stage.WARMUP, sample + 1);
+                    long begun = System.nanoTime();
+                    Map<String, Tensor> outputs = runner.run(feeds, cancellation);
+                    double took = since(begun);
+                    if (measured) {
+                        ms[sample] += took;
+                    }
+                    keep(call == calls - 1 ? parts.get(number).outputs() : List.of(), outputs, made);
+                }
+                npuNodes += runner.placement().npuNodes();
+                cpuNodes += runner.placement().cpuNodes();
             }
 
             private void begin(List<Manifest.Part> parts, int part, Stage stage, int call) throws MobileVdException {
