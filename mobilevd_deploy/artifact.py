@@ -494,6 +494,11 @@ class Artifact:
         """Size of all listed files."""
         return sum(entry.bytes for entry in self.manifest.all_files())
 
+    @property
+    def digest(self) -> str:
+        """The sha256 of manifest.json in hex, and so of everything that it lists."""
+        return (self.root / MANIFEST_DIGEST).read_text(encoding="ascii").split()[0]
+
 
 class PartialArtifact:
     """The folder `.NAME.partial` beside the output, where an artifact is built; a context manager.

@@ -20,6 +20,7 @@ from mobilevd_deploy import __version__
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, UsageError, VendorError
 
 if TYPE_CHECKING:
+    from mobilevd_deploy.artifact import Artifact
     from mobilevd_deploy.hub import Run
     from mobilevd_deploy.profiles import Profile
     from mobilevd_deploy.progress import Progress
@@ -382,8 +383,8 @@ def diff(
 
 
 @app.command(
-    epilog='Examples: [bold]mobilevd-deploy profile --device "Xiaomi 14 Pro" --compile-on hub[/], '
-    "[bold]profile --resume[/]",
+    epilog='Examples: [bold]mobilevd-deploy profile --device "Xiaomi 14 Pro"[/], [bold]profile --resume[/], '
+    '[bold]profile my-model --adb[/], [bold]profile mobilevd --estimate --device "Xiaomi 14 Pro"[/]',
 )
 def profile(
     artifact: Annotated[
@@ -405,7 +406,11 @@ def profile(
     ] = 100,
     compile_on: Annotated[
         Literal["hub"] | None,
-        typer.Option(help="hub: its compiler makes the binary, from the ONNX files.", show_default=False),
+        typer.Option(
+            help="hub: its compiler makes the binary, from the quantised graph or AIMET's encodings. "
+            "[default: the artifact's own context binaries]",
+            show_default=False,
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Also run it on the device on real inputs, and compare.")
@@ -419,13 +424,28 @@ def profile(
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Submit, and leave the waiting to --resume.")
     ] = False,
+    adb: Annotated[
+        str | None,
+        typer.Option(
+            "--adb",
+            metavar="[SERIAL]",
+            help="On the attached phone, by the app's benchmark; the serial number where there are several.",
+            show_default=False,
+        ),
+    ] = None,
+    backend: Annotated[
+        Literal["auto", "npu", "cpu"], typer.Option(help="With --adb: where the app is to run it.")
+    ] = "auto",
+    host: Annotated[
+        bool, typer.Option("--host", help="On this computer's CPU, to compare artifacts with each other.")
+    ] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Measure nothing: estimate, with the error beside it.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure an artifact on a hosted Snapdragon phone, through Qualcomm AI Hub.
+    """Measure an artifact: on a hosted Snapdragon through Qualcomm AI Hub, or on a phone on the desk (--adb).
 
     What was uploaded or submitted is written down beside the artifact, so an interrupted run loses nothing.
     Without the hub's client or a token for it, the latency is estimated.
@@ -433,21 +453,34 @@ def profile(
     """
     from mobilevd_deploy.artifact import Artifact, find_newest
 
-    if resume and (device or components or compile_on or check or image or no_wait or estimate):
+    hub_only = bool(compile_on or check or image or no_wait)
+    if resume and (device or components or hub_only or estimate or host or adb is not None):
         raise UsageError("--resume goes on with what was asked for", next_step="leave the other options out")
     if image and not check:
         raise UsageError("--image is the picture of --check", next_step="add --check, or leave --image out")
+    if (adb is not None) + host + estimate > 1:
+        raise UsageError("--adb, --host and --estimate are three ways", next_step="choose one")
+    if backend != "auto" and adb is None:
+        raise UsageError("--backend is for the app on a phone", next_step="add --adb, or leave it out")
+    if estimate and (components or hub_only):
+        raise UsageError("--estimate runs nothing on a device", next_step="leave the other options out")
+    if (host or adb is not None) and (device or hub_only):
+        raise UsageError(
+            "--device, --compile-on, --check and --no-wait are AI Hub's", next_step="leave them out"
+        )
     if estimate:
-        if components or compile_on or check or no_wait:
-            raise UsageError("--estimate runs nothing on a device", next_step="leave the other options out")
         _show_profiles(_estimate(artifact, device), as_json)
+        return
+    names = tuple(name.strip() for name in components.split(",")) if components else ()
+    opened = Artifact.open(artifact) if artifact else find_newest(Path())
+    if host or adb is not None:
+        _show_profiles([_profile_here(opened, adb, names, samples, backend, quiet or as_json)], as_json)
         return
     from mobilevd_deploy import hub
 
-    opened = Artifact.open(artifact) if artifact else find_newest(Path())
     request = hub.Request(
         tuple(device or ()),
-        tuple(name.strip() for name in components.split(",")) if components else (),
+        names,
         samples,
         compile=compile_on == "hub",
         check=check,
@@ -479,6 +512,61 @@ def profile(
     else:
         _print_rich(_job_table([outcome.run]))
         print(f"fetch the results with: mobilevd-deploy profile {opened.root} --resume")
+
+
+@app.command(epilog="Example: [bold]mobilevd-deploy install build/clip-model --adb 3f9c2a71[/]")
+def install(
+    artifact: Annotated[
+        Path | None,
+        typer.Argument(help="An exported artifact. [default: the newest here]", show_default=False),
+    ] = None,
+    adb: Annotated[
+        str, typer.Option("--adb", metavar="SERIAL", help="Which phone, where several are attached.")
+    ] = "",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put an artifact into the app on the attached phone; every byte is checked there."""
+    from mobilevd_deploy.adb import ARTIFACTS, Adb
+    from mobilevd_deploy.adb import install as put
+    from mobilevd_deploy.artifact import Artifact, find_newest
+
+    opened = Artifact.open(artifact) if artifact else find_newest(Path())
+    with _progress(quiet or as_json) as progress:
+        phone = Adb.open(adb)
+        name = put(opened, phone, progress)
+    if as_json:
+        _print_json({"artifact": str(opened.root), "serial": phone.serial, "path": f"{ARTIFACTS}/{name}"})
+        return
+    print(f"{name} is on {phone.serial}: open the app, or mobilevd-deploy profile {opened.root} --adb")
+
+
+@app.command(epilog="Example: [bold]mobilevd-deploy pack build/clip-model -o clip-model.mvd[/]")
+def pack(
+    artifact: Annotated[
+        Path | None,
+        typer.Argument(help="An exported artifact. [default: the newest here]", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file. [default: ARTIFACT.mvd here]", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an artifact as one file, which the app opens from wherever a phone keeps files."""
+    from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.pack import SUFFIX
+    from mobilevd_deploy.pack import pack as write
+
+    opened = Artifact.open(artifact) if artifact else find_newest(Path())
+    with _progress(quiet or as_json) as progress:
+        written = write(opened, output or Path(f"{opened.root.resolve().name}{SUFFIX}"), progress)
+    size = written.stat().st_size
+    if as_json:
+        _print_json({"artifact": str(opened.root), "file": str(written), "bytes": size})
+        return
+    print(f"{written}: {size / 1e6:,.1f} MB; send it to the phone, and open it with the app")
 
 
 @app.command(epilog="Example: [bold]mobilevd-deploy jobs build/clip-model[/]")
@@ -559,7 +647,7 @@ def main() -> None:
     """Run the command line; every error of ours becomes a sentence and an exit code."""
     as_json = "--json" in sys.argv
     try:
-        code = app(standalone_mode=False)
+        code = app(_with_serial(sys.argv[1:]), standalone_mode=False)
         if code == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         sys.stdout.flush()  # here, where a reader that went away is noticed
@@ -582,6 +670,16 @@ def main() -> None:
         _fail(str(error), "check the path and its permissions", 1, as_json)
     except MemoryError:
         _fail("not enough memory", "close other programs, or use a machine with more", 1, as_json)
+
+
+def _with_serial(arguments: Sequence[str]) -> list[str]:
+    """Give `--adb` an empty value where it has none, because typer knows no optional ones."""
+    filled: list[str] = []
+    for word, following in zip(arguments, [*arguments, "-"][1:], strict=True):
+        filled.append(word)
+        if word == "--adb" and (following.startswith("-") or Path(following).is_dir()):
+            filled.append("")
+    return filled
 
 
 def _fail(what: str, next_step: str | None, code: int, as_json: bool) -> None:
@@ -640,6 +738,38 @@ def _estimate(
         path = save_profile(profile, profiles_dir(what)) if isinstance(what, Artifact) else None
         found.append((path, profile))
     return found
+
+
+def _profile_here(
+    artifact: Artifact,
+    adb: str | None,
+    components: tuple[str, ...],
+    samples: int,
+    backend: Literal["auto", "npu", "cpu"],
+    quiet: bool,
+) -> tuple[Path, Profile]:
+    """Measure on the phone on the desk or, where `adb` is None, on this computer; and store it."""
+    from mobilevd_deploy.profiles import profiles_dir, save_profile
+
+    with _progress(quiet) as progress:
+        progress.say(f"profiling {artifact.root}")
+        if adb is None:
+            from mobilevd_deploy.host import profile_on_host
+
+            found = profile_on_host(artifact, progress, components=components, samples=samples)
+        else:
+            from mobilevd_deploy.adb import Adb, profile_over_adb
+
+            found = profile_over_adb(
+                artifact,
+                Adb.open(adb),
+                progress,
+                asked_for=adb or "attached phone",
+                components=components,
+                samples=samples,
+                backend=backend,
+            )
+    return save_profile(found, profiles_dir(artifact)), found
 
 
 def _show_profiles(profiles: Sequence[tuple[Path | None, Profile]], as_json: bool) -> None:

@@ -92,6 +92,12 @@ def find(name: str) -> Device:
     return device
 
 
+def chip_called(name: str) -> Chip | None:
+    """Return the chip of a phone or chip by name, None where nobody knows it."""
+    device = _find(name)
+    return device.chip if device else None
+
+
 def choose_hosted(name: str, hosted: Sequence[HostedDevice]) -> Target:
     """Pick the hosted phone for `name` from the hub's live list.
 

@@ -284,7 +284,7 @@ def estimate_profile(
         manifest = what.manifest
         spec = from_dict(ModelSpec, manifest.model)
         name, rewrites = what.root.name, tuple(report.name for report in manifest.passes)
-        digest = (what.root / MANIFEST_DIGEST).read_text(encoding="ascii").split()[0]
+        digest = what.digest
         if not manifest.recipe.get("quant"):
             notes.append(
                 "OUTSIDE of the calibration: this artifact is not quantised; the number is for its form with "

@@ -50,7 +50,8 @@ from mobilevd_deploy.errors import (
     UsageError,
     VendorError,
 )
-from mobilevd_deploy.pipeline import Array, Pipeline, Runner
+from mobilevd_deploy.host import run_on_host
+from mobilevd_deploy.pipeline import Array
 from mobilevd_deploy.probe import sqnr_db
 from mobilevd_deploy.profiles import (
     SCHEMA_VERSION as PROFILE_VERSION,
@@ -79,8 +80,6 @@ LEDGER = "ledger.json"
 LEDGER_VERSION: Final = 1
 POLL_SECONDS = 10.0
 SLOWEST = 5
-# The seed of the clip that --check makes.
-CHECK_SEED = 0
 AGAIN = "the same command again"
 RESUME = "mobilevd-deploy profile --resume, which uploads nothing again"
 
@@ -803,44 +802,6 @@ class _Flow:
         return self._handles[job.id]
 
 
-def run_on_host(artifact: Artifact, image: str | None) -> dict[str, tuple[dict[str, Array], Array]]:
-    """Make a clip on this computer; return each component's inputs by name, and its output.
-
-    The picture is the file `image`, or a smooth pattern. Errors as in `Pipeline.generate_all`, MediaError.
-    """
-    taken: dict[str, tuple[dict[str, Array], Array]] = {}
-    spec = artifact.manifest.pipeline
-    if image is not None:
-        from mobilevd_deploy.media import read_picture
-
-        pixels = read_picture(image, spec.width, spec.height).pixels
-    else:
-        y, x = np.mgrid[0 : spec.height, 0 : spec.width] / max(spec.height, spec.width)
-        waves = [np.sin(5 * x + 3 * y), np.cos(7 * x * y), np.sin(4 * (x - 0.5) ** 2 + 6 * y)]
-        pixels = np.stack(waves)[None].astype(np.float32)
-    pipeline = Pipeline.open(artifact)
-    Pipeline(artifact, lambda component: _Recorder(pipeline.load(component), component, taken)).generate(
-        pixels, CHECK_SEED
-    )
-    return taken
-
-
-class _Recorder:
-    """A runner that keeps what goes in and comes out."""
-
-    def __init__(
-        self, runner: Runner, component: Component, taken: dict[str, tuple[dict[str, Array], Array]]
-    ) -> None:
-        self._runner = runner
-        self._component = component
-        self._taken = taken
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        outputs = self._runner.run(feeds)
-        self._taken[self._component.name] = dict(feeds), outputs[self._component.outputs[0].name]
-        return outputs
-
-
 def _compare(reference: Array, found: Any) -> Check:
     """Compare the only output of an inference job; UsageError where it is not one of that shape."""
     values = list(found.values()) if isinstance(found, dict) else []
@@ -923,14 +884,14 @@ def _begin(artifact: Artifact, request: Request, hub: Hub) -> Run:
             )
     hosted = hub.devices()
     targets = tuple(choose_hosted(name, hosted) for name in request.devices)
-    return Run(secrets.token_hex(6), now(), hub.url, _manifest_sha256(artifact), request, targets)
+    return Run(secrets.token_hex(6), now(), hub.url, artifact.digest, request, targets)
 
 
 def _unfinished(ledger: Ledger, artifact: Artifact, hub: Hub) -> Run:
     run = next((run for run in reversed(ledger.runs) if not run.finished), None)
     if run is None:
         raise UsageError(f"{artifact.root}: no run is unfinished", next_step="profile it without --resume")
-    if run.manifest_sha256 != _manifest_sha256(artifact):
+    if run.manifest_sha256 != artifact.digest:
         raise UsageError(
             f"{artifact.root} is not the artifact that the run of {run.begun} began with",
             next_step="profile it without --resume; equal files are not uploaded again",
@@ -941,10 +902,6 @@ def _unfinished(ledger: Ledger, artifact: Artifact, hub: Hub) -> Run:
             next_step="use the configuration of that run (QAIHUB_CLIENT_INI)",
         )
     return run
-
-
-def _manifest_sha256(artifact: Artifact) -> str:
-    return hashlib.sha256(artifact.manifest.to_json().encode()).hexdigest()
 
 
 @contextlib.contextmanager

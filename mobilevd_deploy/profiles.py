@@ -18,7 +18,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -159,6 +159,30 @@ def total_ms(components: Sequence[ComponentProfile]) -> float | None:
     """Return the sum of the medians, None where a component has none."""
     medians = [component.ms.median for component in components if component.ms is not None]
     return sum(medians) if len(medians) == len(components) else None
+
+
+def runtime_notes(artifact: Artifact, runtime: str | None, whose: str) -> Iterator[str]:
+    """Compare the QAIRT that compiled an artifact with the one that ran it; one sentence where they differ.
+
+    `runtime` is a version such as "2.51.0" or "v2.51.0.260929181845", None where nobody knows it.
+    """
+    compiled = {binary.sdk for component in artifact.manifest.components for binary in component.npu}
+    for sdk in sorted(compiled):
+        if runtime is None or _version(sdk) == _version(runtime):
+            continue
+        said = f"compiled with QAIRT {_plain_version(sdk)}, run with {_plain_version(runtime)} ({whose})"
+        if _version(runtime) < _version(sdk):
+            yield f"{said}: an older runtime may refuse the binary (errors 1009, 5000, 5005)"
+        else:
+            yield f"{said}: a newer runtime loads it, but does not run it as its own compiler would have it"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
+
+
+def _plain_version(text: str) -> str:
+    return ".".join(map(str, _version(text)))
 
 
 def now() -> str:

@@ -43,6 +43,8 @@ VERBS = (
     "diff",
     "train-demo",
     "profile",
+    "install",
+    "pack",
     "jobs",
     "devices",
 )

@@ -24,6 +24,7 @@ from tiny_artifact import build, write_artifact
 from mobilevd_deploy import cli
 from mobilevd_deploy.artifact import Artifact, FileEntry, PartialArtifact
 from mobilevd_deploy.errors import ArtifactError, SpecError, UsageError, VendorError
+from mobilevd_deploy.host import run_on_host
 from mobilevd_deploy.hub import (
     LEDGER,
     Book,
@@ -34,7 +35,6 @@ from mobilevd_deploy.hub import (
     read_ledger,
     read_result,
     refresh_jobs,
-    run_on_host,
 )
 from mobilevd_deploy.profiles import load_profile, load_profiles, profiles_dir, render_profile
 from mobilevd_deploy.progress import LineProgress
