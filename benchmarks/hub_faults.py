@@ -57,7 +57,7 @@ def suffer(name: str, results: multiprocessing.Queue[dict[str, Any]]) -> None:
         begun = time.monotonic()
         row: dict[str, Any] = {"fault": name, "error": None}
         try:
-            profile_on_hub(artifact, Request((S24,), compile=True), hub, poll_seconds=0.05)
+            profile_on_hub(artifact, Request((S24,), compile="onnx"), hub, poll_seconds=0.05)
         except VendorError as error:
             row |= {"error": error.what, "next_step": error.next_step, "exit_code": error.exit_code}
         row["seconds_until_error"] = round(time.monotonic() - begun, 1)
@@ -66,7 +66,7 @@ def suffer(name: str, results: multiprocessing.Queue[dict[str, Any]]) -> None:
         server.start()
         # Before a run has begun there is nothing to resume: the list of devices is its first call.
         begun_before = (profiles_dir(artifact) / "ledger.json").exists()
-        request = None if begun_before else Request((S24,), compile=True)
+        request = None if begun_before else Request((S24,), compile="onnx")
         outcome = profile_on_hub(artifact, request, hub, poll_seconds=0.05)
         files = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".ini"]
         row |= {

@@ -405,10 +405,10 @@ def profile(
         int, typer.Option(min=2, max=10_000, help="Calls that are timed on the device.")
     ] = 100,
     compile_on: Annotated[
-        Literal["hub"] | None,
+        Literal["hub", "hub-aimet"] | None,
         typer.Option(
-            help="hub: its compiler makes the binary, from the quantised graph or AIMET's encodings. "
-            "[default: the artifact's own context binaries]",
+            help="hub: its compiler makes the binaries, from the quantised ONNX graph or the float one; "
+            "hub-aimet: from AIMET's encodings. [default: the artifact's own context binaries]",
             show_default=False,
         ),
     ] = None,
@@ -482,7 +482,7 @@ def profile(
         tuple(device or ()),
         names,
         samples,
-        compile=compile_on == "hub",
+        compile={"hub": "onnx", "hub-aimet": "aimet", None: None}[compile_on],
         check=check,
         image=str(image.resolve()) if image else None,
     )

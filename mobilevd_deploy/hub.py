@@ -40,8 +40,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from mobilevd_deploy.artifact import Artifact, Component, disk_guard
-from mobilevd_deploy.devices import choose_hosted
+from mobilevd_deploy.artifact import Artifact, Component, NpuBinary, disk_guard
+from mobilevd_deploy.devices import chip_called, choose_hosted
+from mobilevd_deploy.encodings import write_encodings
 from mobilevd_deploy.errors import (
     ArtifactError,
     MobileVDError,
@@ -62,10 +63,13 @@ from mobilevd_deploy.profiles import (
     Latency,
     OpTime,
     Profile,
+    join_parts,
     now,
     profiles_dir,
+    runtime_notes,
     save_profile,
     total_ms,
+    version,
     write_durably,
 )
 from mobilevd_deploy.progress import Progress
@@ -84,6 +88,8 @@ AGAIN = "the same command again"
 RESUME = "mobilevd-deploy profile --resume, which uploads nothing again"
 
 _COMPILE_OPTIONS = "--target_runtime qnn_context_binary"
+# What is not quantised runs in float16 on the NPU, which the hub's compiler wants to be told.
+_FLOAT16_OPTIONS = f"{_COMPILE_OPTIONS} --qnn_options default_graph_htp_precision=FLOAT16"
 _PROFILE_OPTIONS = "--compute_unit npu --max_profiler_iterations {samples}"
 _INFERENCE_OPTIONS = "--compute_unit npu"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -99,6 +105,15 @@ class HostedDevice:
 
 
 @dataclass(frozen=True)
+class Runtime:
+    """A QAIRT that the hub offers: "2.51", "2.51.0", and perhaps the tags "default" or "latest"."""
+
+    api_version: str
+    full_version: str
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Target:
     """What the user typed, the hosted device that is used for it, and what to say beside every number."""
 
@@ -111,12 +126,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Request:
-    """What a run of `profile` was asked for. `compile`: from ONNX by the hub's compiler."""
+    """What a run of `profile` was asked for.
+
+    `compile` None profiles the artifact's own context binaries. Otherwise the hub's compiler makes them:
+    "onnx" from the quantised graph (the float one where there is none), "aimet" from the same graph without
+    its quantisers and AIMET's encodings beside it.
+    """
 
     devices: tuple[str, ...]
     components: tuple[str, ...] = ()
     samples: int = 100
-    compile: bool = False
+    compile: Literal["onnx", "aimet"] | None = None
     check: bool = False
     image: str | None = None
 
@@ -134,7 +154,10 @@ class Upload:
 
 @dataclass(frozen=True)
 class Job:
-    """A job on the hub. `model` is its input's id, `target` the id of what a compile job makes."""
+    """A job on the hub. `model` is its input's id, `target` the id of what a compile job makes.
+
+    `part` counts the binaries of a component that is split.
+    """
 
     kind: JobKind
     component: str
@@ -147,11 +170,15 @@ class Job:
     target: str | None = None
     state: JobState = "submitted"
     reason: str | None = None
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One call of `profile`; `saved` maps what was asked for to the profile's file."""
+    """One call of `profile`; `saved` maps what was asked for to the profile's file.
+
+    `runtime` is the QAIRT version on the devices, as far as the hub tells, and `runtime_option` asks for it.
+    """
 
     id: str
     begun: str
@@ -162,11 +189,13 @@ class Run:
     jobs: tuple[Job, ...] = ()
     saved: dict[str, str] = field(default_factory=dict)
     finished: bool = False
+    runtime: str | None = None
+    runtime_option: str = ""
 
-    def job(self, kind: JobKind, component: str, target: Target) -> Job | None:
+    def job(self, kind: JobKind, component: str, target: Target, part: int = 0) -> Job | None:
         """Return the job of that kind; two targets with the same hosted device share it."""
-        wanted = (kind, component, target.device, target.os)
-        return next((j for j in self.jobs if (j.kind, j.component, j.device, j.os) == wanted), None)
+        wanted = (kind, component, target.device, target.os, part)
+        return next((j for j in self.jobs if (j.kind, j.component, j.device, j.os, j.part) == wanted), None)
 
 
 @dataclass(frozen=True)
@@ -198,10 +227,11 @@ def profile_on_hub(
     """Profile an artifact on every device of the request; None goes on with the run that was interrupted.
 
     1. Claim the ledger beside the artifact; resolve device names against the hub's live list.
-    2. Upload each component's file, unless the hub has one of the same content.
+    2. Upload the binaries of each component, part by part, unless the hub has some of the same content.
     3. Submit the jobs: compile where that was asked for, profile, and inference for a check. The hub queues
        each behind those that it needs. Every id is on the disk before the next call.
-    4. Wait for all of them (not with `wait` False).
+    4. Wait for all of them (not with `wait` False). A check of a split component goes part by part, each on
+       what the device gave for those before it.
     5. Fetch: one profile per device, stored beside the artifact. A failed job is an error of its component.
 
     Raises UsageError for a request that does not fit the artifact, for a device that nobody knows, and where
@@ -300,6 +330,15 @@ class Hub:
         found = self._call("list the devices", lambda: self._client.get_devices())
         return [HostedDevice(device.name, device.os, tuple(device.attributes)) for device in found]
 
+    def runtimes(self) -> list[Runtime]:
+        """List the versions of QAIRT that the hub offers."""
+        found = self._call("list the frameworks", lambda: self._client.get_frameworks())
+        return [
+            Runtime(f.api_version, f.full_version, tuple(f.api_tags))
+            for f in found
+            if f.name.upper() == "QAIRT"
+        ]
+
     def has(self, upload: Upload) -> bool:
         """Say whether the hub still has this upload, and lets this account use it."""
         client = self._client
@@ -323,7 +362,7 @@ class Hub:
             self._call(f"upload {name}", lambda: self._client.upload_dataset(entries, name=name)).dataset_id
         )
 
-    def submit_compile(self, model: str, target: Target, name: str) -> tuple[str, str, str]:
+    def submit_compile(self, model: str, target: Target, name: str, options: str) -> tuple[str, str, str]:
         """Submit a compile job; return its id, its page and the id of the model that it will make."""
         job = self._call(
             f"submit {name}",
@@ -331,7 +370,7 @@ class Hub:
                 self._client.get_model(model),
                 device=self._device(target),
                 name=name,
-                options=_COMPILE_OPTIONS,
+                options=options,
                 retry=False,
             ),
         )
@@ -579,40 +618,64 @@ class _Flow:
         """Upload and submit whatever the ledger does not have."""
         self._book.put(self.run)
         self._hub.go_on = RESUME
-        wanted: tuple[JobKind, ...] = ("profile", "inference") if self.run.request.check else ("profile",)
         for component in self._components:
             self._progress.begin(f"upload and submit {component.name}")
-            for target in self.run.targets:
-                for kind in wanted:
-                    if self.run.job(kind, component.name, target) is None:
-                        self._submit(kind, component, target)
+            self._submit_ready(component)
             self._progress.end()
 
-    def _submit(self, kind: JobKind, component: Component, target: Target) -> None:
-        model = self._runnable(component, target)
+    def _submit_ready(self, component: Component) -> None:
+        """Submit the jobs of a component that the ledger does not have and whose inputs are there."""
+        for target in self.run.targets:
+            for part in range(self._parts(component, target)):
+                if self.run.job("profile", component.name, target, part) is None:
+                    self._submit("profile", component, target, part)
+                checked = self.run.job("inference", component.name, target, part)
+                if self.run.request.check and checked is None and self._given(component, target, part):
+                    self._submit("inference", component, target, part)
+
+    def _given(self, component: Component, target: Target, part: int) -> bool:
+        """Say whether the device has given the outputs of all parts before this one."""
+        before = [self.run.job("inference", component.name, target, earlier) for earlier in range(part)]
+        return all(job is not None and job.state == "done" for job in before)
+
+    def _submit(self, kind: JobKind, component: Component, target: Target, part: int) -> None:
+        model = self._runnable(component, target, part)
         dataset, options = None, _PROFILE_OPTIONS.format(samples=self.run.request.samples)
         if kind == "inference":
-            dataset, options = self._dataset(component), _INFERENCE_OPTIONS
-        name = self._name(component, kind)
-        id, url = self._hub.submit_run(model, target, name, options, dataset)
-        self._add(kind, component, target, id, url, model)
+            dataset, options = self._dataset(component, target, part), _INFERENCE_OPTIONS
+        name = self._name(component, kind, part)
+        id, url = self._hub.submit_run(
+            model, target, name, " ".join(filter(None, (options, self.run.runtime_option))), dataset
+        )
+        self._add(Job(kind, component.name, target.device, target.os, id, url, model, now(), part=part))
 
-    def _runnable(self, component: Component, target: Target) -> str:
+    def _parts(self, component: Component, target: Target) -> int:
+        return 1 if self.run.request.compile else len(own_binary(component, target).parts)
+
+    def _runnable(self, component: Component, target: Target, part: int) -> str:
         """Return the id of the model that the device runs; its compile job need not have finished."""
         if not self.run.request.compile:
-            return self._model(component)
+            return self._own_model(component, target, part)
         job = self.run.job("compile", component.name, target)
         if job is None:
-            model = self._model(component)
-            id, url, made = self._hub.submit_compile(model, target, self._name(component, "compile"))
-            job = self._add("compile", component, target, id, url, model, made)
+            model = self._source_model(component)
+            options = _COMPILE_OPTIONS if "quantised" in component.files else _FLOAT16_OPTIONS
+            name = self._name(component, "compile", 0)
+            id, url, made = self._hub.submit_compile(model, target, name, options)
+            job = Job("compile", component.name, target.device, target.os, id, url, model, now(), made)
+            self._add(job)
         assert job.target is not None
         return job.target
 
     def wait(self, poll_seconds: float) -> None:
-        """Ask for the jobs until all have finished."""
+        """Ask for the jobs until all have finished, and none is left that waits for another's outputs."""
         self._progress.begin(f"wait for {len(self.run.jobs)} jobs on {self._hub.url}")
-        while self.look():
+        while True:
+            left, known = self.look(), len(self.run.jobs)
+            for component in self._components:
+                self._submit_ready(component)
+            if not left and len(self.run.jobs) == known:
+                break
             time.sleep(poll_seconds)
         self._progress.end()
 
@@ -627,8 +690,9 @@ class _Flow:
             word, finished, reason = self._hub.status(self._handle(job))
             if word != self._words.get(job.id):
                 self._words[job.id] = word
+                part = f" part {job.part + 1}" if job.part else ""
                 self._progress.say(
-                    f"{job.component} on {job.device}: {job.kind} {word.lower().replace('_', ' ')}"
+                    f"{job.component}{part} on {job.device}: {job.kind} {word.lower().replace('_', ' ')}"
                 )
             if finished:
                 self._update(dataclasses.replace(job, state="failed" if reason else "done", reason=reason))
@@ -656,8 +720,22 @@ class _Flow:
             if version is not None:
                 tools[f"qairt of {component.name} (hub)"] = version
         notes = list(target.notes)
+        if self.run.runtime is not None:
+            tools["qairt on the device (hub)"] = self.run.runtime
         if self.run.request.compile:
-            notes.append("compiled by the hub from ONNX: this is not a context binary of the artifact")
+            source = {"onnx": "ONNX", "aimet": "ONNX and AIMET's encodings"}[self.run.request.compile]
+            notes.append(f"compiled by the hub from {source}: this is not a context binary of the artifact")
+        else:
+            tools |= {
+                f"qairt of {component.name}": own_binary(component, target).sdk
+                for component in self._components
+            }
+            notes += runtime_notes(self._artifact, self.run.runtime, "the hub's")
+            for component in self._components:
+                if (count := self._parts(component, target)) > 1:
+                    notes.append(
+                        f"{component.name} is {count} binaries, profiled one by one: its times are their sums"
+                    )
         if urlsplit(self._hub.url).hostname in _LOOPBACK:
             notes.append(f"{self._hub.url} is a server on this computer, not AI Hub: the numbers are made up")
         missing = len(self._artifact.manifest.components) - len(components)
@@ -679,31 +757,49 @@ class _Flow:
         )
 
     def _measure(self, component: Component, target: Target) -> ComponentProfile:
-        """Read the results of a component's jobs."""
-        kinds: tuple[JobKind, ...] = ("compile", "profile", "inference")
-        by_kind = {
-            kind: job for kind in kinds if (job := self.run.job(kind, component.name, target)) is not None
-        }
-        for needed in (by_kind.get("compile"), by_kind.get("profile")):
+        """Read the results of a component's jobs, all parts of it together."""
+        parts = range(self._parts(component, target))
+        compiled = self.run.job("compile", component.name, target)
+        timed = [self._job("profile", component, target, part) for part in parts]
+        for needed in (compiled, *timed):
             if needed is not None and needed.state == "failed":
                 return ComponentProfile(component.name, None, error=self._failure(needed), where=needed.url)
-        job = by_kind["profile"]
-        try:
-            measured = read_result(component.name, self._hub.profile(self._handle(job)))
-        except SpecError as error:
-            reason = f"the result of job {job.id} makes no sense: {error.what}"
-            return ComponentProfile(component.name, None, error=reason, where=job.url)
-        measured = dataclasses.replace(measured, where=job.url)
-        check = by_kind.get("inference")
-        if check is None:
+        found = []
+        for job in timed:
+            try:
+                found.append(read_result(component.name, self._hub.profile(self._handle(job))))
+            except SpecError as error:
+                reason = f"the result of job {job.id} makes no sense: {error.what}"
+                return ComponentProfile(component.name, None, error=reason, where=job.url)
+        measured = dataclasses.replace(join_parts(found), where=timed[0].url)
+        if not self.run.request.check:
             return measured
-        if check.state == "failed":
-            return dataclasses.replace(measured, error=self._failure(check))
-        found = self._hub.outputs(self._handle(check))
+        for part in parts:
+            checked = self._job("inference", component, target, part)
+            if checked.state == "failed":
+                return dataclasses.replace(measured, error=self._failure(checked))
         try:
-            return dataclasses.replace(measured, check=_compare(self._reference(component)[1], found))
+            given = self._outputs(component, target, parts[-1])[component.outputs[0].name]
+            return dataclasses.replace(measured, check=_compare(self._reference(component)[1], given))
         except UsageError as error:
             return dataclasses.replace(measured, error=f"the check failed: {error.what}")
+
+    def _job(self, kind: JobKind, component: Component, target: Target, part: int) -> Job:
+        job = self.run.job(kind, component.name, target, part)
+        assert job is not None
+        return job
+
+    def _outputs(self, component: Component, target: Target, part: int) -> dict[str, Array]:
+        """Return what the device gave for a part, by name; UsageError where it is not what the part gives."""
+        names: tuple[str, ...] = (component.outputs[0].name,)
+        if not self.run.request.compile:
+            names = own_binary(component, target).parts[part].outputs
+        found = self._hub.outputs(self._handle(self._job("inference", component, target, part)))
+        if not isinstance(found, dict) or len(found) != len(names):
+            raise UsageError("the device gave no output, or several")
+        # The hub's compiler may name them anew; it keeps their order.
+        keys = names if set(names) == set(found) else found
+        return {name: _single(found[key]) for name, key in zip(names, keys, strict=True)}
 
     def _failure(self, job: Job) -> str:
         what = f"{job.kind} job {job.id} failed: {job.reason}"
@@ -722,32 +818,60 @@ class _Flow:
                 return f"its compile job {other.id} failed"
         return None
 
-    def _model(self, component: Component) -> str:
-        """Return the id of the component's upload, made now if the hub does not have it."""
-        roles = ("model", "data") if self.run.request.compile else ("context",)
-        files = {role: component.files[role] for role in roles if role in component.files}
+    def _own_model(self, component: Component, target: Target, part: int) -> str:
+        """Return the id of a binary of ours, with the wrapper that loads it."""
+        files = own_binary(component, target).parts[part].files
         content = digest({role: entry.sha256 for role, entry in files.items()})
+        name = self._name(component, "binary", part)
 
         def upload() -> str:
             self._artifact.verify(component)
-            name = f"{self._artifact.manifest.name} {component.name}"
-            paths = {role: self._artifact.path(component, role) for role in files}
-            if "data" not in paths:
-                (path,) = paths.values()
-                return self._hub.upload_model(path, name)
-            with _zipped(component.name, list(paths.values()), self._book.folder) as path:
+            paths = [self._artifact.root / entry.path for entry in files.values()]
+            with _zipped(f"{component.name}.onnx", paths, self._book.folder) as path:
                 return self._hub.upload_model(path, name)
 
         return self._upload("model", content, component, upload)
 
-    def _dataset(self, component: Component) -> str:
-        """Return the id of the inputs that this computer ran the component on."""
-        feeds, _ = self._reference(component)
+    def _source_model(self, component: Component) -> str:
+        """Return the id of what the hub's compiler starts from."""
+        roles = ("quantised", "quantised_data") if "quantised" in component.files else ("model", "data")
+        files = {role: component.files[role] for role in roles if role in component.files}
+        how, name = self.run.request.compile, f"{self._artifact.manifest.name} {component.name}"
+        if how == "aimet" and "quantised" not in files:
+            raise UsageError(
+                f"{component.name} is not quantised: there are no encodings",
+                next_step="--compile-on hub compiles the float graph",
+            )
+        content = digest({role: entry.sha256 for role, entry in files.items()} | {"": how or ""})
+
+        def upload() -> str:
+            self._artifact.verify(component)
+            paths = [self._artifact.path(component, role) for role in files]
+            if how == "aimet":
+                with tempfile.TemporaryDirectory(prefix=".upload-", dir=self._book.folder) as scratch:
+                    made = write_encodings(paths[0], Path(scratch))
+                    with _zipped(f"{component.name}.aimet", made, self._book.folder) as path:
+                        return self._hub.upload_model(path, name)
+            if len(paths) == 1:
+                return self._hub.upload_model(paths[0], name)
+            with _zipped(f"{component.name}.onnx", paths, self._book.folder) as path:
+                return self._hub.upload_model(path, name)
+
+        return self._upload("model", content, component, upload)
+
+    def _dataset(self, component: Component, target: Target, part: int) -> str:
+        """Return the id of a part's inputs: as this computer has them, and from parts before it."""
+        feeds = dict(self._reference(component)[0])
+        for earlier in range(part):
+            feeds |= self._outputs(component, target, earlier)
+        if not self.run.request.compile:
+            wanted = own_binary(component, target).parts[part].inputs
+            feeds = {name: feeds[name] for name in wanted}
         content = hashlib.sha256()
         for name, value in feeds.items():
             content.update(f"{name} {value.dtype} {value.shape}\n".encode())
             content.update(np.ascontiguousarray(value).tobytes())
-        name = f"{self._artifact.manifest.name} {component.name} inputs"
+        name = self._name(component, "inputs", part)
         return self._upload(
             "dataset", content.hexdigest(), component, lambda: self._hub.upload_dataset(feeds, name)
         )
@@ -772,22 +896,12 @@ class _Flow:
             self._host = run_on_host(self._artifact, self.run.request.image)
         return self._host[component.name]
 
-    def _name(self, component: Component, what: str) -> str:
-        return f"{self._artifact.manifest.name} {component.name} {what}"
+    def _name(self, component: Component, what: str, part: int) -> str:
+        place = f" part {part + 1}" if part else ""
+        return f"{self._artifact.manifest.name} {component.name} {what}{place}"
 
-    def _add(
-        self,
-        kind: JobKind,
-        component: Component,
-        target: Target,
-        id: str,
-        url: str,
-        model: str,
-        made: str | None = None,
-    ) -> Job:
-        job = Job(kind, component.name, target.device, target.os, id, url, model, now(), made)
+    def _add(self, job: Job) -> None:
         self._put(jobs=(*self.run.jobs, job))
-        return job
 
     def _update(self, job: Job) -> None:
         self._put(jobs=tuple(job if other.id == job.id else other for other in self.run.jobs))
@@ -802,12 +916,42 @@ class _Flow:
         return self._handles[job.id]
 
 
-def _compare(reference: Array, found: Any) -> Check:
-    """Compare the only output of an inference job; UsageError where it is not one of that shape."""
-    values = list(found.values()) if isinstance(found, dict) else []
-    if len(values) != 1 or not isinstance(values[0], list) or len(values[0]) != 1:
+def own_binary(component: Component, target: Target) -> NpuBinary:
+    """Return the artifact's binary of a component for the chip of a target; UsageError if it has none."""
+    chip = chip_called(target.chipset)
+    for binary in component.npu:
+        if chip is not None and binary.target.lower() in chip.sm:
+            return binary
+    there = ", ".join(binary.target for binary in component.npu)
+    raise UsageError(
+        f"the artifact has no context binary of {component.name} for {target.chipset}"
+        + (f", only for {there}" if there else ""),
+        next_step="export again with --target for that chip, or let the hub compile: --compile-on hub",
+    )
+
+
+def choose_runtime(offered: Sequence[Runtime], compiled_by: str) -> tuple[str | None, str]:
+    """Pick the QAIRT that a binary runs with: its version, and the option that asks for it.
+
+    Its own version where the hub has it, else the next newer one, else the newest; None where it has none.
+    """
+    if not offered:
+        return None, ""
+    ordered = sorted(offered, key=lambda runtime: version(runtime.full_version))
+    fitting = (r for r in ordered if version(r.full_version)[:2] >= version(compiled_by)[:2])
+    chosen = next(fitting, ordered[-1])
+    return chosen.full_version, f"--qairt_version {chosen.api_version}"
+
+
+def _single(values: Any) -> Array:
+    """Return an output of an inference job on one set of inputs; UsageError where it is none."""
+    if not isinstance(values, list) or len(values) != 1:
         raise UsageError("the device gave no output, or several")
-    output = np.asarray(values[0][0])
+    return np.asarray(values[0])
+
+
+def _compare(reference: Array, output: Array) -> Check:
+    """Compare an output with this computer's; UsageError where it holds what cannot be compared."""
     if output.dtype.kind not in "fiu":
         raise UsageError(f"the device's output is {output.dtype}")
     if not np.isfinite(output).all():
@@ -876,7 +1020,7 @@ def _begin(artifact: Artifact, request: Request, hub: Hub) -> Run:
     chosen = tuple(name for name in known if not request.components or name in request.components)
     request = dataclasses.replace(request, components=chosen, devices=tuple(dict.fromkeys(request.devices)))
     if not request.compile:
-        without = [name for name in chosen if "context" not in artifact.manifest.component(name).files]
+        without = [name for name in chosen if not artifact.manifest.component(name).npu]
         if without:
             raise UsageError(
                 f"{artifact.root} has no context binary of {', '.join(without)}",
@@ -884,7 +1028,22 @@ def _begin(artifact: Artifact, request: Request, hub: Hub) -> Run:
             )
     hosted = hub.devices()
     targets = tuple(choose_hosted(name, hosted) for name in request.devices)
-    return Run(secrets.token_hex(6), now(), hub.url, artifact.digest, request, targets)
+    runtime, option = None, ""
+    if request.compile:
+        runtime = next((r.full_version for r in hub.runtimes() if "default" in r.tags), None)
+    else:
+        binaries = [own_binary(artifact.manifest.component(n), t) for n in chosen for t in targets]
+        runtime, option = choose_runtime(hub.runtimes(), max((b.sdk for b in binaries), key=version))
+    return Run(
+        secrets.token_hex(6),
+        now(),
+        hub.url,
+        artifact.digest,
+        request,
+        targets,
+        runtime=runtime,
+        runtime_option=option,
+    )
 
 
 def _unfinished(ledger: Ledger, artifact: Artifact, hub: Hub) -> Run:
@@ -906,14 +1065,14 @@ def _unfinished(ledger: Ledger, artifact: Artifact, hub: Hub) -> Run:
 
 @contextlib.contextmanager
 def _zipped(name: str, paths: Sequence[Path], folder: Path) -> Iterator[Path]:
-    """Give NAME.onnx.zip with a folder NAME.onnx of these files: how the client takes external weights.
+    """Give NAME.zip with a folder NAME of these files: how the client takes more than one file.
 
     Stored, not compressed: weights hardly shrink. It lies below `folder`, which has the artifact's disk.
     """
     size = sum(path.stat().st_size for path in paths)
     with disk_guard(folder, size), tempfile.TemporaryDirectory(prefix=".upload-", dir=folder) as scratch:
-        path = Path(scratch) / f"{name}.onnx.zip"
+        path = Path(scratch) / f"{name}.zip"
         with zipfile.ZipFile(path, "w") as archive:
             for source in paths:
-                archive.write(source, f"{name}.onnx/{source.name}")
+                archive.write(source, f"{name}/{source.name}")
         yield path

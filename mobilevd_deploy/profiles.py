@@ -168,21 +168,58 @@ def runtime_notes(artifact: Artifact, runtime: str | None, whose: str) -> Iterat
     """
     compiled = {binary.sdk for component in artifact.manifest.components for binary in component.npu}
     for sdk in sorted(compiled):
-        if runtime is None or _version(sdk) == _version(runtime):
+        if runtime is None or version(sdk) == version(runtime):
             continue
         said = f"compiled with QAIRT {_plain_version(sdk)}, run with {_plain_version(runtime)} ({whose})"
-        if _version(runtime) < _version(sdk):
+        if version(runtime) < version(sdk):
             yield f"{said}: an older runtime may refuse the binary (errors 1009, 5000, 5005)"
         else:
             yield f"{said}: a newer runtime loads it, but does not run it as its own compiler would have it"
 
 
-def _version(text: str) -> tuple[int, ...]:
+def version(text: str) -> tuple[int, ...]:
+    """Read major, minor and patch of a QAIRT version."""
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
 def _plain_version(text: str) -> str:
-    return ".".join(map(str, _version(text)))
+    return ".".join(map(str, version(text)))
+
+
+def join_parts(parts: Sequence[ComponentProfile]) -> ComponentProfile:
+    """Put the binaries of one component together, which run one after the other: times and op counts add up.
+
+    So do the 95th percentiles, which is what a call takes at worst if all parts are slow at once. The peak is
+    that of the largest part.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    times = [part.ms for part in parts if part.ms is not None]
+    ops: dict[str, int] = {}
+    for part in parts:
+        for unit, count in part.ops.items():
+            ops[unit] = ops.get(unit, 0) + count
+    slowest = sorted((op for part in parts for op in part.slowest), key=lambda op: -op.ms)
+    return ComponentProfile(
+        first.name,
+        Latency(
+            sum(ms.median for ms in times),
+            _sum([ms.p95 for ms in times]),
+            _sum([ms.min for ms in times]),
+            min(ms.samples for ms in times),
+        ),
+        first_load_ms=_sum([part.first_load_ms for part in parts]),
+        warm_load_ms=_sum([part.warm_load_ms for part in parts]),
+        peak_bytes=max((part.peak_bytes for part in parts if part.peak_bytes is not None), default=None),
+        ops=ops,
+        slowest=tuple(slowest[: len(first.slowest)]),
+    )
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def now() -> str:

@@ -40,8 +40,8 @@ from mobilevd_deploy.profiles import load_profile, load_profiles, profiles_dir, 
 from mobilevd_deploy.progress import LineProgress
 from mobilevd_deploy.spec import load_preset
 
-ONE = Request((S24,), ("image_encoder",), compile=True)
-ALL = Request((S24,), compile=True)
+ONE = Request((S24,), ("image_encoder",), compile="onnx")
+ALL = Request((S24,), compile="onnx")
 COMPONENTS = ("image_encoder", "vae_encoder", "unet", "decoder")
 
 
@@ -182,7 +182,7 @@ def test_an_unknown_device_or_component_stops_before_any_upload(run, server):
 
 def test_without_a_context_binary_it_says_what_to_do(run):
     with pytest.raises(UsageError, match="no context binary of image_encoder") as caught:
-        run(dataclasses.replace(ONE, compile=False))
+        run(dataclasses.replace(ONE, compile=None))
     assert "--compile-on hub" in caught.value.next_step
 
 
@@ -413,7 +413,7 @@ from mobilevd_deploy.hub import Hub, Request, profile_on_hub
 from mobilevd_deploy.progress import LineProgress
 from mobilevd_deploy.spec import load_preset
 try:
-    request = Request((sys.argv[2],), compile=True) if len(sys.argv) > 2 else None
+    request = Request((sys.argv[2],), compile="onnx") if len(sys.argv) > 2 else None
     artifact, progress = Artifact.open(sys.argv[1]), LineProgress(sys.stderr)
     profile_on_hub(artifact, request, Hub.open(), progress, poll_seconds=0.01)
 except BaseException as error:
