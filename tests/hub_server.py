@@ -73,7 +73,8 @@ class HubServer:
     """A context manager. What it saw: `requests`, `uploaded` (sha256 of every finished upload), `jobs`.
 
     What it is told: `faults`; `looks`, how often a job is asked for before it is done; `reasons`, why jobs
-    whose "KIND NAME" holds the key fail; `result`, another profile detail; `noise` on inference outputs.
+    whose "KIND NAME" holds the key fail; `result`, another profile detail; `noise` on inference outputs;
+    `qairt`, the versions that are offered.
     `stop` and `start` are a service that dies and comes back on the same ports, remembering everything.
     """
 
@@ -85,6 +86,7 @@ class HubServer:
         self.reasons: dict[str, str] = {}
         self.result: pb.ProfileDetail | None = None
         self.noise = 0.0
+        self.qairt: dict[str, tuple[str, ...]] = {"2.49.0": ("default",), "2.51.0": ("latest",)}
         self.requests: list[str] = []
         self.uploaded: list[str] = []
         self.broken: list[str] = []
@@ -176,6 +178,12 @@ class HubServer:
                 name = query.get("name", [""])[0]
                 found = [pb.Device(name=n, os=o, attributes=a) for n, o, a in DEVICES if name in ("", n)]
                 return pb.DeviceList(devices=found)
+            case "GET", ["frameworks"]:
+                found = [
+                    pb.Framework(name="QAIRT", api_version=v[:4], full_version=v, api_tags=tags)
+                    for v, tags in self.qairt.items()
+                ]
+                return pb.FrameworkList(frameworks=found)
             case "POST", ["models"]:
                 model = pb.Model.FromString(body)
                 model.model_id = self._new("m")
@@ -290,15 +298,14 @@ class HubServer:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
                     archive.extractall(folder)
-                (path,) = Path(folder).glob("*.onnx/*.onnx")
+                (path,) = Path(folder).glob("*.*/*.onnx")
             session = onnxruntime.InferenceSession(path)
-            (output,) = session.run(None, feeds)
-        output = output + self.noise * np.random.default_rng(0).standard_normal(output.shape).astype(
-            np.float32
-        )
+            outputs = session.run(None, feeds)
+        noise = [self.noise * np.random.default_rng(0).standard_normal(o.shape) for o in outputs]
+        values = [(o + n).astype(np.float32) for o, n in zip(outputs, noise, strict=True)]
         buffer, id = io.BytesIO(), self._new("d")
         with h5py.File(buffer, "w") as file:
-            dataset_entries_to_h5({"output_0": [output.astype(np.float32)]}, file)
+            dataset_entries_to_h5({f"output_{i}": [value] for i, value in enumerate(values)}, file)
         self.datasets[id] = buffer.getvalue()
         return id
 

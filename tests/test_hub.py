@@ -12,14 +12,17 @@ import subprocess
 import sys
 import threading
 import traceback
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hub_server import S24, S25, TOKEN, Fault, HubServer, made_up_detail
+from onnx import helper, numpy_helper
 from qai_hub import public_api_pb2 as pb
 from rich.console import Console
-from tiny_artifact import build, write_artifact
+from tiny_artifact import build, write_artifact, write_artifact_with_binaries
 
 from mobilevd_deploy import cli
 from mobilevd_deploy.artifact import Artifact, FileEntry, PartialArtifact
@@ -104,7 +107,9 @@ def test_the_whole_flow(run, server, artifact):
     before = {path: path.read_bytes() for path in artifact.root.rglob("*") if path.is_file()}
     outcome = run(dataclasses.replace(ALL, samples=7))
     ((path, profile),) = outcome.profiles
-    assert server.jobs["j0001"].pb.compile_job.options == "--target_runtime qnn_context_binary"
+    options = server.jobs["j0001"].pb.compile_job.options
+    assert options.startswith("--target_runtime qnn_context_binary --qnn_options ")
+    assert options.endswith("default_graph_htp_precision=FLOAT16")
     assert server.jobs["j0002"].pb.inference_job.options == "--compute_unit npu --max_profiler_iterations 7"
     assert path.parent == run.folder
     assert [c.name for c in profile.components] == list(COMPONENTS)
@@ -181,7 +186,7 @@ def test_an_unknown_device_or_component_stops_before_any_upload(run, server):
 
 
 def test_without_a_context_binary_it_says_what_to_do(run):
-    with pytest.raises(UsageError, match="no context binary of image_encoder") as caught:
+    with pytest.raises(UsageError, match=r"no context binary of image_encoder") as caught:
         run(dataclasses.replace(ONE, compile=None))
     assert "--compile-on hub" in caught.value.next_step
 
@@ -216,22 +221,143 @@ def test_a_check_that_fails_leaves_the_times(run, server):
     assert "the check failed: the device's output holds NaN" in profile.errors[0]
 
 
-def test_the_artifacts_own_binary_is_what_is_profiled_by_default(run, server, tmp_path):
-    """Upload and profile it as it is: no compile job."""
-    with PartialArtifact(tmp_path / "with-binary") as partial:
+@pytest.fixture
+def own(run, tmp_path):
+    """A run of an artifact that has binaries."""
+    run.artifact = write_artifact_with_binaries(tmp_path / "own")
+    return run
+
+
+def test_the_artifacts_own_binaries_are_what_is_profiled_by_default(own, server):
+    """Wrapper and binary go up together, part by part; nothing is compiled."""
+    ((_, profile),) = own(Request(("Xiaomi 14 Pro",), samples=7)).profiles
+    assert {job.kind for job in server.jobs.values()} == {"profile"}
+    names = [job.pb.inference_job.name for job in server.jobs.values()]
+    assert names[2:4] == ["tiny unet profile", "tiny unet profile part 2"]
+    assert len(server.uploaded) == 5
+    first = own.artifact.manifest.component("unet").npu[0].parts[0].files
+    with zipfile.ZipFile(io.BytesIO(list(server.contents.values())[2])) as archive:
+        assert sorted(archive.namelist()) == ["unet.onnx/part0.bin", "unet.onnx/part0.onnx"]
+        for entry in first.values():
+            name = f"unet.onnx/{Path(entry.path).name}"
+            assert archive.read(name) == (own.artifact.root / entry.path).read_bytes()
+    assert {model.model_type for model in server.models.values()} == {pb.MODEL_TYPE_ONNX}
+    assert not any("compiled by the hub" in note for note in profile.notes)
+    unet = profile.components[2]
+    assert (unet.ms.median, unet.ms.p95, unet.ms.min, unet.ms.samples) == (6.0, 8.0, 4.0, 4)
+    assert (unet.first_load_ms, unet.ops, unet.peak_bytes) == (1600.0, {"NPU": 14, "CPU": 2}, 5_000_000)
+    assert profile.total_ms == 15.0
+    assert "unet is 2 binaries, profiled one by one: its times are their sums" in profile.notes
+
+
+def test_a_check_of_a_split_component_goes_from_part_to_part_on_the_device(own, server):
+    ((_, profile),) = own(Request((S24,), check=True)).profiles
+    assert all(c.check.sqnr_db is None or c.check.sqnr_db > 100 for c in profile.components)
+    assert [job.kind for job in server.jobs.values()].count("inference") == 5
+    # What the first part gives is what the second one gets: an error of the device adds up.
+    server.noise = 0.1
+    ((_, noisy),) = own(Request((S24,), ("unet",), check=True)).profiles
+    output = run_on_host(own.artifact, None)["unet"][1]
+    noise = 0.2 * np.random.default_rng(0).standard_normal(output.shape)
+    expected = 10 * np.log10(np.sum(np.square(output, dtype=np.float64)) / np.sum(noise**2))
+    assert noisy.components[0].check.sqnr_db == pytest.approx(expected, abs=0.01)
+
+
+def test_a_part_that_fails_in_a_check_ends_it(own, server):
+    server.reasons["inference tiny unet"] = "no memory"
+    ((_, profile),) = own(Request((S24,), ("unet",), check=True)).profiles
+    assert profile.total_ms == 6.0
+    assert "inference job j0002 failed: no memory" in profile.errors[0]
+    assert len(server.jobs) == 3
+
+
+def test_a_split_check_is_resumed_where_it_stood(own, server):
+    request = Request((S24,), ("unet",), check=True)
+    own(request, wait=False)
+    assert [job.kind for job in server.jobs.values()] == ["profile", "inference", "profile"]
+    ((_, profile),) = own(None).profiles
+    assert profile.components[0].check is not None
+    assert [job.kind for job in server.jobs.values()] == ["profile", "inference", "profile", "inference"]
+
+
+def test_a_chip_without_a_binary_is_refused_before_any_upload(own, server):
+    with pytest.raises(
+        UsageError, match=r"no context binary of image_encoder for .*Elite, only for SM8650"
+    ) as e:
+        own(Request((S24, S25)))
+    assert "--target" in e.value.next_step
+    assert server.count("^POST") == 0
+
+
+@pytest.mark.parametrize(
+    ("offered", "option", "note"),
+    [
+        ({"2.49.0": ("default",), "2.51.0": ("latest",)}, "--qairt_version 2.51", None),
+        ({"2.50.0": ("default",), "2.53.0": ("latest",)}, "--qairt_version 2.53", "a newer runtime loads it"),
+        (
+            {"2.47.0": (), "2.49.0": ("default", "latest")},
+            "--qairt_version 2.49",
+            "an older runtime may refuse",
+        ),
+        ({}, "", None),
+    ],
+)
+def test_versions_of_both_sides_are_recorded_and_a_mismatch_explained(own, server, offered, option, note):
+    server.qairt = offered
+    ((_, profile),) = own(Request((S24,), ("unet",))).profiles
+    assert (
+        server.jobs["j0001"]
+        .pb.inference_job.options.removeprefix("--compute_unit npu --max_profiler_iterations 100")
+        .strip()
+        == option
+    )
+    assert profile.tools["qairt of unet"] == "v2.51.0.260929181845"
+    assert profile.tools.get("qairt on the device (hub)", "")[:4] == option[-4:]
+    said = [text for text in profile.notes if "compiled with QAIRT 2.51.0, run with" in text]
+    assert [note in text for text in said] == ([True] if note else [])
+
+
+def test_the_hubs_compiler_starts_from_the_quantised_graph_or_from_aimets_encodings(run, server, tmp_path):
+    with PartialArtifact(tmp_path / "quantised") as partial:
         manifest = build(partial.artifact)
-        binary = partial.artifact / "unet" / "context.bin"
-        binary.write_bytes(b"not a real context binary" * 100)
+        folder = partial.artifact / "unet" / "quantised"
+        folder.mkdir()
+        write_quantised(folder / "model.onnx")
         unet = manifest.component("unet")
-        entry = FileEntry.of(partial.artifact, binary)
-        unet = dataclasses.replace(unet, files=unet.files | {"context": entry})
+        entry = FileEntry.of(partial.artifact, folder / "model.onnx")
+        unet = dataclasses.replace(unet, files=unet.files | {"quantised": entry})
         components = tuple(unet if c.name == "unet" else c for c in manifest.components)
         run.artifact = partial.finish(dataclasses.replace(manifest, components=components))
-    ((_, profile),) = run(Request(("s24",), ("unet",))).profiles
-    assert profile.total_ms == 3.0
-    assert not any("compiled by the hub" in note for note in profile.notes)
-    assert [job.kind for job in server.jobs.values()] == ["profile"]
+    ((_, profile),) = run(Request((S24,), ("unet",), compile="onnx")).profiles
     assert list(server.contents.values()) == [(run.artifact.root / entry.path).read_bytes()]
+    assert server.jobs["j0001"].pb.compile_job.options == "--target_runtime qnn_context_binary"
+    ((_, profile),) = run(Request((S24,), ("unet",), compile="aimet", check=True)).profiles
+    with zipfile.ZipFile(io.BytesIO(list(server.contents.values())[1])) as archive:
+        assert sorted(archive.namelist()) == ["unet.aimet/model.encodings", "unet.aimet/model.onnx"]
+        encodings = json.loads(archive.read("unet.aimet/model.encodings"))
+    assert [e["name"] for e in encodings["activation_encodings"]] == ["noise"]
+    assert [model.model_type for model in server.models.values()][2] == pb.MODEL_TYPE_AIMET_ONNX
+    assert any("ONNX and AIMET's encodings" in note for note in profile.notes)
+    assert profile.components[0].check.sqnr_db is None or profile.components[0].check.sqnr_db > 100
+    with pytest.raises(UsageError, match="decoder is not quantised"):
+        run(Request((S24,), ("decoder",), compile="aimet"))
+
+
+def write_quantised(path):
+    """The tiny UNet with its first input on a grid of 16 bits."""
+    model = onnx.load(path.parent.parent / "model.onnx")
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(1e-3), "scale"))
+    model.graph.initializer.append(numpy_helper.from_array(np.uint16(32768), "zero"))
+    pair = [
+        helper.make_node("QuantizeLinear", ["noise", "scale", "zero"], ["q"], "noise/Q"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"], "noise/DQ"),
+    ]
+    nodes = list(model.graph.node)
+    for node in nodes:
+        node.input[:] = ["dq" if name == "noise" else name for name in node.input]
+    del model.graph.node[:]
+    model.graph.node.extend([*pair, *nodes])
+    onnx.save(model, path)
 
 
 def test_the_host_run_gives_each_component_what_the_pipeline_gives_it(artifact):
@@ -369,10 +495,12 @@ def test_not_waiting_then_looking_then_resuming(run, server):
 
 def test_resume_refuses_another_artifact_or_another_hub(run, server, configured, tmp_path):
     run(ONE, wait=False)
-    manifest = dataclasses.replace(run.artifact.manifest, name="other")
-    changed = dataclasses.replace(run.artifact, manifest=manifest)
+    with PartialArtifact(run.artifact.root) as partial:
+        changed = partial.finish(dataclasses.replace(build(partial.artifact), name="other"))
     with pytest.raises(UsageError, match="is not the artifact"):
         profile_on_hub(changed, None, Hub.open())
+    with PartialArtifact(run.artifact.root) as partial:
+        partial.finish(build(partial.artifact))
     server.stop()
     server._ports = [0, 0]
     server.start()
