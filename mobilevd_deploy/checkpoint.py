@@ -103,13 +103,22 @@ class Checkpoint:
         module.load_state_dict(state, assign=True)
         return module.eval()
 
+    def tensor(self, name: str) -> Tensor | None:
+        """Return one tensor as it is stored, memory-mapped where it can be; None if there is none."""
+        if name not in self._source.headers:
+            return None
+        ((_, value),) = self._read([name])
+        return value
+
     def importance(self) -> dict[str, float]:
         """Read the importance of each gated temporal block; empty for a network without gates."""
         return self._time_mixer_scalars("importance")
 
     def _time_mixer_scalars(self, name: str) -> dict[str, float]:
         suffix = f".time_mixer.{name}"
-        names = [key for key in _expected(self.spec) if key.startswith("unet.") and key.endswith(suffix)]
+        names = [
+            key for key in expected_shapes(self.spec) if key.startswith("unet.") and key.endswith(suffix)
+        ]
         values = {}
         for key, tensor in self._read(names):
             _check_values(key, tensor, self.path)
@@ -197,27 +206,42 @@ def save_checkpoint(
     Raises:
         CheckpointError: tensors that do not fit `spec`, values that are not finite, or a failed write.
     """
+    tensors = {
+        f"{component}.{name}": tensor for component, state in states.items() for name, tensor in state.items()
+    }
+    # The dtype is looked at below.
+    _check_headers(spec, {name: Header(tuple(t.shape), "F32") for name, t in tensors.items()}, str(path))
+    write_checkpoint(path, spec, lambda name: tensors[name].detach(), dtype)
+
+
+def write_checkpoint(
+    path: str | Path, spec: ModelSpec, tensor: Callable[[str], Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a checkpoint whose tensors are made as they are written, so that a large one never exists whole.
+
+    `tensor` is asked once for each <component>.<name>, in sorted order; a .pt is held whole all the same.
+    Otherwise as `save_checkpoint`.
+    """
     path = Path(path)
     if dtype not in _DTYPES:
         raise CheckpointError(f"{path}: weights are stored as float32, float16 or bfloat16, not {dtype}")
     if path.suffix not in (".safetensors", ".pt"):
         raise CheckpointError(f"{path}: checkpoints are written as .safetensors or .pt")
-    tensors = {
-        f"{component}.{name}": tensor for component, state in states.items() for name, tensor in state.items()
-    }
-    _check_headers(
-        spec, {name: Header(tuple(t.shape), _DTYPES[dtype]) for name, t in tensors.items()}, str(path)
-    )
+    shapes = dict(sorted(expected_shapes(spec).items()))
 
     def stored(name: str) -> Tensor:
-        tensor = tensors[name].detach().to("cpu", dtype).contiguous()
-        _check_values(name, tensor, path)
-        return tensor
+        made = tensor(name).to("cpu", dtype).contiguous()
+        if made.shape != shapes[name]:
+            raise CheckpointError(
+                f"{path}: {name} is {list(made.shape)}, the configuration wants {list(shapes[name])}"
+            )
+        _check_values(name, made, path)
+        return made
 
     write = _write_safetensors if path.suffix == ".safetensors" else _write_torch
     try:
         with _written_aside(path) as aside:
-            write(aside, spec, {name: tuple(tensors[name].shape) for name in sorted(tensors)}, dtype, stored)
+            write(aside, spec, shapes, dtype, stored)
     except OSError as error:
         raise CheckpointError(f"{path}: can not be written: {error.strerror or error}") from error
 
@@ -226,7 +250,8 @@ def save_checkpoint(
 
 
 @lru_cache(maxsize=4)
-def _expected(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+def expected_shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+    """Return the shape of every tensor that a checkpoint of this configuration holds, by name."""
     with torch.device("meta"):
         return {
             f"{component}.{name}": tuple(tensor.shape)
@@ -237,7 +262,7 @@ def _expected(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
 
 def _check_headers(spec: ModelSpec, found: Mapping[str, Header], where: str) -> None:
     try:
-        expected = _expected(spec)
+        expected = expected_shapes(spec)
     except SpecError as error:
         raise CheckpointError(f"{where}: {error.what}", next_step=error.next_step) from error
     problems = [f"missing     {name} {list(shape)}" for name, shape in expected.items() if name not in found]

@@ -619,6 +619,70 @@ def devices(
 
 
 @app.command(
+    epilog="Examples: [bold]mobilevd-deploy init --preset mobilevd -o start.safetensors[/] (random weights), "
+    "[bold]init --from stable-video-diffusion/ -o start.safetensors[/]",
+)
+def init(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint, .safetensors or .pt.")],
+    preset: Annotated[
+        str, typer.Option("--preset", "-p", help="A preset by name, or a TOML file.")
+    ] = "mobilevd",
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="A diffusers folder of Stable Video Diffusion. [default: random weights]",
+            show_default=False,
+        ),
+    ] = None,
+    importance: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --from: JSON of temporal blocks and their importance; the highest keep a gate of 1. "
+            "[default: the preset's choice]",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of random weights.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the stored weights.")
+    ] = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint in training form to begin from: funnels, gates and all temporal blocks in place.
+
+    With --from it holds SVD's weights, funnels by coupled singular initialisation, to be finetuned. Without,
+    random ones of realistic scales: a clip of noise, but sizes, times and memory of a trained network.
+    """
+    import torch
+
+    from mobilevd_deploy.checkpoint import open_checkpoint
+    from mobilevd_deploy.spec import load_preset
+    from mobilevd_deploy.training import initialise
+
+    if importance and not source:
+        raise UsageError("--importance goes with --from", next_step="leave it out, or name SVD's folder")
+    spec, kind = load_preset(preset).model, cast(torch.dtype, getattr(torch, dtype))
+    with _progress(quiet or as_json) as progress:
+        if source is None:
+            initialise.draw_checkpoint(output, spec, seed=seed, dtype=kind, progress=progress)
+        else:
+            given = initialise.read_importance(importance) if importance else None
+            spec = initialise.compress_svd(
+                output, open_checkpoint(source), spec, importance=given, dtype=kind, progress=progress
+            )
+    written = open_checkpoint(output)
+    parameters = written.parameters
+    if as_json:
+        kept = written.spec.unet.kept_temporal_blocks
+        _print_json({"checkpoint": str(output), "parameters": parameters, "kept_temporal_blocks": kept})
+        return
+    size = output.stat().st_size / 1e9
+    print(f"{output}: {sum(parameters.values()) / 1e6:,.1f} M parameters of {spec.name}, {size:.2f} GB")
+
+
+@app.command(
     "train-demo",
     epilog="Example: [bold]mobilevd-deploy train-demo -o mine.safetensors[/] (under 90 minutes on 2 cores)",
 )

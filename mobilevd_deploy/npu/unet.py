@@ -276,8 +276,9 @@ class MidBlock(nn.Module):
     def forward(self, x: Tensor, image_embeds: Tensor) -> Tensor:
         """Map (T, C, H, W) to itself."""
         x = self.resnets[0](x)
-        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attention(x, image_embeds))
+        for i, attention in enumerate(self.attentions, start=1):
+            # Not over a slice of the resnets: the exporter would name nodes after the slice.
+            x = self.resnets[i](attention(x, image_embeds))
         return x
 
 
