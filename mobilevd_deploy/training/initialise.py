@@ -55,7 +55,7 @@ def draw_checkpoint(
             return gates[name]
         if len(shape) < 2:
             return torch.full(shape, float("norm" in name and name.endswith("weight")))
-        generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         # A squeeze or widen of attention holds one matrix per head.
         inputs = shape[-1] if len(shape) == 3 else math.prod(shape[1:])
         return torch.empty(shape).normal_(std=inputs**-0.5, generator=generator)
