@@ -34,7 +34,8 @@ class GraphForms:
     """Equivalent forms of the deploy network; the outputs are the same, the speed is not.
 
     `attention`: the score map of all heads at once ("whole"), for `query_tile` query positions at a time
-    ("tiles"), or one head at a time ("heads"). `frames`: as the batch axis, or one frame after the other.
+    ("tiles"), or for one head at a time, in such tiles ("heads"); maps of up to `whole_up_to` tokens have it
+    whole in any case. `frames`: as the batch axis, or one frame after the other.
     `linear`: matrix products or 1x1 convolutions. `group_norm`: as such, or as instance norm over the
     reshaped map and a per-channel affine. `upsample`: nearest neighbour and a 3x3 convolution, or four
     2x2 convolutions on the small map ("subpixel").
@@ -46,10 +47,13 @@ class GraphForms:
     linear: Literal["matmul", "conv"] = "matmul"
     group_norm: Literal["group", "instance"] = "group"
     upsample: Literal["nearest", "subpixel"] = "nearest"
+    whole_up_to: int = 0
 
     def __post_init__(self) -> None:
         if self.query_tile < 1:
             raise SpecError(f"graph.query_tile: {self.query_tile} is less than 1")
+        if self.whole_up_to < 0:
+            raise SpecError(f"graph.whole_up_to: {self.whole_up_to} is negative")
 
 
 @dataclass(frozen=True)

@@ -429,7 +429,7 @@ _FORMS: dict[str, dict[str, str]] = {
     "attention": {
         "whole": "one score map for all heads",
         "tiles": "score maps of {query_tile} query positions at a time",
-        "heads": "one head after the other",
+        "heads": "one head after the other, {query_tile} query positions at a time",
     },
     "frames": {"batch": "all at once, as the batch axis", "sequential": "one after the other"},
     "linear": {"matmul": "matrix products", "conv": "1&times;1 convolutions"},
@@ -453,10 +453,13 @@ _FORM_NAMES = {
 
 def graph_form_words(forms: GraphForms) -> dict[str, str]:
     """Say what a recipe chose: name of the part -> its form in words."""
-    return {
+    said = {
         _FORM_NAMES[name]: words[getattr(forms, name)].format(query_tile=forms.query_tile)
         for name, words in _FORMS.items()
     }
+    if forms.attention != "whole" and forms.whole_up_to:
+        said["Attention"] += f"; whole on maps of up to {forms.whole_up_to} tokens"
+    return said
 
 
 def _graph_forms(recipe: Recipe) -> str:

@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -131,6 +131,19 @@ def test_a_tile_may_be_larger_than_the_map() -> None:
     for tile in (1, 24, 500):
         forms = GraphForms("tiles", tile)
         assert decibels(reference, run(deploy(unet, forms), probe)) >= 200
+
+
+@pytest.mark.parametrize("attention", ["tiles", "heads"])
+def test_small_maps_may_have_their_attention_whole(attention: Literal["tiles", "heads"]) -> None:
+    unet, probe, reference = rewritten("mean, none pruned", False)
+    parts = {}
+    for limit in (0, 6, 24):  # the levels have 24 and 6 tokens
+        network = deploy(unet, GraphForms(attention, 4, whole_up_to=limit))
+        assert decibels(reference, run(network, probe)) >= 200
+        first, last = network.down_blocks[0].attentions[0], network.mid_block.attentions[0]
+        parts[limit] = [len(a.spatial.transformer_blocks[0].attn1.mix) for a in (first, last)]
+    heads = (2, 3) if attention == "heads" else (1, 1)
+    assert parts == {0: [6 * heads[0], 2 * heads[1]], 6: [6 * heads[0], 1], 24: [1, 1]}
 
 
 def test_no_call_is_outside_a_module_but_those_that_move_values() -> None:

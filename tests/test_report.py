@@ -233,6 +233,9 @@ def test_every_graph_form_has_words():
         said = {tuple(graph_form_words(GraphForms(**{name: value})).values()) for value in values}
         assert len(said) == len(values)
     assert "64 query positions" in graph_form_words(GraphForms(attention="tiles", query_tile=64))["Attention"]
+    mixed = graph_form_words(GraphForms(attention="heads", query_tile=64, whole_up_to=128))["Attention"]
+    assert "64 query positions" in mixed
+    assert "whole on maps of up to 128 tokens" in mixed
 
 
 def test_hostile_names_are_only_text(manifest):

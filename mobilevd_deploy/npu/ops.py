@@ -191,7 +191,7 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention over space (per frame) or over time (per pixel).
 
     The softmax scale is folded into the query. Over space, the recipe's form decides how much of
-    the similarity map exists at once: the whole, a tile of queries, or one head at a time.
+    the similarity map exists at once: the whole, a tile of queries, or a tile of one head.
     """
 
     def __init__(
@@ -211,10 +211,10 @@ class SelfAttention(nn.Module):
         self.to_k = pointwise(k, k_bias, forms)
         self.to_v = pointwise(v, v_bias, forms)
         self.to_out = pointwise(out, out_bias, forms)
-        whole = over == "time" or forms.attention == "whole"
-        tile = tokens if whole or not forms.query_tile else min(forms.query_tile, tokens)
+        whole = over == "time" or forms.attention == "whole" or tokens <= forms.whole_up_to
+        tile = tokens if whole else min(forms.query_tile, tokens)
         self.tiles = [(start, min(start + tile, tokens)) for start in range(0, tokens, tile)]
-        apart = over == "space" and forms.attention == "heads"
+        apart = not whole and forms.attention == "heads"
         self.groups = [(h, h + 1) for h in range(heads)] if apart else [(0, heads)]
         parts = len(self.groups) * len(self.tiles)
         self.similarity = nn.ModuleList(MatMul() for _ in range(parts))
