@@ -1,0 +1,49 @@
+package dev.mobilevd.core;
+
+import static org.junit.Assert.assertTrue;
+import static org.junit.Assume.assumeTrue;
+
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.nio.file.Paths;
+import java.util.List;
+import java.util.Map;
+
+/** An artifact that an export made, and what Python made with it: tests/clip_reference.py. */
+final class Reference {
+    /** As good as equal: the least that two runtimes' roundings may leave. */
+    static final double FLOOR_DB = 60;
+
+    private final Path folder;
+    final long seed;
+    final List<String> pictures;
+
+    private Reference(Path folder, Map<String, Object> index) throws MobileVdException {
+        this.folder = folder;
+        seed = Noise.parseSeed((String) index.get("seed"));
+        pictures = Golden.list(index.get("pictures"));
+    }
+
+    /** The folder that a property names; the test is skipped where it names none. */
+    static Path folder(String property) {
+        String value = System.getProperty(property, "");
+        assumeTrue(property + " is not set", !value.isEmpty());
+        return Paths.get(value);
+    }
+
+    static Reference of(String property) throws Exception {
+        Path folder = folder(property);
+        return new Reference(folder, Json.readObject(Files.readAllBytes(folder.resolve("index.json"))));
+    }
+
+    float[] image(String picture, Manifest.PipelineSpec spec) throws Exception {
+        return Golden.picture(folder.resolve(picture + ".png"), spec);
+    }
+
+    void assertSame(String picture, Clip clip) throws Exception {
+        float[] expected = Golden.floats(Files.readAllBytes(folder.resolve(picture + ".f32")));
+        double sqnr = Golden.sqnr(expected, clip.frames());
+        System.out.printf("%s: %.1f dB against Python's clip%n", picture, sqnr);
+        assertTrue(picture + ": " + sqnr + " dB", sqnr >= FLOOR_DB);
+    }
+}
