@@ -28,6 +28,8 @@ from tiny_artifact import INPUTS, NODES, OUTPUTS, build
 from mobilevd_deploy.artifact import Artifact, FileEntry, NpuBinary, NpuPart, PartialArtifact
 from mobilevd_deploy.media import read_picture
 from mobilevd_deploy.pipeline import Pipeline
+from mobilevd_deploy.qnn import compile_context, find_target
+from mobilevd_deploy.recipe import NpuOptions
 
 VECTORS = Path(__file__).parent / "vectors"
 SEED = 2**64 - 7
@@ -38,32 +40,33 @@ TARGET = "SM8650"
 # ---- the artifact ----
 
 
-def write_artifact(output: Path) -> Artifact:
+def write_artifact(output: Path, compiled: bool = False) -> Artifact:
+    """The tiny artifact; `compiled`: with context binaries in float16 in place of what only has their names."""
     with PartialArtifact(output) as partial:
         root = partial.artifact
         manifest = build(root)
         components = [
-            dataclasses.replace(component, npu=(_binary(root, component.name),))
+            dataclasses.replace(component, npu=(_binary(root, component.name, compiled),))
             for component in manifest.components
         ]
         # Versions of libraries would change the files at every update.
         return partial.finish(dataclasses.replace(manifest, components=tuple(components), tools={}))
 
 
-def _binary(root: Path, name: str) -> NpuBinary:
-    """Plain ONNX in the place of the wrappers: what a test's runtime can run without an NPU."""
+def _binary(root: Path, name: str, compiled: bool) -> NpuBinary:
+    """Not compiled, the wrappers are plain ONNX: what a test's runtime can run without an NPU."""
     inputs, output = [spec.name for spec in INPUTS[name]], OUTPUTS[name].name
     folder = root / name / TARGET
     folder.mkdir()
     if name != "unet":
         model = onnx.load(root / name / "model.onnx")
-        parts = [_part(root, folder / "context", model, inputs, [output])]
+        parts = [_part(root, folder / "context", model, inputs, [output], compiled)]
     else:
         first, last = NODES[name][:-1], NODES[name][-1:]
         shapes = {spec.name: spec.shape for spec in (*INPUTS[name], OUTPUTS[name])}
         shapes["moved"] = shapes["noise"]
         parts = [
-            _part(root, folder / f"part{number}", _model(nodes, feeds, made, shapes), feeds, [made])
+            _part(root, folder / f"part{number}", _model(nodes, feeds, made, shapes), feeds, [made], compiled)
             for number, (nodes, feeds, made) in enumerate(
                 [
                     (first, ["noise", "image_embeds"], "moved"),
@@ -71,15 +74,25 @@ def _binary(root: Path, name: str) -> NpuBinary:
                 ]
             )
         ]
-    return NpuBinary(TARGET, 75, "w8a16", "2.40.0", SDK, tuple(parts))
+    # All parts are written by the same SDK.
+    sdk, precision = parts[0][1], "float16" if compiled else "w8a16"
+    return NpuBinary(TARGET, 75, precision, "2.40.0", sdk, tuple(part for part, _ in parts))
 
 
-def _part(root: Path, stem: Path, model: onnx.ModelProto, inputs: list[str], outputs: list[str]) -> NpuPart:
-    wrapper, context = stem.with_suffix(".onnx"), stem.with_suffix(".bin")
+def _part(
+    root: Path, stem: Path, model: onnx.ModelProto, inputs: list[str], outputs: list[str], compiled: bool
+) -> tuple[NpuPart, str]:
+    """A part and the SDK that wrote it."""
+    wrapper, context, sdk = stem.with_suffix(".onnx"), stem.with_suffix(".bin"), SDK
     onnx.save(model, wrapper)
-    context.write_bytes(f"not a context binary: {stem.name}".encode())
+    if compiled:
+        binary = compile_context(wrapper, stem, find_target(TARGET), NpuOptions(), float16=True)
+        wrapper.unlink()
+        wrapper, context, sdk = binary.wrapper, binary.context, binary.sdk
+    else:
+        context.write_bytes(f"not a context binary: {stem.name}".encode())
     files = {"wrapper": FileEntry.of(root, wrapper), "context": FileEntry.of(root, context)}
-    return NpuPart(files, tuple(inputs), tuple(outputs))
+    return NpuPart(files, tuple(inputs), tuple(outputs)), sdk
 
 
 def _model(
@@ -92,6 +105,19 @@ def _model(
     read = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
         nodes, "part", [value(name) for name in inputs], [value(output)], [one] if "one" in read else []
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def _model_for_no_npu() -> onnx.ModelProto:
+    def value(name: str, kind: int, shape: list[int | str]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    graph = helper.make_graph(
+        [helper.make_node("NonZero", ["image"], ["indices"])],
+        "not for NPUs",
+        [value("image", TensorProto.FLOAT, [1, 3, 16, 24])],
+        [value("indices", TensorProto.INT64, [4, "count"])],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
@@ -279,6 +305,7 @@ def write(folder: Path) -> None:
     artifact = write_artifact(folder / "artifact")
     (folder / "clip.json").write_text(json.dumps(clip(artifact)) + "\n")
     (folder / "pictures.json").write_text(json.dumps(pictures(), indent=1) + "\n")
+    onnx.save(_model_for_no_npu(), folder / "not-for-npus.onnx")
     (folder / "manifests").mkdir(exist_ok=True)
     for name, text in manifests(artifact).items():
         (folder / "manifests" / name).write_text(text)

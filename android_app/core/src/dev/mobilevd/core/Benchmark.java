@@ -62,7 +62,8 @@ public final class Benchmark {
      * far it is. A failure of the run is a result too, with the state "failed".
      *
      * @return the file
-     * @throws MobileVdException {@link Problem#BENCHMARK_INVALID} for a run id that cannot be a file's name,
+     * @throws MobileVdException {@link Problem#BENCHMARK_INVALID} for a run id that cannot be a file's name, or
+     *     numbers of calls that make no sense;
      *     {@link Problem#NOT_WRITTEN}
      */
     public static Path run(
@@ -71,6 +72,11 @@ public final class Benchmark {
             throws MobileVdException {
         if (!RUN_ID.matcher(request.runId()).matches()) {
             throw new MobileVdException(Problem.BENCHMARK_INVALID, "the run id \"" + request.runId() + "\"");
+        }
+        if (request.samples() < 1 || request.samples() > MOST_CALLS || request.warmup() < 0
+                || request.warmup() > MOST_CALLS) {
+            throw new MobileVdException(
+                    Problem.BENCHMARK_INVALID, request.samples() + " samples, " + request.warmup() + " to warm up");
         }
         try {
             Files.createDirectories(folder);
@@ -128,11 +134,6 @@ public final class Benchmark {
     }
 
     private void check(Manifest manifest) throws MobileVdException {
-        if (request.samples() < 1 || request.warmup() < 0 || request.samples() > MOST_CALLS
-                || request.warmup() > MOST_CALLS) {
-            throw new MobileVdException(
-                    Problem.BENCHMARK_INVALID, request.samples() + " samples, " + request.warmup() + " to warm up");
-        }
         for (String name : new TreeSet<>(request.components())) {
             if (manifest.component(name) == null) {
                 throw new MobileVdException(Problem.BENCHMARK_INVALID, "there is no component " + name);

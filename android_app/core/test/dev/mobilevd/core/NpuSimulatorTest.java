@@ -8,6 +8,8 @@ import java.io.RandomAccessFile;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.List;
+import java.util.Map;
+import java.util.Set;
 import java.util.stream.Collectors;
 import org.junit.Before;
 import org.junit.Rule;
@@ -149,14 +151,14 @@ public class NpuSimulatorTest {
     }
 
     @Test
-    public void aFloatModelIsRefusedRatherThanRunOnTheCpu() throws Exception {
-        // In the wrapper's place lies a model that the NPU would have to compile, or leave to the CPU.
+    public void whatNoNpuRunsIsRefusedRatherThanRunOnTheCpu() throws Exception {
         Path copy = temporary.getRoot().toPath().resolve("copy");
         Manifest.Part part = artifact.manifest().components().get(0).npu().get(0).parts().get(0);
         Path wrapper = copy.resolve(part.files().get("wrapper").path());
         Files.createDirectories(wrapper.getParent());
-        Files.copy(Golden.ARTIFACT.resolve("unet/model.onnx"), wrapper);
-        Golden.assertFails(Problem.NPU_REFUSED, () -> loadFirst(copy));
+        Files.copy(Golden.VECTORS.resolve("not-for-npus.onnx"), wrapper);
+        MobileVdException error = Golden.assertFails(Problem.NPU_REFUSED, () -> loadFirst(copy));
+        assertTrue(error.getMessage(), error.getMessage().contains("fallback"));
     }
 
     @Test
@@ -169,14 +171,14 @@ public class NpuSimulatorTest {
                 new Benchmark.Device("E", "M", "SM8650", "14", 34, "0.1.0", Golden.PLENTY, () -> "none");
         Path file =
                 Benchmark.run(
-                        new Benchmark.Request("sim", name, 2, 1, Runtimes.Asked.NPU, java.util.Set.of(first)), device,
+                        new Benchmark.Request("sim", name, 2, 1, Runtimes.Asked.NPU, Set.of(first)), device,
                         store, Runtimes.of(new CpuRuntime(scratch), phone()),
                         new RunTrace(temporary.getRoot().toPath().resolve("trace.json")), folder, Golden.NEVER);
-        java.util.Map<String, Object> result = Json.readObject(Files.readAllBytes(file));
+        Map<String, Object> result = Json.readObject(Files.readAllBytes(file));
         assertEquals(null, result.get("error"));
         assertEquals(
                 List.of("npu"),
                 Golden.objects(result.get("components")).stream().map(c -> c.get("backend")).collect(Collectors.toList()));
-        assertEquals(phone().sdk().toString(), ((java.util.Map<?, ?>) result.get("runtime")).get("qnn"));
+        assertEquals(phone().sdk().toString(), ((Map<?, ?>) result.get("runtime")).get("qnn"));
     }
 }

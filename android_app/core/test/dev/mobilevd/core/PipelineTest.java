@@ -196,6 +196,19 @@ public class PipelineTest {
     }
 
     @Test
+    public void aSessionForTheNpuThatRanOnTheCpuIsFoundOut() throws Exception {
+        Path model = artifact.root().resolve("image_encoder/model.onnx");
+        try (OrtSession.SessionOptions options = new OrtSession.SessionOptions();
+                Runner runner = OrtRunner.load("image_encoder", Backend.NPU, model, scratch, options);
+                Tensor image = Tensor.of(Golden.picture(), 1, 3, 16, 24)) {
+            MobileVdException error =
+                    Golden.assertFails(
+                            Problem.NPU_PLACEMENT, () -> runner.run(Map.of("image", image), Golden.NEVER));
+            assertEquals(List.of("image_encoder", 0, 2), error.arguments());
+        }
+    }
+
+    @Test
     public void lowMemoryIsSaidInNumbersBeforeAnythingIsLoaded() throws Exception {
         long largest =
                 artifact.manifest().components().stream()
