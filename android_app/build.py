@@ -535,6 +535,10 @@ def test_properties() -> list[str]:
         "mobilevd.artifact": os.environ.get("MOBILEVD_ARTIFACT") or ROOT / "build" / "demo" / "artifact",
         "mobilevd.npu": os.environ.get("MOBILEVD_NPU") or ROOT / "build" / "demo" / "npu",
         "mobilevd.qnn": os.environ.get("MOBILEVD_QNN") or _qnn_wheel() or "",
+        # Clips by Python (tests/clip_reference.py), and where results go that Python reads.
+        "mobilevd.reference": os.environ.get("MOBILEVD_REFERENCE", ""),
+        "mobilevd.npuReference": os.environ.get("MOBILEVD_NPU_REFERENCE", ""),
+        "mobilevd.results": os.environ.get("MOBILEVD_RESULTS", ""),
     }
     return [f"-D{name}={value}" for name, value in values.items()]
 

@@ -41,7 +41,7 @@ TARGET = "SM8650"
 
 
 def write_artifact(output: Path, compiled: bool = False) -> Artifact:
-    """The tiny artifact; `compiled`: with context binaries in float16 in place of what only has their names."""
+    """The tiny artifact; `compiled`: with float16 context binaries, not what only has their names."""
     with PartialArtifact(output) as partial:
         root = partial.artifact
         manifest = build(root)

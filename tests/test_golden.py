@@ -25,8 +25,8 @@ def written(tmp_path_factory) -> Path:
 
 def test_the_files_are_what_golden_py_writes(written):
     def contents(root):
-        names = ("pictures.json", "not-for-npus.onnx")
-        files = [*(root / name for name in names), *(root / "artifact").rglob("*"), *(root / "manifests").rglob("*")]
+        single = [root / "pictures.json", root / "not-for-npus.onnx"]
+        files = [*single, *(root / "artifact").rglob("*"), *(root / "manifests").rglob("*")]
         return {str(p.relative_to(root)): p.read_bytes() for p in files if p.is_file()}
 
     fresh, kept = contents(written), contents(golden.VECTORS)

@@ -1,0 +1,92 @@
+"""The app's plain Java part: its own tests, fed with artifacts and clips that Python made.
+
+MOBILEVD_ARTIFACT and MOBILEVD_NPU name artifacts to take in place of those that are made here, such as the
+demo's of `make demo`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import clip_reference
+import golden
+import jsonschema
+import pytest
+
+import mobilevd_deploy
+from mobilevd_deploy.artifact import MANIFEST_DIGEST, Artifact
+from mobilevd_deploy.benchmark import Benchmark
+from mobilevd_deploy.deploy import deploy
+from mobilevd_deploy.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+QNN = importlib.util.find_spec("onnxruntime_qnn")
+SIMULATES = QNN is not None and (platform.system(), platform.machine()) == ("Linux", "x86_64")
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("javac") is None or shutil.which("mvn") is None, reason="needs JDK 17 and Maven"
+)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> tuple[str, str]:
+    """The folder of everything, and what Java's tests printed."""
+    folder = tmp_path_factory.mktemp("android")
+    artifact = os.environ.get("MOBILEVD_ARTIFACT")
+    if artifact is None:
+        artifact = deploy(ROOT / "models" / "demo.safetensors", load_recipe("onnx"), folder / "demo").root
+    clip_reference.write(Path(artifact), "cpu", folder / "reference")
+    settings = {"MOBILEVD_ARTIFACT": artifact, "MOBILEVD_REFERENCE": folder / "reference"}
+    if SIMULATES:
+        npu = os.environ.get("MOBILEVD_NPU") or golden.write_artifact(folder / "npu", compiled=True).root
+        clip_reference.write(Path(npu), "npu-sim", folder / "npu-reference", pictures=1)
+        settings |= {"MOBILEVD_NPU": npu, "MOBILEVD_NPU_REFERENCE": folder / "npu-reference"}
+        settings |= {"MOBILEVD_QNN": Path(QNN.origin).parent}
+    (folder / "results").mkdir()
+    settings["MOBILEVD_RESULTS"] = folder / "results"
+    ran = subprocess.run(
+        [sys.executable, ROOT / "android_app" / "build.py", "test-core"],
+        env={**os.environ, **{name: str(value) for name, value in settings.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-20_000:]
+    return str(folder), ran.stdout
+
+
+def test_javas_tests_pass(report):
+    number = re.search(r"OK \((\d+) tests\)", report[1])
+    assert number is not None
+    assert int(number[1]) > 80
+
+
+def test_javas_clips_are_pythons(report):
+    """Java's tests skip what has no reference; so that it was there is seen here."""
+    found = re.findall(r"(\S+): (\S+) dB against Python's clip", report[1])
+    assert len(found) == (3 if SIMULATES else 2)
+    assert all(float(decibels) >= 60 for _, decibels in found)
+
+
+def test_python_reads_what_the_benchmark_wrote(report):
+    schema = json.loads((Path(mobilevd_deploy.__file__).parent / "benchmark.schema.json").read_text())
+    results = {path.stem: path.read_bytes() for path in (Path(report[0]) / "results").iterdir()}
+    assert {"run-1", "run-2", "run-3", "run-4"} <= results.keys()
+    for text in results.values():
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+    done, failed = Benchmark.from_json(results["run-1"]), Benchmark.from_json(results["run-3"])
+    digest = (golden.VECTORS / "artifact" / MANIFEST_DIGEST).read_text().split()[0]
+    assert done.artifact.manifest_sha256 == digest
+    names = [c.name for c in Artifact.open(golden.VECTORS / "artifact").manifest.components]
+    assert [timing.name for timing in done.components] == names
+    assert done.state == "done"
+    assert failed.error is not None
+    assert (failed.error.component, failed.error.step) == ("decoder", "load")
