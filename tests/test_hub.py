@@ -15,6 +15,7 @@ import traceback
 import zipfile
 from pathlib import Path
 
+import golden
 import numpy as np
 import onnx
 import pytest
@@ -22,7 +23,7 @@ from hub_server import S24, S25, TOKEN, Fault, HubServer, made_up_detail
 from onnx import helper, numpy_helper
 from qai_hub import public_api_pb2 as pb
 from rich.console import Console
-from tiny_artifact import build, write_artifact, write_artifact_with_binaries
+from tiny_artifact import build, write_artifact
 
 from mobilevd_deploy import cli
 from mobilevd_deploy.artifact import Artifact, FileEntry, PartialArtifact
@@ -224,7 +225,7 @@ def test_a_check_that_fails_leaves_the_times(run, server):
 @pytest.fixture
 def own(run, tmp_path):
     """A run of an artifact that has binaries."""
-    run.artifact = write_artifact_with_binaries(tmp_path / "own")
+    run.artifact = golden.write_artifact(tmp_path / "own")
     return run
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -16,8 +15,6 @@ from mobilevd_deploy.artifact import (
     Component,
     FileEntry,
     Manifest,
-    NpuBinary,
-    NpuPart,
     PartialArtifact,
     PassReport,
     PipelineSpec,
@@ -156,51 +153,3 @@ def _build_afresh(root: Path) -> Manifest:
 def write_artifact(output: Path) -> Artifact:
     with PartialArtifact(output) as partial:
         return partial.finish(build(partial.artifact))
-
-
-# The UNet as two graphs: the first gives what the second reads, along with inputs of its own.
-HALVES = (
-    (NODES["unet"][:3], ("image_embeds", "noise"), "moved"),
-    (NODES["unet"][3:], ("moved", "image_latents"), "latents"),
-)
-
-
-def write_artifact_with_binaries(output: Path, sdk: str = "v2.51.0.260929181845") -> Artifact:
-    """An artifact with "binaries" for SM8650: ONNX files, so that a stand-in can run them, and no context.
-
-    The UNet is in two parts; every other component is in one.
-    """
-    with PartialArtifact(output) as partial:
-        manifest = build(partial.artifact)
-        components = []
-        for component in manifest.components:
-            folder = partial.artifact / component.name / "SM8650"
-            folder.mkdir()
-            whole = (
-                NODES[component.name],
-                tuple(t.name for t in component.inputs),
-                component.outputs[0].name,
-            )
-            parts = []
-            for number, (nodes, inputs, given) in enumerate(HALVES if component.name == "unet" else (whole,)):
-                wrapper, context = (folder / f"part{number}.{suffix}" for suffix in ("onnx", "bin"))
-                _write_part(wrapper, component.name, nodes, inputs, given)
-                context.write_bytes(f"no real binary: {component.name} {number}".encode() * 50)
-                files = {"wrapper": wrapper, "context": context}
-                entries = {role: FileEntry.of(partial.artifact, path) for role, path in files.items()}
-                parts.append(NpuPart(entries, inputs, (given,)))
-            binary = NpuBinary("SM8650", 75, "w8a16", "2.40.0", sdk, tuple(parts))
-            components.append(dataclasses.replace(component, npu=(binary,)))
-        return partial.finish(dataclasses.replace(manifest, components=tuple(components)))
-
-
-def _write_part(path: Path, name: str, nodes: list, inputs: tuple[str, ...], given: str) -> None:
-    specs = {spec.name: spec.shape for spec in (*INPUTS[name], OUTPUTS[name])} | {"moved": (2, 4, 2, 3)}
-
-    def value(tensor_name: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(tensor_name, TensorProto.FLOAT, specs[tensor_name])
-
-    read = {tensor for node in nodes for tensor in node.input}
-    constants = [numpy_helper.from_array(a, key) for key, a in CONSTANTS[name].items() if key in read]
-    graph = helper.make_graph(nodes, name, [value(i) for i in inputs], [value(given)], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
