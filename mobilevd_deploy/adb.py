@@ -314,7 +314,7 @@ def install(artifact: Artifact, adb: Adb, progress: Progress | None = None) -> s
             next_step="rename the folder: letters, digits, dots, underscores and dashes",
         )
     artifact.verify()
-    _require_app(adb)
+    require_app(adb)
     entries = {entry.path: (entry.sha256, entry.bytes) for entry in artifact.manifest.all_files()}
     for own in (MANIFEST, MANIFEST_DIGEST):
         content = (artifact.root / own).read_bytes()
@@ -353,7 +353,8 @@ def install(artifact: Artifact, adb: Adb, progress: Progress | None = None) -> s
     return name
 
 
-def _require_app(adb: Adb) -> None:
+def require_app(adb: Adb) -> None:
+    """Raise VendorError unless the demo app is on the phone."""
     status, said = adb.shell(f"pm path {PACKAGE}")
     if status or "package:" not in said:
         raise VendorError(

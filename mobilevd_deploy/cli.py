@@ -569,6 +569,41 @@ def pack(
     print(f"{written}: {size / 1e6:,.1f} MB; send it to the phone, and open it with the app")
 
 
+@app.command(epilog="Examples: [bold]mobilevd-deploy doctor[/], [bold]doctor mobilevd --recipe onnx[/]")
+def doctor(
+    model: Annotated[
+        str, typer.Argument(help="A preset or TOML file: memory and disk are held against its size.")
+    ] = "demo",
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="What it is to be exported by.")
+    ] = "xiaomi-14-pro",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what of this computer is ready, and how to make ready what is not.
+
+    Exit code 0 if everything is there that the recipe needs. AI Hub, a phone and the tools for the app are
+    for those who want them, and do not count.
+    """
+    from mobilevd_deploy.doctor import examine
+    from mobilevd_deploy.recipe import load_recipe
+    from mobilevd_deploy.spec import load_preset
+
+    chosen, spec = load_recipe(recipe), load_preset(model).model
+    with _progress(quiet or as_json) as progress:
+        findings = examine(chosen, spec, Path(), progress)
+    ready = all(finding.ready for finding in findings if finding.needed)
+    if as_json:
+        values = {"ready": ready, "recipe": chosen.name, "model": spec.name}
+        _print_json(values | {"findings": [dataclasses.asdict(finding) for finding in findings]})
+    else:
+        for finding in findings:
+            mark = "ok     " if finding.ready else "MISSING" if finding.needed else "not yet"
+            remedy = f" -> {finding.remedy}" if finding.remedy else ""
+            print(f"{mark} {finding.what}: {finding.detail}{remedy}")
+    sys.exit(0 if ready else 1)
+
+
 @app.command(epilog="Example: [bold]mobilevd-deploy jobs build/clip-model[/]")
 def jobs(
     artifact: Annotated[

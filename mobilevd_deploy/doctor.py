@@ -1,0 +1,228 @@
+"""What of this computer is ready for which job, tried rather than asked for, each with its remedy.
+
+    quantise    AIMET imports
+    compile     Qualcomm's compiler makes a small binary, and its simulator runs it
+    memory, disk    against what a model needs by a recipe
+    hub         the client, its configuration, and whether the service answers
+    phone       adb, a phone that lets us in, the app on it
+    apk         a JDK and Android's build tools
+
+Only what the recipe needs decides whether this computer is ready; the rest is for those who want it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mobilevd_deploy.errors import MobileVDError
+from mobilevd_deploy.progress import Progress
+from mobilevd_deploy.recipe import NpuOptions, Recipe
+from mobilevd_deploy.spec import ModelSpec
+
+# Peak memory of the export in bytes: fixed part and bytes per parameter. Measured with W8A16 graphs: one
+# level-0 block took 1.2 GB to compile, a UNet of 881 M parameters 13.8 GB, in float16 13.4 GB for 760 M.
+_COMPILE = (1.2e9, 14.3)
+_COMPILE_FLOAT16 = (1.2e9, 16.1)
+# 3.8 GB for 881 M parameters, with the weights in memory twice.
+_FLOAT = (0.7e9, 8.0)
+# Weights on the disk, in bytes per parameter: float ONNX, quantised ONNX, a binary of 993 MB for 881 M
+# parameters (float16: 1.58 GB for 760 M), and once more what is built aside.
+_DISK = {"float": 4.0, "quantised": 1.1, "binary": 1.13, "binary16": 2.1}
+_APK_TOOLS = ("javac", "mvn", "npm", "aapt2", "zipalign", "apksigner")
+_JAVA = 17
+_IMPORT_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `needed`: the recipe cannot do without. `remedy`: None if it is ready."""
+
+    what: str
+    ready: bool
+    needed: bool
+    detail: str
+    remedy: str | None = None
+
+
+def examine(recipe: Recipe, spec: ModelSpec, folder: Path, progress: Progress | None = None) -> list[Finding]:
+    """Look at everything; artifacts of `spec` by `recipe` are to be written into `folder`.
+
+    Takes half a minute: AIMET is imported, a small graph compiled and simulated, the hub asked. Nothing is
+    changed and nothing raised: what goes wrong is a finding.
+    """
+    progress = progress or Progress()
+    looks: tuple[tuple[str, Callable[[], Finding]], ...] = (
+        ("AIMET", lambda: _aimet(recipe)),
+        ("QNN compiler and simulator", lambda: _qnn(recipe)),
+        ("memory", lambda: _memory(recipe, spec)),
+        ("disk", lambda: _disk(recipe, spec, folder)),
+        ("AI Hub", _hub),
+        ("phone", _phone),
+        ("APK tools", _apk),
+    )
+    findings = []
+    for name, look in looks:
+        progress.begin(name)
+        findings.append(look())
+        progress.end()
+    return findings
+
+
+def _aimet(recipe: Recipe) -> Finding:
+    needed, code = recipe.quant is not None, "import aimet_torch; print(aimet_torch.__version__)"
+    try:
+        # In a process of its own: ten seconds of import that nothing else here needs, and it may crash.
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=_IMPORT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        slow = f"it was not imported within {_IMPORT_SECONDS} s"
+        return Finding("AIMET", False, needed, slow, "close other programs, then look again")
+    if done.returncode == 0:
+        return Finding("AIMET", True, needed, f"version {done.stdout.split()[-1]}")
+    reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+    return Finding("AIMET", False, needed, reason, _npu_remedy())
+
+
+def _qnn(recipe: Recipe) -> Finding:
+    what, needed = "QNN compiler and simulator", recipe.npu is not None
+    options = recipe.npu or NpuOptions()
+    try:
+        import numpy as np
+        import torch
+
+        from mobilevd_deploy.onnx_export import MODEL, export_onnx
+        from mobilevd_deploy.probe import Tensors, sqnr_db
+        from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target
+        from mobilevd_deploy.recipe import OnnxOptions
+
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(32, 32, 3, padding=1).eval()
+        inputs: Tensors = {"x": np.random.default_rng(0).standard_normal((1, 32, 8, 16), np.float32)}
+        with tempfile.TemporaryDirectory() as scratch:
+            export_onnx(layer, inputs, ["y"], Path(scratch), OnnxOptions())
+            target = find_target(options.targets[0])
+            made = compile_context(
+                Path(scratch) / MODEL, Path(scratch) / "npu", target, options, float16=True
+            )
+            given = NpuSimRunner(made.wrapper).run(inputs)["y"]
+        with torch.no_grad():
+            agreement = sqnr_db(layer(torch.from_numpy(inputs["x"])).numpy(), given)
+    except (MobileVDError, ImportError, OSError) as error:
+        said = error.what if isinstance(error, MobileVDError) else str(error)
+        remedy = (error.next_step if isinstance(error, MobileVDError) else None) or _npu_remedy()
+        return Finding(what, False, needed, said.splitlines()[0], remedy)
+    if agreement < 40:
+        return Finding(what, False, needed, f"the simulator is wrong: {agreement:.0f} dB", _npu_remedy())
+    detail = f"QAIRT {made.sdk} compiled and simulated a layer for {made.soc}, {agreement:.0f} dB"
+    return Finding(what, True, needed, detail)
+
+
+def _npu_remedy() -> str:
+    if (here := f"{platform.system()} {platform.machine()}") != "Linux x86_64":
+        return f"Qualcomm's tools are for Linux on x86-64, this is {here}; --recipe onnx needs none of them"
+    return "pip install 'mobilevd-deploy[npu]'"
+
+
+def _memory(recipe: Recipe, spec: ModelSpec) -> Finding:
+    fixed, each = _FLOAT if recipe.npu is None else _COMPILE if recipe.quant else _COMPILE_FLOAT16
+    needed, there, free = fixed + each * parameters(spec), *memory_bytes()
+    detail = (
+        f"{spec.name} by {recipe.name} takes about {needed / 1e9:.1f} GB, here are {there / 1e9:.1f} GB, "
+        f"{free / 1e9:.1f} of them free"
+    )
+    if there >= needed and free >= needed:
+        return Finding("memory", True, True, detail)
+    remedy = "close other programs" if there >= needed else "use a computer with more, or add swap"
+    return Finding("memory", False, True, detail, remedy)
+
+
+def _disk(recipe: Recipe, spec: ModelSpec, folder: Path) -> Finding:
+    kinds = ["float"]
+    if recipe.quant:
+        kinds.append("quantised")
+    if recipe.npu:
+        kinds += ["binary" if recipe.quant else "binary16"] * len(recipe.npu.targets)
+    needed = 2 * sum(_DISK[kind] for kind in kinds) * parameters(spec) + 0.2e9
+    free = shutil.disk_usage(folder).free
+    detail = f"{spec.name} takes about {needed / 1e9:.1f} GB while it is built, {free / 1e9:.1f} GB are free"
+    if free >= needed:
+        return Finding("disk", True, True, detail)
+    return Finding("disk", False, True, detail, "free some, or work on another disk")
+
+
+def _hub() -> Finding:
+    from mobilevd_deploy import hub
+
+    said: list[str] = []
+
+    class Warnings(Progress):
+        def say(self, sentence: str) -> None:
+            said.append(sentence)
+
+    try:
+        opened = hub.Hub.open(Warnings())
+        count = len(opened.devices())
+    except MobileVDError as error:
+        return Finding("AI Hub", False, False, error.what, error.next_step)
+    if said:  # what `open` warns of is a token that others can read
+        what, _, remedy = said[0].removeprefix("warning: ").rpartition(": ")
+        return Finding("AI Hub", False, False, what, remedy)
+    return Finding("AI Hub", True, False, f"{opened.url} lists {count} devices")
+
+
+def _phone() -> Finding:
+    from mobilevd_deploy.adb import Adb, require_app
+
+    try:
+        phone = Adb.open()
+        require_app(phone)
+    except MobileVDError as error:
+        return Finding("phone", False, False, error.what, error.next_step)
+    return Finding("phone", True, False, f"{phone.serial} is attached, and has the app")
+
+
+def _apk() -> Finding:
+    missing = [name for name in _APK_TOOLS if shutil.which(name) is None]
+    remedy = "apt install openjdk-17-jdk-headless maven npm aapt zipalign apksigner"
+    if missing:
+        return Finding("APK tools", False, False, f"not here: {', '.join(missing)}", remedy)
+    done = subprocess.run(["javac", "-version"], capture_output=True, text=True, check=False)
+    found = re.search(r"javac (\d+)", done.stdout + done.stderr)
+    version = int(found[1]) if found else 0
+    if version < _JAVA:
+        return Finding("APK tools", False, False, f"JDK {version} is older than {_JAVA}", remedy)
+    return Finding("APK tools", True, False, f"JDK {version}, Maven, npm and Android's build tools")
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Count the parameters of a model's UNet, the largest component, before any rewrite."""
+    import torch
+
+    from mobilevd_deploy.components import build_component
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_component(spec, "unet").parameters())
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Return all memory that this process may use, and what is free of it; a container's limit counts."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    there = page * os.sysconf("SC_PHYS_PAGES")
+    free = there
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        free = int(found[1]) * 1024 if found else there
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{n}").read_text()) for n in ("max", "current"))
+    except (OSError, ValueError):  # not Linux, or no limit ("max")
+        return there, free
+    return min(there, limit), min(free, limit - used)
