@@ -356,11 +356,13 @@ def diff(
     all_rows: Annotated[bool, typer.Option("--all", help="Equal quantities too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare two artifacts: size, parameters, FLOPs, op counts, drift."""
+    """Compare two artifacts: size, parameters, FLOPs, op counts, drift, and the newest profiles of both."""
     from mobilevd_deploy.artifact import Artifact
     from mobilevd_deploy.artifact import diff as compare
+    from mobilevd_deploy.profiles import diff_profiles
 
-    rows = compare(Artifact.open(a), Artifact.open(b))
+    before, after = Artifact.open(a), Artifact.open(b)
+    rows = (*compare(before, after), *diff_profiles(before, after))
     if as_json:
         # JSON has no infinity; a drift of inf means identical outputs.
         shown: dict[float | None, Any] = {math.inf: "identical"}
@@ -379,7 +381,7 @@ def diff(
             table.add_row(
                 row.component or "whole", row.quantity, _number(row.a), _number(row.b), _change(row.a, row.b)
             )
-    _print_rich(table if table.row_count else "no difference in size, parameters, FLOPs, ops or drift")
+    _print_rich(table if table.row_count else "no difference in size, parameters, FLOPs, ops, drift or time")
 
 
 @app.command(
@@ -512,6 +514,38 @@ def profile(
     else:
         _print_rich(_job_table([outcome.run]))
         print(f"fetch the results with: mobilevd-deploy profile {opened.root} --resume")
+
+
+@app.command(epilog="Example: [bold]mobilevd-deploy report build/clip-model[/]")
+def report(
+    artifact: Annotated[
+        Path | None,
+        typer.Argument(help="An exported artifact. [default: the newest here]", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what was measured and estimated of an artifact, the newest of each kind beside each other.
+
+    Also written as a page, ARTIFACT.profiles/report.html. What the export did stands in the artifact's own.
+    """
+    from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.profiles import newest_profiles, profiles_dir, render_comparison, write_durably
+    from mobilevd_deploy.report import render_profiles
+
+    opened = Artifact.open(artifact) if artifact else find_newest(Path())
+    profiles = newest_profiles(opened)
+    if not profiles:
+        raise UsageError(
+            f"{opened.root}: nothing was measured or estimated of it yet",
+            next_step=f"mobilevd-deploy profile {opened.root} --device NAME, --adb, --host or --estimate",
+        )
+    page = profiles_dir(opened) / "report.html"
+    write_durably(page, render_profiles(opened.manifest.name, profiles))
+    if as_json:
+        _print_json({"page": page, "profiles": [profile.to_dict() for profile in profiles]})
+        return
+    _print_rich(render_comparison(profiles))
+    print(f"look at {page}, and at {opened.root / 'report.html'}")
 
 
 @app.command(epilog="Example: [bold]mobilevd-deploy install build/clip-model --adb 3f9c2a71[/]")

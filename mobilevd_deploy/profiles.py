@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from mobilevd_deploy.artifact import Artifact, disk_guard, fsync
+from mobilevd_deploy.artifact import Artifact, DiffRow, disk_guard, fsync
 from mobilevd_deploy.errors import ArtifactError, SpecError
 from mobilevd_deploy.spec import from_dict
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION: Final = 1
 SourceName = Literal["hub", "adb", "estimate", "host"]
 
-_HOW: dict[str, str] = {
+# How a profile came about, by its source.
+HOW: dict[str, str] = {
     "hub": "measured through Qualcomm AI Hub",
     "adb": "measured on the attached phone",
     "estimate": "estimated, not measured",
@@ -271,9 +272,41 @@ def load_profile(path: str | Path) -> Profile:
 
 def load_profiles(artifact: Artifact) -> list[Profile]:
     """Read all profiles of an artifact, oldest first."""
-    paths = [path for source in _HOW for path in profiles_dir(artifact).glob(f"{source}_*.json")]
+    paths = [path for source in HOW for path in profiles_dir(artifact).glob(f"{source}_*.json")]
     paths.sort(key=lambda path: (len(path.name), path.name))  # those of one second: in the order of writing
     return sorted((load_profile(path) for path in paths), key=lambda profile: profile.created)
+
+
+def newest_profiles(artifact: Artifact) -> list[Profile]:
+    """Return the newest profile of each source and device, oldest first.
+
+    Those of an artifact that had this name before are left out.
+    """
+    newest = {
+        (profile.source, profile.asked_for): profile
+        for profile in load_profiles(artifact)
+        if profile.manifest_sha256 == artifact.digest
+    }
+    return sorted(newest.values(), key=lambda profile: profile.created)
+
+
+def diff_profiles(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:
+    """Put the newest profiles of two artifacts side by side: the total and each component's median, in ms.
+
+    A row's quantity is "ms.<source>.<device>"; what only one side has is None on the other.
+    """
+    sides = []
+    for artifact in (a, b):
+        values: dict[tuple[str | None, str], float] = {}
+        for profile in newest_profiles(artifact):
+            quantity = f"ms.{profile.source}.{profile.asked_for}"
+            if profile.total_ms is not None:
+                values[None, quantity] = profile.total_ms
+            values |= {(c.name, quantity): c.ms.median for c in profile.components if c.ms is not None}
+        sides.append(values)
+    before, after = sides
+    keys = sorted({*before, *after}, key=lambda key: (key[0] or "", key[1]))
+    return tuple(DiffRow(*key, before.get(key), after.get(key)) for key in keys)
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -295,7 +328,7 @@ def render_profile(profile: Profile) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    head = f"{profile.asked_for}: {_HOW[profile.source]}"
+    head = f"{profile.asked_for}: {HOW[profile.source]}"
     if profile.device != profile.asked_for:
         head += f", on {profile.device}"
     head += f" ({profile.chipset})"
@@ -318,8 +351,7 @@ def render_profile(profile: Profile) -> RenderableType:
             "" if ms is None else "█" * max(1, round(_BAR * ms.median / longest)) if longest else "",
         )
     table.add_section()
-    spread = f" ± {profile.error_percent:.0f} %" if profile.error_percent is not None else ""
-    table.add_row("total", number(profile.total_ms) + spread)
+    table.add_row("total", _total(profile))
     lines = [
         f"{component.name}, slowest: "
         + ", ".join(f"{op.name} ({op.type}, {op.unit}) {number(op.ms)} ms" for op in component.slowest)
@@ -333,6 +365,37 @@ def render_profile(profile: Profile) -> RenderableType:
     lines += [f"note: {note}" for note in profile.notes]
     lines += [f"failed: {error}" for error in profile.errors]
     return Group(table, *(Text(line) for line in lines))
+
+
+def render_comparison(profiles: Sequence[Profile]) -> RenderableType:
+    """Show profiles beside each other: medians in ms by component, totals, and a bar for each."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("component", title="median ms", title_justify="left", title_style="bold")
+    for profile in profiles:
+        table.add_column(
+            Text(f"{profile.asked_for}\n{profile.source}, {profile.created[:10]}"), justify="right"
+        )
+    names = dict.fromkeys(component.name for profile in profiles for component in profile.components)
+    for name in names:
+        found = [next((c.ms for c in p.components if c.name == name), None) for p in profiles]
+        table.add_row(Text(name), *(number(ms.median if ms else None) for ms in found))
+    table.add_section()
+    table.add_row("total", *(_total(profile) for profile in profiles))
+    totals = [profile.total_ms for profile in profiles if profile.total_ms is not None]
+    bars = []
+    for profile in profiles:
+        if profile.total_ms is not None:
+            bar = "█" * max(1, round(_BAR * profile.total_ms / max(totals))) if max(totals) else ""
+            bars.append(Text(f"{bar:<{_BAR}} {_total(profile)} ms  {profile.asked_for} ({profile.source})"))
+    return Group(table, *bars)
+
+
+def _total(profile: Profile) -> str:
+    spread = f" ± {profile.error_percent:.0f} %" if profile.error_percent is not None else ""
+    return number(profile.total_ms) + spread
 
 
 def number(value: float | None) -> str:

@@ -17,6 +17,7 @@ from string import Template
 from typing import Literal
 
 from mobilevd_deploy.artifact import Component, Manifest, NpuBinary, PassReport, TensorSpec
+from mobilevd_deploy.profiles import HOW, Profile, number
 from mobilevd_deploy.progress import duration
 from mobilevd_deploy.recipe import GraphForms, Recipe
 from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict
@@ -63,7 +64,55 @@ def render_report(manifest: Manifest, importance: Mapping[str, float], sheet: by
     )
 
 
+def render_profiles(name: str, profiles: Sequence[Profile]) -> str:
+    """Lay out the profiles of the artifact `name` as one self-contained HTML page, in the order given."""
+    lead = "How long one clip takes, by everything that was measured or estimated of this artifact."
+    figures = "".join(
+        f"<div><dt>{_text(p.asked_for)}</dt><dd>{number(p.total_ms)}\N{NO-BREAK SPACE}ms</dd>"
+        f"<dd>{_text(HOW[p.source].partition(':')[0])}</dd></div>"
+        for p in profiles
+    )
+    return _PAGE.substitute(
+        title=_text(f"{name}: profiles"),
+        style=_STYLE,
+        header=f'<h1>{_text(name)}</h1>\n<p class="lead">{lead}</p>',
+        figures=f'<dl class="figures">\n{figures}\n</dl>',
+        sections="\n".join(_section(_text(p.asked_for), _profile(p)) for p in profiles),
+    )
+
+
 # ---- sections ----
+
+
+def _profile(profile: Profile) -> str:
+    longest = max((c.ms.median for c in profile.components if c.ms), default=0.0)
+    error = "" if profile.error_percent is None else f" &plusmn; {profile.error_percent:.0f} %"
+    device = "" if profile.device == profile.asked_for else f" on {_text(profile.device)}"
+    rows = [
+        (
+            _text(c.name),
+            _text(c.error or "failed")
+            if c.ms is None
+            else _bar("cost", c.ms.median, longest) + number(c.ms.median),
+            number(c.ms.p95 if c.ms else None),
+            number(c.ms.min if c.ms else None),
+            number(c.first_load_ms),
+            number(None if c.peak_bytes is None else c.peak_bytes / 1e6),
+            _text(", ".join(f"{count} {unit}" for unit, count in c.ops.items()) or "-"),
+            "-" if c.check is None else _decibels(c.check.sqnr_db),
+        )
+        for c in profile.components
+    ]
+    head = ("component", "median ms", "p95", "min", "load ms", "peak MB", "ops", "SQNR")
+    notes = "".join(f"<li>{_text(note)}</li>" for note in (*profile.notes, *profile.errors))
+    tools = " ".join(f"<span>{_text(n)} <b>{_text(v)}</b></span>" for n, v in profile.tools.items())
+    return (
+        f"<p>{_text(HOW[profile.source])}{device} ({_text(profile.chipset)}), {profile.created[:10]}: "
+        f"<b>{number(profile.total_ms)}{error} ms</b></p>"
+        + _table(head, rows, kind="fall")
+        + (f'<ul class="note">{notes}</ul>' if notes else "")
+        + (f'<div class="chips">{tools}</div>' if tools else "")
+    )
 
 
 def _header(manifest: Manifest, recipe: Recipe) -> str:

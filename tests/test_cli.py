@@ -45,6 +45,7 @@ VERBS = (
     "profile",
     "install",
     "pack",
+    "report",
     "doctor",
     "jobs",
     "devices",

@@ -16,13 +16,18 @@ from mobilevd_deploy.profiles import (
     Latency,
     OpTime,
     Profile,
+    diff_profiles,
+    join_parts,
     load_profile,
     load_profiles,
+    newest_profiles,
     profiles_dir,
+    render_comparison,
     render_profile,
     save_profile,
     total_ms,
 )
+from mobilevd_deploy.report import render_profiles
 
 COMPONENTS = (
     ComponentProfile(
@@ -154,3 +159,57 @@ def test_an_estimate_shows_its_error_and_a_failure_its_reason():
     broken = dataclasses.replace(PROFILE, components=components, total_ms=total_ms(components))
     assert "failed: decoder: [out of] memory" in shown(broken)
     assert broken.errors == ("decoder: [out of] memory",)
+
+
+def saved(artifact, **changes):
+    digest = {"manifest_sha256": artifact.digest}
+    save_profile(dataclasses.replace(PROFILE, **(digest | changes)), profiles_dir(artifact))
+
+
+def test_the_newest_of_each_source_and_device_counts(tmp_path):
+    artifact = write_artifact(tmp_path / "out")
+    saved(artifact, total_ms=1.0)
+    saved(artifact, total_ms=2.0, created="2025-02-01T12:00:00Z")
+    saved(artifact, total_ms=3.0, source="host", created="2025-01-01T12:00:00Z")
+    saved(artifact, total_ms=4.0, created="2025-03-01T12:00:00Z", manifest_sha256="1" * 64)
+    assert [(p.source, p.total_ms) for p in newest_profiles(artifact)] == [("host", 3.0), ("hub", 2.0)]
+
+
+def test_diff_puts_times_side_by_side(tmp_path):
+    a, b = write_artifact(tmp_path / "a"), write_artifact(tmp_path / "b")
+    saved(a)
+    saved(b, components=COMPONENTS[:1], total_ms=1220.5)
+    saved(b, source="host", asked_for="this computer")
+    rows = {(r.component, r.quantity): (r.a, r.b) for r in diff_profiles(a, b)}
+    assert rows[None, "ms.hub.Xiaomi 14 Pro"] == (1320.0, 1220.5)
+    assert rows["unet", "ms.hub.Xiaomi 14 Pro"] == (1220.5, 1220.5)
+    assert rows["decoder", "ms.hub.Xiaomi 14 Pro"] == (99.5, None)
+    assert rows["decoder", "ms.host.this computer"] == (None, 99.5)
+
+
+def test_profiles_beside_each_other_and_as_a_page(tmp_path):
+    artifact = write_artifact(tmp_path / "out")
+    saved(artifact)
+    broken = (COMPONENTS[0], ComponentProfile("decoder", None, error="<b>no memory</b>"))
+    saved(artifact, source="adb", asked_for="R&D phone", components=broken, total_ms=None)
+    saved(artifact, source="estimate", total_ms=2640.0, error_percent=9.0)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render_comparison(newest_profiles(artifact)))
+    text = console.file.getvalue()
+    assert "2,640 ± 9 %" in text
+    bars = [line.count("█") for line in text.splitlines() if "█" in line]
+    assert sorted(bars) == [15, 30]
+    page = render_profiles("tiny", newest_profiles(artifact))
+    assert "R&amp;D phone" in page
+    assert "&lt;b&gt;no memory&lt;/b&gt;" in page
+    assert "estimated, not measured" in page
+    assert "<script" not in page
+
+
+def test_parts_add_up():
+    first, second = COMPONENTS[0], dataclasses.replace(COMPONENTS[0], warm_load_ms=None, peak_bytes=7)
+    joined = join_parts([first, second])
+    assert joined.ms == Latency(2441.0, 2600.5, 2400.0, 100)
+    assert (joined.first_load_ms, joined.warm_load_ms, joined.peak_bytes) == (1800.0, None, 12_000_000)
+    assert joined.ops == {"NPU": 1624, "CPU": 6}
+    assert join_parts([first]) is first
