@@ -94,6 +94,7 @@ def quantise(
         if state is None or not _restore(sim, state, key):
             sim.compute_encodings(lambda model: _run_all(model, chain([first], stream)))
             _check_ranges(sim)
+            _use_all_steps(sim)
             _stretch(sim, scheme.headroom)
             if state is not None:
                 with _written_aside(state) as aside:
@@ -326,6 +327,23 @@ def _check_ranges(sim: Any) -> None:
 
 
 @torch.no_grad()
+def _use_all_steps(sim: Any) -> None:
+    """Make the integers of weights as large as they can be without rounding anew.
+
+    AIMET stores weights with few distinct values as the smallest integers that hold them: an identity as
+    ones. The NPU's 16-bit products drop the low byte of the sum, so small integers give coarse outputs.
+    """
+    for module in sim.qmodules():
+        quantiser = dict(module.param_quantizers.items()).get("weight")
+        if quantiser is None or not isinstance(module, (nn.Conv2d, nn.Linear)):
+            continue
+        rows = module.weight.abs().amax(tuple(range(1, module.weight.ndim)), keepdim=True)
+        steps = torch.round(rows / quantiser.get_scale())
+        factor = torch.where(steps > 0, quantiser.qmax // steps.clamp(min=1), 1).clamp(min=1)
+        quantiser.set_range(quantiser.min / factor, quantiser.max / factor)
+
+
+@torch.no_grad()
 def _stretch(sim: Any, headroom: float) -> None:
     """Widen the ranges of 16-bit activations, but not those that hold by definition, as a softmax's."""
     activations = {
@@ -370,6 +388,8 @@ _MOVES = frozenset(
 )
 _DATA_ONLY_FIRST = frozenset({"Clip", "Pad", "Resize"} | _MOVES - {"Concat"})
 _WITH_BIAS = frozenset({"Conv", "ConvTranspose", "Gemm", "InstanceNormalization", "LayerNormalization"})
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_LARGEST = {TensorProto.INT4: 7, TensorProto.INT8: 127, TensorProto.INT16: 32767}
 _UNSIGNED, _SIGNED = (TensorProto.UINT8, TensorProto.UINT16), (TensorProto.INT8, TensorProto.INT16)
 _WIDE = (TensorProto.UINT16, TensorProto.INT16)
 _MIDDLE = 32768  # zero point of a symmetric range written as uint16
@@ -591,6 +611,8 @@ def check_operands(model: onnx.ModelProto, is_float: Callable[[str], bool] = lam
             _check_matmul(graph, node)
         elif node.op_type in _WITH_BIAS and len(node.input) > 2 and node.input[2]:
             _check_bias(graph, node)
+        if node.op_type in _PRODUCTS:
+            _check_steps(graph, node)
 
 
 def _check_signs(graph: _Graph, node: NodeProto) -> None:
@@ -642,6 +664,24 @@ def _check_bias(graph: _Graph, node: NodeProto) -> None:
                     f"{node.name}: its bias is stored for another input's scale; is the module called twice?",
                     next_step="one instance per call",
                 )
+
+
+def _check_steps(graph: _Graph, node: NodeProto) -> None:
+    pair = graph.producers.get(node.input[1])
+    if pair is None or pair.op_type != "DequantizeLinear" or pair.input[0] not in graph.constants:
+        return
+    integers = np.abs(graph.value(pair.input[0]).astype(np.int64))
+    axis = next((a.i for a in pair.attribute if a.name == "axis"), 1)
+    per_output = graph.value(pair.input[1]).ndim > 0
+    rows = np.moveaxis(integers, axis, 0).reshape(integers.shape[axis], -1) if per_output else [integers]
+    largest = _LARGEST.get(graph.constants[pair.input[0]].data_type, 0)
+    for row in rows:
+        if 0 < 2 * (steps := int(np.max(row))) <= largest:
+            raise ExportError(
+                f"{node.name}: weights stored as integers up to {steps} where {largest} is possible; the NPU "
+                "drops the low byte of their sums",
+                next_step="make their scale smaller",
+            )
 
 
 def _module(node: NodeProto) -> str:

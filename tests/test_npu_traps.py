@@ -36,6 +36,11 @@ class PlainSiLU(nn.Module):
         return self.multiply(x, self.sigmoid(x))
 
 
+def identity() -> nn.Module:
+    """As half of an image's resize is where no size changes."""
+    return ops.conv2d(torch.eye(64)[:, :, None, None], None)
+
+
 def agreement(folder: Path, module: nn.Module, shape: Shape, mode: int = 3) -> float:
     """SQNR in dB of the simulator against AIMET's simulation."""
     inputs = {"x": np.random.default_rng(0).standard_normal(shape, np.float32)}
@@ -70,3 +75,14 @@ def test_the_plain_product_is_still_wrong(tmp_path: Path, monkeypatch: pytest.Mo
 def test_instance_norms_are_still_wrong_in_mode_1(tmp_path: Path) -> None:
     """If this fails, the compiler was mended: recipe.py need not refuse mode 1."""
     assert agreement(tmp_path, nn.Sequential(nn.Conv2d(96, 96, 1), norm(96)), (7, 96, 2, 4), mode=1) < 20
+
+
+def test_weights_with_few_values_are_right(tmp_path: Path) -> None:
+    assert agreement(tmp_path, identity(), (1, 64, 16, 3)) > 65
+
+
+def test_small_integers_are_still_coarse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, the compiler was mended: _use_all_steps and _check_steps can go."""
+    for name in ("_use_all_steps", "_check_steps"):
+        monkeypatch.setattr(quantize, name, lambda *_: None)
+    assert agreement(tmp_path, identity(), (1, 64, 16, 3)) < 50

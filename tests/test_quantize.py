@@ -293,6 +293,18 @@ def test_values_that_are_not_finite_are_refused() -> None:
         quantise(Little(nn.GELU()), [broken], QuantScheme())
 
 
+def test_weights_use_all_their_integers() -> None:
+    """AIMET stores an identity as ones, with a scale of 1."""
+    eye = ops.conv2d(
+        torch.eye(8)[:, :, None, None] * torch.tensor([0.5] + [2.0] * 7)[:, None, None, None], None
+    )
+    little = quantise_little(eye)
+    quantiser = little.sim.model.middle.param_quantizers["weight"]
+    scale = quantiser.get_scale().detach().flatten()
+    assert torch.allclose(127 * scale, torch.tensor([0.5] + [2.0] * 7))
+    assert torch.equal(quantiser(eye.weight).as_subclass(Tensor), eye.weight)
+
+
 # ---- the written graph ----
 
 
@@ -443,9 +455,10 @@ CONSTANTS = """
     float s = {0.01}, uint16 z = {32768}, uint16 odd = {100}, int16 zs = {0}, uint8 z8 = {128},
     int8 zs8 = {0},
     float sw = {0.5}, float sb = {0.005}, float wrong = {0.05}, int32 zb = {0}, float half = {0.5},
-    int8[8,8,1,1] w = {WEIGHTS}, int8[8,8] m = {WEIGHTS}, int32[8] b = {1,2,3,4,5,6,7,8},
+    int8[8,8,1,1] w = {WEIGHTS}, int8[8,8,1,1] few = {FEW}, float[8] sws = {1,1,1,1,1,1,1,1},
+    int8[8,8] m = {WEIGHTS}, int32[8] b = {1,2,3,4,5,6,7,8},
     float[8] bf = {1,2,3,4,5,6,7,8}, int64[4] shape = {2,8,4,4}, int64[4] row_shape = {2,8,1,16}
-""".replace("WEIGHTS", ",".join(["1"] * 64))
+""".replace("WEIGHTS", ",".join(["127"] * 64)).replace("FEW", ",".join(["127"] * 56 + ["1"] * 8))
 
 
 def qdq(body: str) -> onnx.ModelProto:
@@ -648,6 +661,14 @@ BAD: dict[str, tuple[str, str]] = {
         c = Conv(xd, wd, bd)
         c -> y""",
         "block.c/Conv: its bias is stored for another input",
+    ),
+    "weights that use few integers": (
+        """
+        wd = DequantizeLinear<axis = 0>(few, sws)
+        x -> xd
+        c = Conv(xd, wd)
+        c -> y""",
+        "block.c/Conv: weights stored as integers up to 1 where 127",
     ),
     "a signed activation": (
         """
