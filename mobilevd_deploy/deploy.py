@@ -135,7 +135,7 @@ def deploy(
             added = npu_stages.run(
                 recipe,
                 components,
-                lambda name: _deploy_form(name, checkpoint.load(name), spec, recipe, progress)[0],
+                lambda name: deploy_form(name, checkpoint.load(name), spec, recipe, progress)[0],
                 pictures,
                 folder,
                 stages,
@@ -188,7 +188,7 @@ def _export_component(
             f"{name}: the trained network's outputs are not finite", next_step="check the weights"
         )
     # 5.
-    deployed, reports = _deploy_form(name, network, spec, recipe, progress)
+    deployed, reports = deploy_form(name, network, spec, recipe, progress)
     del network  # what the deploy form did not share is freed before the export
     # 6.
     for note in export_onnx(deployed, probe.inputs, [outputs[0].name], folder / name, recipe.onnx):
@@ -235,9 +235,13 @@ def _component_entry(
     )
 
 
-def _deploy_form(
+def deploy_form(
     name: Component, network: nn.Module, spec: ModelSpec, recipe: Recipe, progress: Progress
 ) -> tuple[nn.Module, tuple[PassReport, ...]]:
+    """Rewrite a trained component (the UNet; each pass proven) and build its deploy form, in place.
+
+    Raises RewriteError.
+    """
     reports = _rewrite(network, spec, recipe, progress) if isinstance(network, MobileVDUNet) else ()
     return build_npu(name, network, spec, recipe.graph), reports
 

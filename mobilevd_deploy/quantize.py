@@ -80,6 +80,7 @@ def quantise(
     key = _digest(network, first, scheme)
     with _silence():
         _swap_arithmetic(network.eval().requires_grad_(False), aimet.arithmetic)
+        sources = _sources(network, first)
         with _blaming_aimet("simulate", network):
             sim = aimet.sim(
                 network,
@@ -91,6 +92,7 @@ def quantise(
             )
         _fill_gaps(sim, aimet)
         _set_bits(sim, scheme)
+        _convert_between(sim, sources, scheme, aimet)
         if state is None or not _restore(sim, state, key):
             sim.compute_encodings(lambda model: _run_all(model, chain([first], stream)))
             _check_ranges(sim)
@@ -301,6 +303,65 @@ def _set_bits(sim: Any, scheme: QuantScheme) -> None:
                     quantiser.bitwidth = 8
                     if quantiser.is_overwrite_allowed():
                         quantiser.symmetric = False  # only 16-bit operands have to be
+
+
+class _Traced(Tensor):
+    """A tensor that knows which leaf module made it, through whatever moves its values."""
+
+    source: str | None = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, _Traced):
+            flat = (a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else (arg,)))
+            result.source = next((a.source for a in flat if isinstance(a, _Traced) and a.source), None)
+        return result
+
+
+@torch.no_grad()
+def _sources(network: nn.Module, inputs: Tensors) -> dict[str, list[str | None]]:
+    """Return, for each leaf module, which leaf module each of its inputs comes from; None: an input."""
+    sources: dict[str, list[str | None]] = {}
+
+    def note(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        sources[path] = [arg.source if isinstance(arg, _Traced) else None for arg in args]
+        traced = output.as_subclass(_Traced)
+        traced.source = path
+        return traced
+
+    leaves = [(path, module) for path, module in network.named_modules() if not [*module.children()]]
+    hooks = [module.register_forward_hook(functools.partial(note, path)) for path, module in leaves]
+    try:
+        network(*_arguments(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sources
+
+
+def _convert_between(
+    sim: Any, sources: Mapping[str, Sequence[str | None]], scheme: QuantScheme, aimet: _Aimet
+) -> None:
+    """Give a module a quantiser of its own bits for each input that comes with other bits.
+
+    The NPU's operations take and give integers of one width, and a Q and DQ in between converts.
+    """
+    modules = dict(sim.named_qmodules())
+
+    def bits_of(path: str | None) -> int | None:
+        while path is not None and _bits(scheme, path)[1] != FLOAT:
+            if path in modules and (quantiser := modules[path].output_quantizers[0]) is not None:
+                return int(quantiser.bitwidth)
+            path = sources[path][0]  # it only moves values
+        return None if path is None else FLOAT
+
+    for path, module in modules.items():
+        own = _bits(scheme, path)[1]
+        for i, quantiser in enumerate(module.input_quantizers):
+            before = bits_of(sources[path][i]) if path in sources else None
+            if quantiser is None and before not in (None, own) and own != FLOAT:
+                module.input_quantizers[i] = aimet.quantiser(shape=(), bitwidth=own, symmetric=False)
 
 
 def _slots(module: Any) -> Iterator[tuple[Any, Any]]:

@@ -19,7 +19,7 @@ from mobilevd_deploy.onnx_export import MODEL
 from mobilevd_deploy.probe import sqnr_db
 from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target
 from mobilevd_deploy.quantize import quantise
-from mobilevd_deploy.recipe import NpuOptions, load_recipe
+from mobilevd_deploy.recipe import NpuOptions, QuantRule, load_recipe
 
 RECIPE = load_recipe("xiaomi-14-pro")
 Shape = tuple[int, int, int, int]
@@ -41,11 +41,11 @@ def identity() -> nn.Module:
     return ops.conv2d(torch.eye(64)[:, :, None, None], None)
 
 
-def agreement(folder: Path, module: nn.Module, shape: Shape, mode: int = 3) -> float:
+def agreement(folder: Path, module: nn.Module, shape: Shape, mode: int = 3, *rules: QuantRule) -> float:
     """SQNR in dB of the simulator against AIMET's simulation."""
     inputs = {"x": np.random.default_rng(0).standard_normal(shape, np.float32)}
     assert RECIPE.quant is not None
-    quantised = quantise(module, [inputs], RECIPE.quant)
+    quantised = quantise(module, [inputs], dataclasses.replace(RECIPE.quant, rules=rules))
     expected = quantised.run(inputs)
     quantised.export(folder, inputs, ["out"])
     options = dataclasses.replace(NpuOptions(), optimization_mode=mode)
@@ -86,3 +86,30 @@ def test_small_integers_are_still_coarse(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("_use_all_steps", "_check_steps"):
         monkeypatch.setattr(quantize, name, lambda *_: None)
     assert agreement(tmp_path, identity(), (1, 64, 16, 3)) < 50
+
+
+class Residual(nn.Module):
+    """Two convolutions, added to the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+        self.act, self.add = nn.GELU(), ops.Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.last(self.act(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    ("rule", "least"),
+    [
+        (QuantRule("1.*", activations=8), 35),  # at 8 bits rounding flips spread
+        (QuantRule("1.*", weights=16), 60),
+        (QuantRule("1.*", weights=32, activations=32), 50),
+    ],
+    ids=["a8", "w16", "float"],
+)
+def test_mixed_precision_compiles(rule: QuantRule, least: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Residual(), Residual(), Residual())
+    assert agreement(tmp_path, blocks, (1, 32, 8, 16), 3, rule) > least
