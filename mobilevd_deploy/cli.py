@@ -89,6 +89,14 @@ def export(
             "--target", help="Chip to compile for, SM8650; several may be named. [default: the recipe's]"
         ),
     ] = None,
+    parts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cut the UNet into this many context binaries. [default: as few as stay below 2 GiB]",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -100,12 +108,13 @@ def export(
     from mobilevd_deploy.recipe import load_recipe
 
     chosen = load_recipe(recipe)
-    if target:
+    if target or parts:
         if chosen.npu is None:
             raise UsageError(
                 f"recipe {chosen.name} compiles for no chip", next_step="choose a recipe with [npu]"
             )
-        npu = dataclasses.replace(chosen.npu, targets=tuple(dict.fromkeys(target)))
+        targets = tuple(dict.fromkeys(target or chosen.npu.targets))
+        npu = dataclasses.replace(chosen.npu, targets=targets, parts=parts or chosen.npu.parts)
         chosen = dataclasses.replace(chosen, npu=npu)
     checkpoint = checkpoint or data_dir("models") / "demo.safetensors"
     output = output or Path(f"{checkpoint.resolve().stem}-{chosen.name}")

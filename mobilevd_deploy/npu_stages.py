@@ -11,6 +11,7 @@ Every one is a resumable stage. With `npu` and no `quant` the float graphs are c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnx
 from torch import nn
 
 from mobilevd_deploy.artifact import Component, FileEntry, NpuBinary, NpuPart, PartialArtifact, Quality
@@ -28,17 +30,21 @@ from mobilevd_deploy.components import Component as ComponentName
 from mobilevd_deploy.errors import ParityError
 from mobilevd_deploy.media import to_uint8, write_sheet
 from mobilevd_deploy.onnx_export import DATA, MODEL
-from mobilevd_deploy.pipeline import Job, OnnxRunner, run_component
+from mobilevd_deploy.pipeline import Job, OnnxRunner, PartsRunner, run_component
 from mobilevd_deploy.probe import Tensors, psnr_db, sqnr_db
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target, lint
 from mobilevd_deploy.qnn_graph import check_graph
 from mobilevd_deploy.quantize import conditioning, quantise
 from mobilevd_deploy.recipe import Recipe
+from mobilevd_deploy.split import Cut, parts_needed, plan_cut, write_parts
 from mobilevd_deploy.stages import StageOutput, Stages
 
 SIMULATE_UP_TO_FLOPS = 20e9
 """A component with more is not simulated: on two cores its run would take from minutes to days."""
+
+JUDGE_ALL_UP_TO_FLOPS = 1e12
+"""A component with more is judged on one picture: its simulation takes a minute a run at the paper's size."""
 
 SHEET = "sheet.png"
 """In the work folder: input, float clip and quantised clip of the first judge, for the report."""
@@ -122,7 +128,8 @@ def run(
             binary = flow.binary(c, target, compiled.values)
             found[c.name] = dataclasses.replace(found[c.name], npu=(*found[c.name].npu, binary))
             floors = {"floors": dataclasses.asdict(recipe.floors)}
-            proof = stages.run(f"simulate {c.name} {target}", floors, partial(flow.simulate, c, target))
+            simulate = partial(flow.simulate, found[c.name], target)
+            proof = stages.run(f"simulate {c.name} {target}", floors, simulate)
             if proof.values["simulated"]:
                 drift.setdefault(f"npu.{target}", {})[c.name] = proof.values["drift"]
     sheet = (folder.work / SHEET).read_bytes() if recipe.quant else None
@@ -164,12 +171,13 @@ class _Flow:
             self.build(cast(ComponentName, name)), self._feeds(component), self.recipe.quant, state=state
         )
         judges = self._judges()
+        bases = 1 if component.flops > JUDGE_ALL_UP_TO_FLOPS else len(judges)
         feeds = [job.feeds(component) for job in judges]
-        given = [quantised.run(values) for values in feeds]
-        drift = min(sqnr_db(job.outputs[name], out) for job, out in zip(judges, given, strict=True))
+        given = [quantised.run(values) for values in feeds[:bases]]
+        drift = min(sqnr_db(job.outputs[name], out) for job, out in zip(judges, given, strict=False))
         self._require(name, "the quantised network", drift, self.recipe.floors.quantised_sqnr_db)
         exact = self._float_runner(component)
-        ratios = conditioning(quantised.run, lambda values: exact.run(values)[output], feeds)
+        ratios = conditioning(quantised.run, lambda values: exact.run(values)[output], feeds, bases)
         floor = self.recipe.floors.conditioning
         for tensor, ratio in ratios.items():
             if not floor <= ratio <= 1 / floor:
@@ -189,6 +197,8 @@ class _Flow:
     def judge_clip(self) -> StageOutput:
         """Run the quantised graphs one after the other and compare the clip with the float clip."""
         last, judges = self.components[-1].name, self._judges()
+        if max(component.flops for component in self.components) > JUDGE_ALL_UP_TO_FLOPS:
+            judges = judges[:1]
         jobs = [Job(judge.image, judge.seed) for judge in judges]
         for component in self.components:
             run_component(component, lambda c: OnnxRunner(self._quantised(c.name) / MODEL), jobs)
@@ -214,20 +224,61 @@ class _Flow:
         model = self._quantised(component.name) if quantised else self.folder.artifact / component.name
         for finding in lint(model / MODEL, float16=not quantised, vtcm_mb=self.recipe.npu.vtcm_mb):
             self.progress.say(f"{component.name}: {finding}")
-        made = compile_context(
-            model / MODEL,
-            self.folder.artifact / component.name / target,
-            find_target(target),
-            self.recipe.npu,
-            float16=not quantised,
-            progress=self.progress,
-        )
         # What a rule leaves in floats is an island on purpose.
         rules = self.recipe.quant.rules if self.recipe.quant else ()
         floats = [f"{rule.modules}/*" for rule in rules if 32 in (rule.weights, rule.activations)]
-        check_graph(made.graph, self._precision, [*self.recipe.npu.allow, *floats])
-        values = {"arch": made.arch, "qnn_api": made.qnn_api, "sdk": made.sdk}
-        return StageOutput((made.wrapper, made.context), values)
+        root = self.folder.artifact / component.name / target
+        files: list[Path] = []
+        parts: list[dict[str, Any]] = []
+        with self._cut(component, model / MODEL) as cut:
+            for number, (path, inputs, outputs) in enumerate(cut, start=1):
+                made = compile_context(
+                    path,
+                    root / f"{number}of{len(cut)}" if len(cut) > 1 else root,
+                    find_target(target),
+                    self.recipe.npu,
+                    float16=not quantised,
+                    progress=self.progress,
+                )
+                check_graph(made.graph, self._precision, [*self.recipe.npu.allow, *floats])
+                files += [made.wrapper, made.context]
+                folder = made.context.parent.relative_to(self.folder.artifact).as_posix()
+                parts.append({"folder": folder, "inputs": inputs, "outputs": outputs})
+        values = {"arch": made.arch, "qnn_api": made.qnn_api, "sdk": made.sdk, "parts": parts}
+        return StageOutput(tuple(files), values)
+
+    @contextlib.contextmanager
+    def _cut(self, component: Component, model: Path) -> Iterator[list[tuple[Path, list[str], list[str]]]]:
+        """Yield the files to compile with their inputs and outputs: the model, or proven parts of it."""
+        assert self.recipe.npu is not None
+        quantised = self.recipe.quant is not None
+        whole = onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
+        count = self.recipe.npu.parts if component.name == "unet" else 0
+        count = count or parts_needed(whole, float_bytes=4 if quantised else 2)
+        if count == 1:
+            yield [(model, [t.name for t in component.inputs], [t.name for t in component.outputs])]
+            return
+        cut = plan_cut(whole, count)
+        crossing = ", ".join(f"{size / 1e6:.1f} MB" for size in cut.crossing_bytes)
+        self.progress.say(f"{component.name}: cut into {count} parts; {crossing} cross, as float32")
+        files = write_parts(model, cut)
+        try:
+            self._check_parts(component, files, cut)
+            yield [(f, [*part.inputs], [*part.outputs]) for f, part in zip(files, cut.parts, strict=True)]
+        finally:
+            for file in files:
+                file.unlink()
+
+    def _check_parts(self, component: Component, files: Sequence[Path], cut: Cut) -> None:
+        """Run the parts in a row on onnxruntime and compare with what the whole gave."""
+        judge, output = self._judges()[0], component.outputs[0].name
+        chain = PartsRunner(cut.parts, lambda part: OnnxRunner(files[cut.parts.index(part)]))
+        given = chain.run(judge.feeds(component))[output]
+        expected, floor = judge.outputs[component.name], self.recipe.floors.onnx_sqnr_db
+        if self.recipe.quant is not None:
+            with np.load(self._expected_path(component.name)) as simulated:
+                expected, floor = simulated["given"], self.recipe.floors.simulator_db
+        self._require(component.name, "the row of its parts", sqnr_db(expected, given), floor)
 
     def simulate(self, component: Component, target: str) -> StageOutput:
         """Run one binary on the simulator, on the first judge; compare with AIMET and with the float run."""
@@ -237,8 +288,9 @@ class _Flow:
             )
             return StageOutput((), {"simulated": False})
         output, judge = component.outputs[0].name, self._judges()[0]
-        wrapper = self.folder.artifact / component.name / target / f"{target}.onnx"
-        given = NpuSimRunner(wrapper).run(judge.feeds(component))[output]
+        root, (binary,) = self.folder.artifact, (b for b in component.npu if b.target == target)
+        runner = PartsRunner(binary.parts, lambda part: NpuSimRunner(root / part.files["wrapper"].path))
+        given = runner.run(judge.feeds(component))[output]
         drift = sqnr_db(judge.outputs[component.name], given)
         floors, scheme = self.recipe.floors, self.recipe.quant
         if scheme is None:
@@ -268,14 +320,14 @@ class _Flow:
     def binary(self, component: Component, target: str, values: Mapping[str, Any]) -> NpuBinary:
         """Describe what was compiled."""
         root = self.folder.artifact
-        folder = root / component.name / target
-        files = {
-            "wrapper": FileEntry.of(root, folder / f"{target}.onnx"),
-            "context": FileEntry.of(root, folder / f"{target}.bin"),
-        }
-        inputs, outputs = (tuple(t.name for t in side) for side in (component.inputs, component.outputs))
-        parts = (NpuPart(files, inputs, outputs),)
-        return NpuBinary(target, values["arch"], self._precision, values["qnn_api"], values["sdk"], parts)
+        parts = []
+        for part in values["parts"]:
+            roles = {"wrapper": f"{target}.onnx", "context": f"{target}.bin"}
+            files = {role: FileEntry.of(root, root / part["folder"] / name) for role, name in roles.items()}
+            parts.append(NpuPart(files, tuple(part["inputs"]), tuple(part["outputs"])))
+        return NpuBinary(
+            target, values["arch"], self._precision, values["qnn_api"], values["sdk"], tuple(parts)
+        )
 
     # ---- parts ----
 

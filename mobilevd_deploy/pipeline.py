@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from mobilevd_deploy.artifact import Artifact, Component, NpuPart, TensorSpec
+from mobilevd_deploy.artifact import Artifact, Component, TensorSpec
 from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError
 from mobilevd_deploy.noise import unit_noise
 from mobilevd_deploy.progress import Progress
@@ -29,15 +29,30 @@ class Runner(Protocol):
 Loader = Callable[[Component], Runner]
 
 
+class Wired(Protocol):
+    """Something that tells what goes in and out: `NpuPart`, or a part of a cut that is not compiled yet."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of values."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of values."""
+
+
+P = TypeVar("P", bound=Wired)
+
+
 @dataclass(frozen=True)
-class PartsRunner:
+class PartsRunner(Generic[P]):
     """A component that was cut: runs its parts one after the other, as `NpuBinary.parts` says.
 
     A part is loaded for its turn by `load` and dropped after it; a value is dropped after its last reader.
     """
 
-    parts: Sequence[NpuPart]
-    load: Callable[[NpuPart], Runner]
+    parts: Sequence[P]
+    load: Callable[[P], Runner]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return what the last part gives."""

@@ -30,6 +30,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir.passes.common
 import torch
 from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from mobilevd_deploy.checkpoint import _written_aside
 from mobilevd_deploy.data import data_dir
 from mobilevd_deploy.errors import ExportError, UsageError
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.onnx_export import DATA, MODEL, _name_nodes, _quiet
+from mobilevd_deploy.onnx_export import DATA, MODEL, _fold_constants, _name_nodes, _quiet
 from mobilevd_deploy.probe import Tensors, sqnr_db
 from mobilevd_deploy.recipe import QuantScheme
 
@@ -143,11 +144,12 @@ class Quantised:
                     output_names=list(output_names),
                     opset_version=_OPSET,
                     dynamo=True,
+                    optimize=False,
                     verbose=False,
                     prequantize_constants=True,
                     force_activation_as="unsigned",
                 )
-            model = onnx.load(raw)
+            model = _load_folded(raw)
         _name_nodes(model)
         _name_pairs(model)
         relabel(model)
@@ -440,6 +442,22 @@ def _restore(sim: Any, state: Path, key: str) -> bool:
 
 
 # ---- the written graph ----
+
+
+def _load_folded(path: Path) -> onnx.ModelProto:
+    """Read what was exported without torch's optimiser, and do what little of it a quantised graph needs."""
+    model = onnx_ir.from_proto(onnx.load(path))  # its files go away
+    onnx_ir.passes.common.ShapeInferencePass()(model)  # so that shapes of weights behind a DQ fold as well
+    _fold_constants(model)
+    for node in model.graph:
+        # The exporter gives every convolution a bias; one of zeros, in floats, would keep it off the NPU.
+        if node.op_type == "Conv" and len(node.inputs) > 2 and (bias := node.inputs[2]) is not None:
+            zeros = bias.const_value
+            if zeros is not None and not zeros.numpy().any():
+                node.resize_inputs(2)
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+    return onnx_ir.to_proto(model)
+
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 # Ops that carry values through unchanged: what stands on their other side decides.
@@ -771,12 +789,14 @@ def _name_pairs(model: onnx.ModelProto) -> None:
 # ---- what was lost ----
 
 
-def conditioning(run: Runner, reference: Runner, samples: Sequence[Tensors]) -> dict[str, float]:
+def conditioning(
+    run: Runner, reference: Runner, samples: Sequence[Tensors], bases: int | None = None
+) -> dict[str, float]:
     """Return by input how much the output of `run` answers to it, over how much that of `reference` does.
 
     The answer is the RMS of the output's change when this input alone is taken from another sample, over
-    all samples, each with the next. 1 is perfect, 0 an input that does not matter any more. An input to
-    which the reference does not answer either has 1, or inf if `run` does.
+    the first `bases` samples (all if left out), each with the next. 1 is perfect, 0 an input that does not
+    matter any more. An input to which the reference does not answer either has 1, or inf if `run` does.
 
     Raises UsageError for fewer than two samples.
     """
@@ -785,7 +805,8 @@ def conditioning(run: Runner, reference: Runner, samples: Sequence[Tensors]) -> 
     answers: list[dict[str, float]] = []
     for runner in (run, reference):
         squares = dict.fromkeys(samples[0], 0.0)
-        for sample, other in zip(samples, [*samples[1:], samples[0]], strict=True):
+        pairs = list(zip(samples, [*samples[1:], samples[0]], strict=True))
+        for sample, other in pairs[:bases]:
             base = np.asarray(runner(sample), np.float64)
             for name in squares:
                 changed = np.asarray(runner(sample | {name: other[name]}), np.float64) - base

@@ -107,13 +107,15 @@ class NpuOptions:
     """What the Hexagon compiler is told.
 
     `targets` are part numbers of devices.toml ("SM8650"). `optimization_mode` is QNN's
-    htp_graph_finalization_optimization_mode. Operations that run in float32 although the graph asks for
+    htp_graph_finalization_optimization_mode. `parts`: how many the UNet is cut into; 0, as for the other
+    components: as few as stay below 2 GiB each. Operations that run in float32 although the graph asks for
     integers, or tensors narrower than asked, fail the export unless their name matches `allow`.
     """
 
     targets: tuple[str, ...] = ("SM8650",)
     optimization_mode: Literal[0, 1, 2, 3] = 3
     vtcm_mb: int = 8
+    parts: int = 0
     allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -121,8 +123,9 @@ class NpuOptions:
             raise SpecError("npu.targets: there is none")
         if twice := sorted({name for name in self.targets if self.targets.count(name) > 1}):
             raise SpecError(f"npu.targets: {twice[0]!r} is named twice")
-        if self.vtcm_mb < 0:
-            raise SpecError(f"npu.vtcm_mb: {self.vtcm_mb} is negative")
+        for name in ("vtcm_mb", "parts"):
+            if getattr(self, name) < 0:
+                raise SpecError(f"npu.{name}: {getattr(self, name)} is negative")
 
 
 @dataclass(frozen=True)

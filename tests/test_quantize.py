@@ -28,7 +28,7 @@ from mobilevd_deploy.npu import ops
 from mobilevd_deploy.npu.unet import NpuUNet
 from mobilevd_deploy.onnx_export import DATA, MODEL
 from mobilevd_deploy.passes import PASSES
-from mobilevd_deploy.pipeline import OnnxRunner
+from mobilevd_deploy.pipeline import OnnxRunner, PartsRunner
 from mobilevd_deploy.probe import Tensors, sqnr_db
 from mobilevd_deploy.quantize import (
     RULES,
@@ -43,6 +43,7 @@ from mobilevd_deploy.quantize import (
     sensitivity,
 )
 from mobilevd_deploy.recipe import GraphForms, QuantRule, QuantScheme
+from mobilevd_deploy.split import plan_cut, write_parts
 
 FORMS = GraphForms(attention="heads", linear="conv", group_norm="instance")
 # One resblock down, one up, and both kinds of both blocks in the middle.
@@ -342,6 +343,21 @@ def test_nodes_are_named_after_modules(graph: onnx.ModelProto, quantised: Quanti
     assert "conv_out/QuantizeLinear" in names
     assert "noise/QuantizeLinear" in names
     assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_a_quantised_graph_give_what_the_whole_gives(exported: Path, parts: int) -> None:
+    """What crosses is quantised again on the other side, so that no part holds a value without a range."""
+    expected = OnnxRunner(exported / MODEL).run(sample(5))["latents"]
+    whole = onnx.shape_inference.infer_shapes(onnx.load(exported / MODEL, load_external_data=False))
+    cut = plan_cut(whole, parts)
+    files = write_parts(exported / MODEL, cut)
+    for file in files:
+        check_quantised(onnx.load(file))
+    given = PartsRunner(cut.parts, lambda part: OnnxRunner(files[cut.parts.index(part)])).run(sample(5))
+    for file in files:
+        file.unlink()
+    assert sqnr_db(expected, given["latents"]) > 60
 
 
 def test_second_operands_are_relabelled(graph: onnx.ModelProto) -> None:

@@ -1,0 +1,117 @@
+"""Graphs cut into parts: the row of them gives what the whole gives."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.errors import ExportError
+from mobilevd_deploy.pipeline import Array, OnnxRunner, PartsRunner
+from mobilevd_deploy.split import Cut, parts_needed, plan_cut, weight_bytes, write_parts
+
+
+def cut_and_run(path: Path, parts: int, feeds: dict[str, Array]) -> tuple[Cut, dict[str, Array]]:
+    """Cut, write, run the parts on onnxruntime, and remove them."""
+    cut = plan_cut(onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)), parts)
+    files = write_parts(path, cut)
+    given = PartsRunner(cut.parts, lambda part: OnnxRunner(files[cut.parts.index(part)])).run(feeds)
+    for file in files:
+        file.unlink()
+    return cut, given
+
+
+@pytest.fixture(scope="module")
+def unet(exported: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's UNet in float32, in the NPU's forms."""
+    folder = tmp_path_factory.mktemp("split") / "unet"
+    shutil.copytree(exported["npu-float"].root / "unet", folder)
+    return folder / "model.onnx"
+
+
+def feeds_of(path: Path) -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    graph = onnx.load(path, load_external_data=False).graph
+    return {
+        value.name: rng.standard_normal(
+            [d.dim_value for d in value.type.tensor_type.shape.dim], dtype=np.float32
+        )
+        for value in graph.input
+    }
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_the_row_of_parts_gives_what_the_whole_gives(unet: Path, parts: int) -> None:
+    feeds = feeds_of(unet)
+    expected = OnnxRunner(unet).run(feeds)
+    cut, given = cut_and_run(unet, parts, feeds)
+    assert len(cut.parts) == parts
+    assert len(cut.crossing_bytes) == parts - 1
+    assert list(given) == ["latents"]
+    np.testing.assert_allclose(given["latents"], expected["latents"], atol=1e-5)
+
+
+def test_every_node_is_in_a_part_and_weights_are_shared_out(unet: Path) -> None:
+    model = onnx.shape_inference.infer_shapes(onnx.load(unet, load_external_data=False))
+    cut = plan_cut(model, 3)
+    assert {i for part in cut.parts for i in part.nodes} == set(range(len(model.graph.node)))
+    files = write_parts(unet, cut)
+    sizes = [weight_bytes(onnx.load(file, load_external_data=False), 4) for file in files]
+    assert sum(sizes) < 1.05 * weight_bytes(model, 4)
+    assert max(sizes) < weight_bytes(model, 4) / 2
+    for file in files:
+        file.unlink()
+    # What crosses is counted in bytes of float32.
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    borders = [set(cut.parts[0].outputs), set(cut.parts[1].outputs) | (set(cut.parts[2].inputs) - {"noise"})]
+    for border, size in zip(borders, cut.crossing_bytes, strict=True):
+        names = border - {value.name for value in model.graph.input}
+        assert size == 4 * sum(int(np.prod(shapes[name])) for name in names)
+
+
+def chain(weights: int) -> onnx.ModelProto:
+    """x -> MatMul -> Tanh -> ... : after each Tanh but one the map is wide."""
+    nodes, constants, name = [], [], "x"
+    for i in range(weights):
+        width = (8, 4 if i == weights // 2 else 64)
+        if i and (i - 1) == weights // 2:
+            width = (4, 64)
+        elif i:
+            width = (64, width[1])
+        nodes.append(helper.make_node("MatMul", [name, f"w{i}"], [f"m{i}"], f"layer{i}/MatMul"))
+        nodes.append(helper.make_node("Tanh", [f"m{i}"], [f"t{i}"], f"layer{i}/Tanh"))
+        constants.append(numpy_helper.from_array(np.zeros(width, np.float32), f"w{i}"))
+        name = f"t{i}"
+    graph = helper.make_graph(
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 8))],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)],
+        constants,
+    )
+    return onnx.shape_inference.infer_shapes(helper.make_model(graph))
+
+
+def test_the_cheapest_place_near_the_middle_is_taken() -> None:
+    cut = plan_cut(chain(9), 2)
+    assert cut.crossing_bytes == (4 * 4,)
+    assert cut.parts[1].inputs in (("t4",), ("m4",))
+
+
+def test_more_parts_than_places_are_refused() -> None:
+    with pytest.raises(ExportError, match="no place to cut near"):
+        plan_cut(chain(2), 8)
+
+
+def test_how_many_parts_a_limit_needs() -> None:
+    model = chain(9)
+    size = weight_bytes(model, 2)
+    assert size == weight_bytes(model, 4) / 2
+    assert parts_needed(model, 2, limit=2 * size) == 1
+    assert parts_needed(model, 2, limit=size // 2) == 3
+    assert parts_needed(model, 4) == 1
