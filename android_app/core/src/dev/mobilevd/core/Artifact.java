@@ -43,7 +43,8 @@ public record Artifact(Path root, Manifest manifest, String manifestSha256) {
             artifact.checkFiles();
             return artifact;
         } catch (IOException error) {
-            throw new MobileVdException(error, Problem.FILE_UNREADABLE, root.getFileName().toString(), error.toString());
+            throw new MobileVdException(
+                    error, Problem.FILE_UNREADABLE, root.getFileName().toString(), error.toString());
         }
     }
 

@@ -96,7 +96,8 @@ public final class ArtifactStore {
     /**
      * Open one by its name.
      *
-     * @throws MobileVdException {@link Problem#NOT_INSTALLED}, {@link Problem#NAME_INVALID}, or as {@link Artifact#open}
+     * @throws MobileVdException {@link Problem#NOT_INSTALLED}, {@link Problem#NAME_INVALID}, or as
+     *     {@link Artifact#open}
      */
     public Artifact open(String name) throws MobileVdException {
         Path path = path(name);
@@ -152,7 +153,8 @@ public final class ArtifactStore {
     /**
      * Remove an artifact and all its files.
      *
-     * @throws MobileVdException {@link Problem#NOT_INSTALLED}, {@link Problem#NAME_INVALID}, {@link Problem#NOT_WRITTEN}
+     * @throws MobileVdException {@link Problem#NOT_INSTALLED}, {@link Problem#NAME_INVALID},
+     *     {@link Problem#NOT_WRITTEN}
      */
     public void delete(String name) throws MobileVdException {
         Path path = path(name);

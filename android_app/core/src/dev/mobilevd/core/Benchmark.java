@@ -109,7 +109,10 @@ public final class Benchmark {
         result.put("run_id", request.runId());
         result.put("app_version", device.appVersion());
         result.put(
-                "artifact", fields("name", request.artifact(), "manifest_sha256", store.manifestSha256(request.artifact())));
+                "artifact",
+                fields(
+                        "name", request.artifact(), "manifest_sha256",
+                        store.manifestSha256(request.artifact())));
         result.put(
                 "device",
                 fields(

@@ -1,6 +1,5 @@
 package dev.mobilevd.core;
 
-import ai.onnxruntime.OrtException;
 import ai.onnxruntime.OrtSession;
 import java.nio.file.Path;
 import java.util.LinkedHashMap;

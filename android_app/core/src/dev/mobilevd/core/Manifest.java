@@ -128,7 +128,8 @@ public record Manifest(
      * @param sdk version of the QAIRT that wrote it; an older runtime cannot load it
      * @param parts in running order; the last one gives the component's output
      */
-    public record NpuBinary(String target, int arch, String precision, String qnnApi, SdkVersion sdk, List<Part> parts) {
+    public record NpuBinary(
+            String target, int arch, String precision, String qnnApi, SdkVersion sdk, List<Part> parts) {
         private static NpuBinary read(Fields fields) throws MobileVdException {
             return new NpuBinary(
                     fields.string("target", NAME),

@@ -143,7 +143,8 @@ final class OrtRunner implements Runner {
             return new Placement(npu.size(), cpu.size());
         } catch (IOException | Json.Refused | ClassCastException error) {
             throw new MobileVdException(
-                    error, Problem.RUN_FAILED, component, "the runtime's profile cannot be read: " + error.getMessage());
+                    error, Problem.RUN_FAILED, component,
+                    "the runtime's profile cannot be read: " + error.getMessage());
         } finally {
             delete(file);
         }

@@ -27,7 +27,8 @@ public record SdkVersion(String text, int major, int minor, int patch) {
             throw new IllegalArgumentException(text);
         }
         return new SdkVersion(
-                text, Integer.parseInt(match.group(1)), Integer.parseInt(match.group(2)), Integer.parseInt(match.group(3)));
+                text, Integer.parseInt(match.group(1)), Integer.parseInt(match.group(2)),
+                Integer.parseInt(match.group(3)));
     }
 
     /**
@@ -50,7 +51,8 @@ public record SdkVersion(String text, int major, int minor, int patch) {
             }
             return null;
         } catch (IOException error) {
-            throw new MobileVdException(error, Problem.FILE_UNREADABLE, library.getFileName().toString(), error.toString());
+            throw new MobileVdException(
+                    error, Problem.FILE_UNREADABLE, library.getFileName().toString(), error.toString());
         }
     }
 

@@ -84,7 +84,9 @@ public class ArtifactStoreTest {
 
     private void assertNothingLeft() throws IOException {
         try (Stream<Path> paths = Files.walk(temporary.getRoot().toPath())) {
-            List<Path> left = paths.filter(p -> !p.equals(folder) && !p.equals(folder.getParent())).collect(Collectors.toList());
+            List<Path> left =
+                    paths.filter(p -> !p.equals(folder) && !p.equals(folder.getParent()))
+                            .collect(Collectors.toList());
             assertEquals(List.of(), left);
         }
     }
@@ -191,7 +193,9 @@ public class ArtifactStoreTest {
     @Test
     public void zipSlipIsRefused() throws Exception {
         for (String path :
-                List.of("../evil", "unet/../../evil", "/evil", "..\\evil", "unet/../unet/model.onnx", "./report.html")) {
+                List.of(
+                        "../evil", "unet/../../evil", "/evil", "..\\evil", "unet/../unet/model.onnx",
+                        "./report.html")) {
             Map<String, byte[]> entries = entries();
             entries.put(path, new byte[10]);
             MobileVdException error = Golden.assertFails(Problem.ARCHIVE_FOREIGN, () -> install(zip(entries, false)));
@@ -390,7 +394,8 @@ public class ArtifactStoreTest {
                 Problem.CANCELLED,
                 () ->
                         store.installZip(
-                                new ByteArrayInputStream(zip), "tiny", (done, total) -> cancellation.cancel(), cancellation));
+                                new ByteArrayInputStream(zip), "tiny", (done, total) -> cancellation.cancel(),
+                                cancellation));
         assertNothingLeft();
     }
 

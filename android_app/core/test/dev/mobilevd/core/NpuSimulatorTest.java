@@ -178,7 +178,9 @@ public class NpuSimulatorTest {
         assertEquals(null, result.get("error"));
         assertEquals(
                 List.of("npu"),
-                Golden.objects(result.get("components")).stream().map(c -> c.get("backend")).collect(Collectors.toList()));
+                Golden.objects(result.get("components")).stream()
+                        .map(component -> component.get("backend"))
+                        .collect(Collectors.toList()));
         assertEquals(phone().sdk().toString(), ((Map<?, ?>) result.get("runtime")).get("qnn"));
     }
 }

@@ -116,6 +116,10 @@ public class PipelineTest {
                 Golden.picture(), Golden.clipSeed(), asked, Pipeline.Listener.NONE, Golden.NEVER);
     }
 
+    private static float[] onCpu(Pipeline pipeline, float[] image, long seed) throws MobileVdException {
+        return pipeline.generate(image, seed, Runtimes.Asked.CPU, Pipeline.Listener.NONE, Golden.NEVER).frames();
+    }
+
     private static List<Backend> backends(Clip clip) {
         return clip.runs().stream().map(ComponentRun::backend).collect(Collectors.toList());
     }
@@ -131,8 +135,8 @@ public class PipelineTest {
     @Test
     public void anotherSeedOrPictureMakesAnotherClip() throws Exception {
         float[] clip = generate(onCpu(), Runtimes.Asked.CPU).frames();
-        float[] seed = onCpu().generate(Golden.picture(), 8, Runtimes.Asked.CPU, Pipeline.Listener.NONE, Golden.NEVER).frames();
-        float[] grey = onCpu().generate(new float[3 * 16 * 24], Golden.clipSeed(), Runtimes.Asked.CPU, Pipeline.Listener.NONE, Golden.NEVER).frames();
+        float[] seed = onCpu(onCpu(), Golden.picture(), 8);
+        float[] grey = onCpu(onCpu(), new float[3 * 16 * 24], Golden.clipSeed());
         assertTrue(Golden.sqnr(clip, seed) < 40);
         assertTrue(Golden.sqnr(clip, grey) < 40);
     }
@@ -233,7 +237,8 @@ public class PipelineTest {
     @Test
     public void memoryIsLookedAtAgainBeforeEveryLoad() {
         // Another app takes it while the first components run.
-        MemoryInfo shrinking = () -> new MemoryInfo.Snapshot(events.contains("load unet part0") ? 3 : 1 << 30, 1 << 30);
+        MemoryInfo shrinking =
+                () -> new MemoryInfo.Snapshot(events.contains("load unet part0") ? 3 : 1 << 30, 1 << 30);
         Pipeline pipeline =
                 new Pipeline(artifact, Runtimes.of(cpu, new TestNpu()), shrinking, new RunTrace(traceFile));
         MobileVdException error =
@@ -380,7 +385,7 @@ public class PipelineTest {
                 Arrays.asList(1, 1, 3, 1),
                 clip.runs().stream().map(run -> run.ms().size()).collect(Collectors.toList()));
         assertEquals(5, events.stream().filter("run [image_latents, moved]"::equals).count());
-        float[] once = onCpu().generate(Golden.picture(), 7, Runtimes.Asked.CPU, Pipeline.Listener.NONE, Golden.NEVER).frames();
+        float[] once = onCpu(onCpu(), Golden.picture(), 7);
         assertTrue(Golden.sqnr(once, clip.frames()) > 100);
     }
 
@@ -420,7 +425,7 @@ public class PipelineTest {
 
     @Test
     public void valuesOfAFailedRunAreGone() {
-        // Closing twice would throw, forgetting to close leaks: a thousand failed runs end in neither.
+        // Closing twice would throw, forgetting to close leaks: twenty failed runs end in neither.
         TestNpu npu = new TestNpu();
         npu.failures.put("run decoder", Problem.RUN_FAILED);
         for (int i = 0; i < 20; i++) {
