@@ -313,7 +313,7 @@ class Source:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Wall time and peak resident memory of one stage of the export."""
+    """Wall time and peak resident memory of one stage: of the export's process, or of one that it started."""
 
     seconds: float
     peak_bytes: int

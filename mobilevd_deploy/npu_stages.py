@@ -230,6 +230,7 @@ class _Flow:
         root = self.folder.artifact / component.name / target
         files: list[Path] = []
         parts: list[dict[str, Any]] = []
+        peak = 0
         with self._cut(component, model / MODEL) as cut:
             for number, (path, inputs, outputs) in enumerate(cut, start=1):
                 made = compile_context(
@@ -242,10 +243,11 @@ class _Flow:
                 )
                 check_graph(made.graph, self._precision, [*self.recipe.npu.allow, *floats])
                 files += [made.wrapper, made.context]
+                peak = max(peak, made.peak_bytes)
                 folder = made.context.parent.relative_to(self.folder.artifact).as_posix()
                 parts.append({"folder": folder, "inputs": inputs, "outputs": outputs})
         values = {"arch": made.arch, "qnn_api": made.qnn_api, "sdk": made.sdk, "parts": parts}
-        return StageOutput(tuple(files), values)
+        return StageOutput(tuple(files), values, peak)
 
     @contextlib.contextmanager
     def _cut(self, component: Component, model: Path) -> Iterator[list[tuple[Path, list[str], list[str]]]]:

@@ -27,10 +27,14 @@ from mobilevd_deploy.spec import from_dict
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage made: files below the partial folder, and values that JSON can hold."""
+    """What a stage made: files below the partial folder, and values that JSON can hold.
+
+    `child_peak_bytes`: peak resident memory of the largest process that it started.
+    """
 
     files: tuple[Path, ...] = ()
     values: dict[str, Any] = field(default_factory=dict)
+    child_peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ class Stages:
         _reset_peak()
         begun = time.monotonic()
         output = action()
-        cost = StageCost(round(time.monotonic() - begun, 3), _peak_bytes())
+        peak = max(_peak_bytes(), output.child_peak_bytes)
+        cost = StageCost(round(time.monotonic() - begun, 3), peak)
         for path in output.files:
             fsync(path)
             fsync(path.parent)

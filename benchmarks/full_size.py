@@ -1,0 +1,135 @@
+"""The paper's network from an empty folder to context binaries: time, peak memory and size of every stage.
+
+    python benchmarks/full_size.py --work build/full --note "machine otherwise idle"
+    python benchmarks/full_size.py --preset demo --work build/small        # what the tests run
+
+No weights of MobileVD are public, so they are drawn (`mobilevd-deploy init`): sizes, FLOPs, memory, operators
+and times do not depend on training. One picture calibrates and one judges. Stages that an interrupted run
+finished are not repeated, and keep the cost that they had; without --keep the work folder is removed at last.
+Writes results/full_size.json (another name with --result).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _common import write_result
+
+from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.checkpoint import open_checkpoint
+from mobilevd_deploy.data import data_dir
+
+CHECKPOINT = "start.safetensors"
+
+
+def run(folder: Path, name: str, *arguments: str) -> dict[str, float]:
+    """Run the command line in a process of its own; return its wall time and peak memory, kept in a file.
+
+    Raises SystemExit with what it said if it failed.
+    """
+    kept = folder / f"{name}.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_bytes()))
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "mobilevd_deploy.cli", *arguments]
+    with subprocess.Popen(command) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed with {process.returncode}")
+    cost = {"seconds": round(time.monotonic() - begun, 1), "peak_bytes": usage.ru_maxrss * 1024}
+    kept.write_text(json.dumps(cost))
+    return cost
+
+
+def recipe(folder: Path, name: str) -> Path:
+    """Write a shipped recipe that calibrates with one picture."""
+    lines = (data_dir("export") / f"{name}.toml").read_text(encoding="utf-8").splitlines()
+    changed = ["samples = 1" if line.startswith("samples =") else line for line in lines]
+    path = folder / f"{name}.toml"
+    path.write_text("\n".join(changed) + "\n", encoding="utf-8")
+    return path
+
+
+def describe(artifact: Artifact, checkpoint: Path) -> dict[str, Any]:
+    """Collect what the manifest tells: costs, sizes, FLOPs, drifts, binaries."""
+    manifest = artifact.manifest
+    training = open_checkpoint(checkpoint).parameters
+    return {
+        "stages": {name: dataclasses.asdict(cost) for name, cost in manifest.stages.items()},
+        "drift": manifest.drift,
+        "clip_psnr_db": manifest.quality.clip_psnr_db if manifest.quality else None,
+        "conditioning": manifest.quality.conditioning if manifest.quality else None,
+        "training_parameters": training,
+        "training_float32_bytes": {name: 4 * count for name, count in training.items()},
+        "components": {
+            c.name: {
+                "parameters": c.parameters,
+                "tflops": c.flops / 1e12,
+                "nodes": sum(c.ops.values()),
+                "files_bytes": {role: entry.bytes for role, entry in c.files.items()},
+                "binaries": [
+                    {
+                        "target": b.target,
+                        "arch": b.arch,
+                        "precision": b.precision,
+                        "sdk": b.sdk,
+                        "parts_bytes": [part.files["context"].bytes for part in b.parts],
+                    }
+                    for b in c.npu
+                ],
+            }
+            for c in manifest.components
+        },
+        "loaded_at_once_bytes": max(
+            part.files["context"].bytes for c in manifest.components for b in c.npu for part in b.parts
+        ),
+    }
+
+
+def main() -> None:
+    """Measure, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", default="mobilevd")
+    parser.add_argument("--recipe", default="xiaomi-14-pro")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint and artifact")
+    parser.add_argument("--result", default="full_size")
+    parser.add_argument("--note", default="", help="what else the machine did")
+    parser.add_argument("--keep", action="store_true", help="leave the work folder")
+    options = parser.parse_args()
+    folder: Path = options.work
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, output = folder / CHECKPOINT, folder / "artifact"
+    init = run(folder, "init", "init", "--preset", options.preset, "-o", str(checkpoint))
+    chosen = recipe(folder, options.recipe)
+    export = run(
+        folder, "export", "export", str(checkpoint), "--recipe", str(chosen), "--output", str(output)
+    )
+    written = write_result(
+        options.result,
+        {
+            "preset": options.preset,
+            "recipe": options.recipe,
+            "weights": "drawn, not trained",
+            "note": options.note,
+            "init": init | {"bytes": checkpoint.stat().st_size},
+            "export": export,
+            **describe(Artifact.open(output), checkpoint),
+        },
+    )
+    print(written)
+    if not options.keep:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
