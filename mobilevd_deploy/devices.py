@@ -33,7 +33,8 @@ _NOISE = re.compile(r"\(.*?\)|qualcomm|snapdragon|samsung|galaxy|[^a-z0-9]")
 class Chip:
     """A chipset: the hub's names for it, its part numbers, and what the compiler is told.
 
-    `published_ms`: latencies that the vendor publishes for networks that anyone can build.
+    `published_ms`: latencies that the vendor publishes for networks that anyone can build. `dram_gb_s` and
+    `int8_tops` are its peaks, None where we have no figure.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Chip:
     htp: str
     soc_model: int
     published_ms: dict[str, float] = field(default_factory=dict)
+    dram_gb_s: float | None = None
+    int8_tops: float | None = None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Passes per operation of a product of two 16-bit activations, over those of one with 8-bit weights.
 ATTENTION_WEIGHT = 2
+# Passes of the int8 unit for one operation on a 16-bit activation and an 8-bit weight.
+PASSES = 2
 # How far beyond the calibrated structures' operations an estimate may reach, as a factor.
 REACH = 1.25
 # How far a kind's share of the load may lie beyond those of the calibrated structures.
@@ -113,6 +115,28 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """What no run of the UNet can beat, in ms: planned DRAM bytes over bandwidth, operations over the peak.
+
+    At 16-bit activations an operation takes PASSES passes of the int8 unit, one of attention twice as many.
+    """
+
+    dram_bytes: int
+    dram_ms: float
+    arithmetic_ms: float
+
+    @property
+    def ms(self) -> float:
+        """The larger of the two, which run side by side."""
+        return max(self.dram_ms, self.arithmetic_ms)
+
+    @property
+    def binds(self) -> str:
+        """Which of the two it is."""
+        return "DRAM traffic" if self.dram_ms >= self.arithmetic_ms else "arithmetic"
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Milliseconds of one evaluation of the UNet, and how much to trust them.
 
@@ -164,6 +188,42 @@ def estimate_counts(counts: Counts, chip: Chip, calibration: Calibration) -> Est
         well_built_ms=chip.published_ms["sd15_unet"] / sd15_load * total,
         warnings=_warnings(counts, calibration),
         notes=notes,
+    )
+
+
+def floor(counts: Counts, chip: Chip, dram_bytes: int) -> Floor | None:
+    """Return the floor of a UNet on `chip` from its operations and the DRAM bytes that its compiler planned.
+
+    None where the chip's peaks are not known.
+    """
+    if chip.dram_gb_s is None or chip.int8_tops is None:
+        return None
+    passes = PASSES * sum(counts.weighted().values())
+    return Floor(dram_bytes, dram_bytes / chip.dram_gb_s / 1e6, passes / chip.int8_tops / 1e9)
+
+
+def _floor_notes(counts: Counts, chip: Chip, artifact: Artifact, ms: float) -> tuple[str, ...]:
+    """Say what binds, where `traffic` has measured the artifact for this chip, and how to measure it else."""
+    from mobilevd_deploy.profiles import load_traffic
+
+    planned = [
+        row.read + row.written
+        for report in load_traffic(artifact)
+        if report.target.lower() in chip.sm
+        for row in report.rows
+        if row.path == "unet"
+    ]
+    found = floor(counts, chip, planned[0]) if planned else None
+    if found is None:
+        return (
+            f"no floor: its DRAM traffic on {chip.name} was not counted (mobilevd-deploy traffic counts it)",
+        )
+    return (
+        f"floor: {found.ms:,.0f} ms, and {found.binds} binds. DRAM traffic takes {found.dram_ms:,.0f} ms "
+        f"({found.dram_bytes / 1e9:.2f} GB as the compiler planned, at {chip.dram_gb_s:g} GB/s), arithmetic "
+        f"{found.arithmetic_ms:,.0f} ms ({PASSES} passes per operation at {chip.int8_tops:g} TOPS int8, a "
+        f"figure of the press); the estimate is {ms / found.ms:.1f} times the floor",
+        f"it moves {1000 * found.dram_bytes / counts.total:.2f} bytes per thousand operations",
     )
 
 
@@ -294,7 +354,10 @@ def estimate_profile(
         preset = load_preset(what)
         spec, name, rewrites, digest = preset.model, preset.model.name, preset_rewrites(preset), ""
         notes.append("of the preset's structure: there is no artifact yet")
-    result = estimate(spec, rewrites, device, calibration)
+    calibration, chip = calibration or load_calibration(), find(device).chip
+    _require_calibrated_size(spec, calibration)
+    counts = count_operations(spec, rewrites)
+    result = estimate_counts(counts, chip, calibration)
     shares = sorted(result.shares.items(), key=lambda item: -item[1])
     notes = [
         *notes,
@@ -306,8 +369,10 @@ def estimate_profile(
         f"calibrated on four published latencies; leaving one out, the others predict it within "
         f"{result.mean_error_percent:.1f} % in the mean. Their precision is not published: 8-bit weights "
         "and 16-bit activations are assumed",
-        f"at the rate that the vendor reaches with Stable Diffusion 1.5's UNet it would be "
-        f"{result.well_built_ms:,.0f} ms",
+        f"bracket: {result.ms:,.0f} ms at the rate of the paper's networks, {result.well_built_ms:,.0f} ms "
+        f"at the {result.ms / result.well_built_ms:.1f} times faster one that the vendor publishes for "
+        "Stable Diffusion 1.5's UNet (W8A16, same chip): what a graph can reach that keeps its data on the chip",
+        *(_floor_notes(counts, chip, what, result.ms) if isinstance(what, Artifact) else ()),
         *result.notes,
     ]
     unet = ComponentProfile("unet", Latency(result.ms))

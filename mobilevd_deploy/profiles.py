@@ -6,7 +6,10 @@ Profile                     one artifact on one device (or chip), from one sourc
     ├── slowest: OpTime
     └── check: Check | None
 
-Profiles lie as JSON in `NAME.profiles/` beside the artifact `NAME`, never in it: an artifact does not change.
+TrafficReport               bytes to and from DRAM, planned by the compiler for one chip
+└── rows: TrafficRow
+
+Both lie as JSON in `NAME.profiles/` beside the artifact `NAME`, never in it: an artifact does not change.
 """
 
 from __future__ import annotations
@@ -21,14 +24,16 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from mobilevd_deploy.artifact import Artifact, DiffRow, disk_guard, fsync
+from mobilevd_deploy.artifact import MANIFEST, Artifact, DiffRow, disk_guard, file_sha256, fsync
 from mobilevd_deploy.errors import ArtifactError, SpecError
 from mobilevd_deploy.spec import from_dict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+T = TypeVar("T")
 
 SCHEMA_VERSION: Final = 1
 SourceName = Literal["hub", "adb", "estimate", "host"]
@@ -256,17 +261,21 @@ def save_profile(profile: Profile, folder: Path) -> Path:
 
 def load_profile(path: str | Path) -> Profile:
     """Read a profile strictly; ArtifactError for anything that is not one."""
+    return _load(Path(path), Profile, "profile again")
+
+
+def _load(path: Path, kind: type[T], next_step: str) -> T:
     try:
-        values = json.loads(Path(path).read_bytes())
+        values = json.loads(path.read_bytes())
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise SpecError(f"schema version {version!r}; this toolkit reads {SCHEMA_VERSION}")
-        return from_dict(Profile, values)
+        return from_dict(kind, values)
     except SpecError as error:
-        raise ArtifactError(f"{path}: {error.what}", next_step="profile again") from error
+        raise ArtifactError(f"{path}: {error.what}", next_step=next_step) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
-            f"{path} is not a readable profile: {error}", next_step="profile again"
+            f"{path} is not a readable {kind.__name__}: {error}", next_step=next_step
         ) from error
 
 
@@ -320,6 +329,80 @@ def write_durably(path: Path, text: str) -> None:
         fsync(aside)
         aside.replace(path)
         fsync(path.parent)
+
+
+@dataclass(frozen=True)
+class TrafficRow:
+    """Bytes to and from DRAM in one run of a component, block or module; `parts` are included in them.
+
+    Weights and inputs are only read, so that what is written, the outputs aside, did not fit on the chip.
+    `floor`: inputs, outputs and weights, each once. `note` says what is particular about the number.
+    """
+
+    path: str
+    read: int
+    written: int
+    floor: int | None = None
+    parts: tuple[TrafficRow, ...] = ()
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class TrafficReport:
+    """DRAM traffic by the schedule of the compiler, not measured on a chip; rows with most spills first.
+
+    `what` is an artifact or a preset; `manifest_sha256` is None for a preset. `precision` is like "w8a16".
+    """
+
+    schema_version: Literal[1]
+    what: str
+    manifest_sha256: str | None
+    target: str
+    precision: str
+    optimization_mode: int
+    created: str
+    rows: tuple[TrafficRow, ...]
+
+    @property
+    def read(self) -> int:
+        """Bytes read in sum."""
+        return sum(row.read for row in self.rows)
+
+    @property
+    def written(self) -> int:
+        """Bytes written in sum."""
+        return sum(row.written for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; they go through JSON and back."""
+        return dataclasses.asdict(self)
+
+
+def save_traffic(report: TrafficReport, folder: Path) -> Path:
+    """Write a report into `folder` in place of an earlier one for the same chip; return the file.
+
+    Raises ResourceError on a full disk, ArtifactError where the folder cannot be written.
+    """
+    path = folder / f"traffic_{report.target}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(path, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error}") from error
+    return path
+
+
+def load_traffic(artifact: Artifact) -> list[TrafficReport]:
+    """Read what was planned for an artifact, by chip; none where it was not measured or has changed since.
+
+    Raises ArtifactError for a file that is not such a report.
+    """
+    digest = file_sha256(artifact.root / MANIFEST)
+    reports = [
+        _load(path, TrafficReport, "measure the traffic again")
+        for path in sorted(profiles_dir(artifact).glob("traffic_*.json"))
+    ]
+    return [report for report in reports if report.manifest_sha256 == digest]
 
 
 def render_profile(profile: Profile) -> RenderableType:

@@ -26,12 +26,19 @@ from mobilevd_deploy.estimate import (
     estimate,
     estimate_counts,
     estimate_profile,
+    floor,
     load_calibration,
     preset_rewrites,
 )
 from mobilevd_deploy.flops import count_flops
 from mobilevd_deploy.inspection import STRUCTURAL_REWRITES
-from mobilevd_deploy.profiles import render_profile
+from mobilevd_deploy.profiles import (
+    TrafficReport,
+    TrafficRow,
+    profiles_dir,
+    render_profile,
+    save_traffic,
+)
 from mobilevd_deploy.spec import ModelSpec, load_preset
 
 CHIP = "Snapdragon 8 Gen 3"
@@ -192,6 +199,45 @@ def test_profile_of_a_preset() -> None:
     assert any("leaving one out" in note for note in found.notes)
     assert any("time by kind" in note and "spatial attention" in note for note in found.notes)
     render_profile(found)
+
+
+def test_floor_by_hand() -> None:
+    counts = Counts(spatial_linear=10**12, spatial_attention=5 * 10**11)
+    found = floor(counts, find(CHIP).chip, 7_680_000_000)
+    assert found is not None
+    assert found.dram_ms == pytest.approx(100)
+    assert found.arithmetic_ms == pytest.approx(2 * 2e12 / 45e12 * 1000)
+    assert (found.ms, found.binds) == (found.dram_ms, "DRAM traffic")
+    little = floor(counts, find(CHIP).chip, 1)
+    assert little is not None
+    assert (little.ms, little.binds) == (little.arithmetic_ms, "arithmetic")
+    assert floor(counts, find("S25").chip, 1) is None
+
+
+def test_no_calibrated_row_and_no_published_figure_beats_its_arithmetic_floor() -> None:
+    made, chip = load_calibration(), find(CHIP).chip
+    for counts, ms in [*((r.counts, r.published_ms) for r in made.rows), (made.sd15, 76.2)]:
+        found = floor(counts, chip, 0)
+        assert found is not None
+        assert ms > found.ms
+
+
+def test_an_artifact_whose_traffic_was_counted_gets_its_floor(tmp_path: Path) -> None:
+    with PartialArtifact(tmp_path / "clip") as partial:
+        manifest = tiny_artifact.build(partial.artifact)
+        passes = tuple(dataclasses.replace(manifest.passes[0], name=name) for name in STRUCTURAL_REWRITES)
+        artifact = partial.finish(dataclasses.replace(manifest, model=TINY.to_dict(), passes=passes))
+    shipped = dataclasses.replace(load_calibration(), frames=4, width=64, height=64)
+    assert any("no floor" in note for note in estimate_profile(artifact, CHIP, shipped).notes)
+    rows = (TrafficRow("decoder", 1, 1), TrafficRow("unet", 10**11, 10**11))
+    report = TrafficReport(1, "clip", artifact.digest, "SM8650", "w8a16", 0, "2025-01-31T12:00:00Z", rows)
+    save_traffic(report, profiles_dir(artifact))
+    notes = estimate_profile(artifact, CHIP, shipped).notes
+    (said,) = (note for note in notes if note.startswith("floor"))
+    assert "floor: 2,604 ms, and DRAM traffic binds" in said
+    assert "(200.00 GB as the compiler planned, at 76.8 GB/s)" in said
+    assert any("bytes per thousand operations" in note for note in notes)
+    assert any("no floor" in note for note in estimate_profile(artifact, "S25", shipped).notes)
 
 
 def test_profile_of_what_is_neither(tmp_path: Path) -> None:
