@@ -371,7 +371,7 @@ def estimate_profile(
         "and 16-bit activations are assumed",
         f"bracket: {result.ms:,.0f} ms at the rate of the paper's networks, {result.well_built_ms:,.0f} ms "
         f"at the {result.ms / result.well_built_ms:.1f} times faster one that the vendor publishes for "
-        "Stable Diffusion 1.5's UNet (W8A16, same chip): what a graph can reach that keeps its data on the chip",
+        "Stable Diffusion 1.5's UNet (W8A16, same chip), which a graph can reach that keeps its data on chip",
         *(_floor_notes(counts, chip, what, result.ms) if isinstance(what, Artifact) else ()),
         *result.notes,
     ]
