@@ -18,6 +18,8 @@ PACKAGES = (
     "transformers",
     "onnx",
     "onnxruntime",
+    "onnxruntime-qnn",
+    "aimet-torch",
     "onnxsim",
     "numpy",
 )

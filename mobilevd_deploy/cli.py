@@ -293,36 +293,57 @@ def traffic(
     mode: Annotated[
         int | None, typer.Option(min=0, max=3, help="Another optimisation mode than the recipe's.")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw it into this SVG file.", show_default=False)
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Count the bytes that move to and from DRAM, by the compiler's own schedule: planned, not measured.
 
-    A preset is compiled block by block with random weights, because no schedule depends on their values.
+    A preset is compiled block by block with random weights, because no schedule depends on their values. What
+    was counted of an artifact is kept in ARTIFACT.profiles/.
     """
     from rich.table import Table
 
     from mobilevd_deploy.artifact import MANIFEST, Artifact
+    from mobilevd_deploy.profiles import profiles_dir, save_traffic
     from mobilevd_deploy.recipe import load_recipe
     from mobilevd_deploy.spec import load_preset
-    from mobilevd_deploy.traffic import measure_artifact, measure_preset
+    from mobilevd_deploy.traffic import measure_artifact, measure_preset, write_picture
 
+    if picture is not None and picture.suffix != ".svg":
+        raise UsageError(f"{picture} is not an SVG file", next_step="name it like traffic.svg")
     with _progress(quiet or as_json) as progress:
         if (Path(what) / MANIFEST).exists():
-            rows = measure_artifact(Artifact.open(what), progress)
+            artifact = Artifact.open(what)
+            report = measure_artifact(artifact, progress)
+            save_traffic(report, profiles_dir(artifact))
         else:
             chosen, wanted = load_recipe(recipe), tuple(blocks or ["*"])
-            rows = measure_preset(load_preset(what).model, chosen, wanted, mode, progress)
+            report = measure_preset(what, load_preset(what).model, chosen, wanted, mode, progress)
+    if picture is not None:
+        write_picture(report, picture)
     if as_json:
-        _print_json([dataclasses.asdict(row) for row in rows])
+        _print_json(report.to_dict() | {"read": report.read, "written": report.written})
         return
-    table = Table("module", "read, MB", "written, MB", "floor, MB", "", title="DRAM traffic as scheduled")
-    most = max(row.read + row.written for row in rows)
-    for row in rows:
-        bar = "█" * round(30 * (row.read + row.written) / most) if most else ""
-        floor = "" if row.floor is None else f"{row.floor / 1e6:,.1f}"
-        table.add_row(row.path, f"{row.read / 1e6:,.1f}", f"{row.written / 1e6:,.1f}", floor, bar)
+    title = (
+        f"DRAM traffic as scheduled: {report.precision} for {report.target}, mode {report.optimization_mode}"
+    )
+    table = Table("module", "read, MB", "written, MB", "floor, MB", "", title=title)
+    most = max(row.read + row.written for row in report.rows)
+    for row in report.rows:
+        for shown, indent in ((row, ""), *((part, "  ") for part in row.parts)):
+            bar = "█" * round(30 * (shown.read + shown.written) / most) if most else ""
+            floor = "" if shown.floor is None else f"{shown.floor / 1e6:,.1f}"
+            name, read, written = indent + shown.path, shown.read / 1e6, shown.written / 1e6
+            table.add_row(name, f"{read:,.1f}", f"{written:,.1f}", floor, bar)
+    table.add_section()
+    table.add_row("in sum", f"{report.read / 1e6:,.1f}", f"{report.written / 1e6:,.1f}")
     _print_rich(table)
+    for row in report.rows:
+        if row.note is not None:
+            _print_rich(f"{row.path}: {row.note}")
 
 
 @app.command(

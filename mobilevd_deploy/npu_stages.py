@@ -3,6 +3,7 @@
     calibrate          run the float graphs on pictures, keep what every component gave
     quantise <name>    AIMET, judged on pictures that did not calibrate
     judge clip         the quantised graphs in a row against the float clip
+    ranges <name>      instead of these two, for float16: how large do values get?
     compile <name>     one QNN context binary for each target, read back
     simulate <name>    the binaries on the HTP simulator against what they should give
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import Any, cast
 
 import numpy as np
 import onnx
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mobilevd_deploy.artifact import Component, FileEntry, NpuBinary, NpuPart, PartialArtifact, Quality
 from mobilevd_deploy.calibration import JUDGES, Pictures
@@ -70,6 +72,8 @@ def plan(recipe: Recipe, weights: Mapping[str, float]) -> dict[str, float]:
         shares["calibrate"] = 1
     if recipe.quant:
         shares |= {f"quantise {name}": 3 * weight for name, weight in weights.items()} | {"judge clip": 1}
+    elif recipe.npu:
+        shares |= {f"ranges {name}": weight for name, weight in weights.items()}
     for target in recipe.npu.targets if recipe.npu else ():
         shares |= {f"compile {name} {target}": 3 * weight for name, weight in weights.items()}
         shares |= {f"simulate {name} {target}": weight for name, weight in weights.items()}
@@ -120,11 +124,18 @@ def run(
             {name: record["conditioning"] for name, record in records.items()},
         )
         found = {name: flow.with_quantised(component) for name, component in found.items()}
+        peaks: dict[str, dict[str, float]] = {}
+    else:
+        peaks = {
+            c.name: stages.run(f"ranges {c.name}", {}, partial(flow.measure_ranges, c)).values
+            for c in components
+        }
     for target in recipe.npu.targets if recipe.npu else ():
         for c in components:
             assert recipe.npu is not None
             options = {"npu": dataclasses.asdict(recipe.npu) | {"targets": target}}
-            compiled = stages.run(f"compile {c.name} {target}", options, partial(flow.compile, c, target))
+            compile_one = partial(flow.compile, c, target, peaks.get(c.name, {}))
+            compiled = stages.run(f"compile {c.name} {target}", options, compile_one)
             binary = flow.binary(c, target, compiled.values)
             found[c.name] = dataclasses.replace(found[c.name], npu=(*found[c.name].npu, binary))
             floors = {"floors": dataclasses.asdict(recipe.floors)}
@@ -217,12 +228,19 @@ class _Flow:
         write_sheet(rows, sheet)
         return StageOutput((sheet,), {"psnr_db": _plain(worst)})
 
-    def compile(self, component: Component, target: str) -> StageOutput:
-        """Compile one component for one chip."""
+    def measure_ranges(self, component: Component) -> StageOutput:
+        """Note the largest magnitude of each layer's output over all pictures, which float16 has to hold."""
+        network = self.build(cast(ComponentName, component.name))
+        samples = (self._load(path).feeds(component) for path in self._jobs())
+        return StageOutput((), largest_magnitudes(network, samples))
+
+    def compile(self, component: Component, target: str, peaks: Mapping[str, float]) -> StageOutput:
+        """Compile one component for one chip; `peaks` is what `lint` wants."""
         assert self.recipe.npu is not None
         quantised = self.recipe.quant is not None
         model = self._quantised(component.name) if quantised else self.folder.artifact / component.name
-        for finding in lint(model / MODEL, float16=not quantised, vtcm_mb=self.recipe.npu.vtcm_mb):
+        vtcm = self.recipe.npu.vtcm_mb
+        for finding in lint(model / MODEL, float16=not quantised, vtcm_mb=vtcm, peaks=peaks):
             self.progress.say(f"{component.name}: {finding}")
         # What a rule leaves in floats is an island on purpose.
         rules = self.recipe.quant.rules if self.recipe.quant else ()
@@ -380,3 +398,30 @@ class _Flow:
 def _plain(value: float) -> float | None:
     """Infinity, for identical outputs, is nothing that JSON can hold."""
     return None if value == math.inf else value
+
+
+@torch.no_grad()
+def largest_magnitudes(network: nn.Module, samples: Iterable[Tensors]) -> dict[str, float]:
+    """Return by module path the largest magnitude of what each leaf module gave for any sample, in float32.
+
+    `samples` are inputs in the order of the network's arguments, read one at a time.
+    """
+    peaks: dict[str, float] = {}
+
+    def note(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
+            # A NaN stays: it is not below any limit.
+            peaks[path] = float(np.maximum(peaks.get(path, 0.0), output.abs().max().item()))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(path))
+        for path, module in network.named_modules()
+        if not any(module.children())
+    ]
+    for sample in samples:
+        network(*(torch.from_numpy(value) for value in sample.values()))
+    for handle in handles:
+        handle.remove()
+    return peaks

@@ -247,7 +247,7 @@ def lint(
 ) -> tuple[Finding, ...]:
     """Look for what the compiler or the NPU is known to stumble over; the weights are read for float16 only.
 
-    `peaks`: the largest magnitudes of values by ONNX name, where somebody has measured them. Rules:
+    `peaks`: the largest magnitudes of values, by module path or ONNX name, where they were measured. Rules:
     "shape", "rank", "io-type", "data-file", "vtcm", "allocation", "float16-range".
     """
     import onnx

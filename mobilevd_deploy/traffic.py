@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import html
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,20 +20,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact import MANIFEST, Artifact, file_sha256
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.npu.build import build_npu
-from mobilevd_deploy.npu.unet import Transformer, VideoResBlock
+from mobilevd_deploy.npu.ops import PerFrame, TemporalResBlock
+from mobilevd_deploy.npu.unet import TemporalStage, Transformer, VideoResBlock
 from mobilevd_deploy.onnx_export import MODEL, export_onnx
 from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
 from mobilevd_deploy.probe import Tensors
+from mobilevd_deploy.profiles import SCHEMA_VERSION, TrafficReport, TrafficRow, now, write_durably
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.qnn import Target, find_target, measure_traffic
-from mobilevd_deploy.qnn_graph import Traffic
+from mobilevd_deploy.qnn_graph import DramBytes, Traffic
 from mobilevd_deploy.quantize import quantise
 from mobilevd_deploy.recipe import NpuOptions, Recipe
 from mobilevd_deploy.skeleton import rewritten_skeleton
 from mobilevd_deploy.spec import ModelSpec, from_dict
+
+WHOLE_UP_TO_FLOPS = 200e9
+"""The schedule of a larger graph takes gigabytes and hours: its blocks are compiled one by one."""
+
+_DEPTH = 3
+_DRAWN = 40
 
 
 @dataclass(frozen=True)
@@ -71,56 +80,52 @@ def unet_blocks(spec: ModelSpec, recipe: Recipe, patterns: Sequence[str] = ("*",
         yield Block(path, _randomised(unet.get_submodule(path)), values)
 
 
-@dataclass(frozen=True)
-class Row:
-    """Scheduled DRAM traffic in bytes of a component or block; `floor`: weights, inputs, outputs once."""
-
-    path: str
-    read: int
-    written: int
-    floor: int | None = None
-
-
 def measure_preset(
+    name: str,
     spec: ModelSpec,
     recipe: Recipe,
     patterns: Sequence[str] = ("*",),
     mode: int | None = None,
     progress: Progress | None = None,
-) -> list[Row]:
-    """Measure the UNet's blocks that match `patterns` for the recipe's first target, most traffic first.
+) -> TrafficReport:
+    """Measure the UNet's blocks that match `patterns` for the recipe's first target.
 
     Weights are random; quantised if the recipe is, else in float16. `mode`: another optimisation mode.
     Raises UsageError if nothing matches.
     """
-    progress, options = progress or Progress(), recipe.npu or NpuOptions()
+    options = recipe.npu or NpuOptions()
     if mode is not None:
         options = dataclasses.replace(options, optimization_mode=cast(Any, mode))
-    target, rows = find_target(options.targets[0]), []
-    for block in unet_blocks(spec, recipe, patterns):
-        progress.begin(block.path)
-        found = measure_block(block, recipe, options, target).total
-        rows.append(Row(block.path, found.read, found.written, block.floor_bytes))
-        progress.end()
-    return sorted(rows, key=lambda row: -row.read - row.written)
+    recipe = dataclasses.replace(recipe, npu=None)  # so that no mode is refused that is only measured
+    return _report(name, None, recipe, options, _block_rows(spec, recipe, options, patterns, progress))
 
 
 def measure_block(block: Block, recipe: Recipe, options: NpuOptions, target: Target) -> Traffic:
-    """Export one block as the recipe says, quantised if it has `quant`, compile it and read the schedule."""
+    """Export one block as the recipe says, compile it and read the schedule."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        if recipe.quant is None:
-            export_onnx(block.module, block.inputs, ["out"], path, recipe.onnx)
-        else:
-            quantise(block.module, [block.inputs], recipe.quant).export(path, block.inputs, ["out"])
-        return measure_traffic(path / MODEL, target, options, float16=recipe.quant is None)
+        export_block(block, recipe, Path(folder))
+        return measure_traffic(Path(folder) / MODEL, target, options, float16=recipe.quant is None)
 
 
-def measure_artifact(artifact: Artifact, progress: Progress | None = None) -> list[Row]:
-    """Measure an artifact as it was compiled for its first target: each component, then its parts.
+def export_block(block: Block, recipe: Recipe, folder: Path) -> None:
+    """Write one block as `folder`/model.onnx with the output "out", quantised if the recipe has `quant`.
 
-    A part is what stands up to four names deep; most traffic first. Raises UsageError if it was compiled for
-    no chip.
+    The ranges are those of one frame where that does: no schedule depends on them.
+    """
+    if recipe.quant is None:
+        export_onnx(block.module, block.inputs, ["out"], folder, recipe.onnx)
+        return
+    sample = block.inputs
+    if not any(isinstance(m, (TemporalStage, TemporalResBlock, PerFrame)) for m in block.module.modules()):
+        sample = sample | {"x": sample["x"][:1]}
+    quantise(block.module, [sample], recipe.quant).export(folder, block.inputs, ["out"])
+
+
+def measure_artifact(artifact: Artifact, progress: Progress | None = None) -> TrafficReport:
+    """Measure an artifact as it was compiled for its first target: each component with its parts.
+
+    A part is what stands up to three names deep. A UNet of more than `WHOLE_UP_TO_FLOPS` is measured block by
+    block, with random weights. Raises UsageError if the artifact was compiled for no chip.
     """
     progress, recipe = progress or Progress(), from_dict(Recipe, artifact.manifest.recipe)
     if recipe.npu is None:
@@ -129,19 +134,112 @@ def measure_artifact(artifact: Artifact, progress: Progress | None = None) -> li
             next_step="export with a recipe that has [npu], for example --recipe xiaomi-14-pro",
         )
     target, role = find_target(recipe.npu.targets[0]), "model" if recipe.quant is None else "quantised"
-    rows: list[Row] = []
+    rows: list[TrafficRow] = []
     progress.plan({c.name: max(c.flops, 1) for c in artifact.manifest.components})
     for component in artifact.manifest.components:
-        progress.begin(component.name)
         artifact.verify(component)
+        if component.name == "unet" and component.flops > WHOLE_UP_TO_FLOPS:
+            spec = from_dict(ModelSpec, artifact.manifest.model)
+            rows.append(_joined(component.name, _block_rows(spec, recipe, recipe.npu, ["*"], progress)))
+            continue
+        progress.begin(component.name)
         model = artifact.path(component, role)
         found = measure_traffic(model, target, recipe.npu, float16=recipe.quant is None)
-        rows.append(Row(component.name, found.total.read, found.total.written))
-        paths = dict.fromkeys(".".join(path.split(".")[:4]) for path in found.modules)
-        parts = [Row(f"{component.name}.{p}", found.under(p).read, found.under(p).written) for p in paths]
-        rows += sorted(parts, key=lambda row: -row.read - row.written)
+        rows.append(_row(component.name, found))
+        progress.end()
+    digest = file_sha256(artifact.root / MANIFEST)
+    return _report(artifact.manifest.name, digest, recipe, recipe.npu, rows)
+
+
+def write_picture(report: TrafficReport, path: Path) -> None:
+    """Write `draw(report)` into a file. Raises UsageError where it cannot be written, ResourceError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, draw(report))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error}", next_step="choose another file") from error
+
+
+def draw(report: TrafficReport) -> str:
+    """Return an SVG image of a report: a bar for each row and its parts, what is read, then what is written.
+
+    Of more than 40 bars the first are drawn, and the legend says how many are not.
+    """
+    bars = [bar for row in report.rows for bar in ((row, 0), *((part, 1) for part in row.parts))]
+    shown, most = bars[:_DRAWN], max([row.read + row.written for row, _ in bars] + [1])
+    left, width, step = 380, 520, 22
+    height = step * (len(shown) + 2)
+    title = (
+        f"{report.what}, {report.precision} for {report.target}, "
+        f"optimisation mode {report.optimization_mode}: {report.read / 1e6:,.1f} MB read "
+        f"and {report.written / 1e6:,.1f} MB written, as scheduled"
+    )
+    legend = "blue: read; orange: written; dashed: inputs, outputs and weights once"
+    if len(bars) > len(shown):
+        legend += f"; {len(bars) - len(shown)} more rows are not drawn"
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 160}" height="{height}" '
+        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>',
+        f'<text x="10" y="16">{html.escape(title)}</text>',
+        f'<text x="10" y="{height - 6}">{legend}</text>',
+    ]
+    for (row, depth), y in zip(shown, range(step, height, step), strict=False):
+        read, written = (width * value / most for value in (row.read, row.written))
+        lines += [
+            f'<text x="{10 + 14 * depth}" y="{y + 15}">{html.escape(row.path)}</text>',
+            f'<rect x="{left}" y="{y + 4}" width="{read:.1f}" height="14" fill="#4a7ebb"/>',
+            f'<rect x="{left + read:.1f}" y="{y + 4}" width="{written:.1f}" height="14" fill="#d0743c"/>',
+            f'<text x="{left + read + written + 6:.1f}" y="{y + 15}">'
+            f"{row.read / 1e6:,.1f} + {row.written / 1e6:,.1f} MB</text>",
+        ]
+        if row.floor is not None:
+            x = left + width * row.floor / most
+            lines.append(f'<path d="M{x:.1f} {y + 1}v20" stroke="#000" stroke-dasharray="2 2"/>')
+    return "\n".join((*lines, "</svg>", ""))
+
+
+def _report(
+    what: str, digest: str | None, recipe: Recipe, options: NpuOptions, rows: Sequence[TrafficRow]
+) -> TrafficReport:
+    scheme, target = recipe.quant, options.targets[0]
+    precision = f"w{scheme.weights}a{scheme.activations}" if scheme else "float16"
+    mode = options.optimization_mode
+    return TrafficReport(SCHEMA_VERSION, what, digest, target, precision, mode, now(), _spills_first(rows))
+
+
+def _block_rows(
+    spec: ModelSpec,
+    recipe: Recipe,
+    options: NpuOptions,
+    patterns: Sequence[str],
+    progress: Progress | None = None,
+) -> list[TrafficRow]:
+    progress, target, rows = progress or Progress(), find_target(options.targets[0]), []
+    for block in unet_blocks(spec, recipe, patterns):
+        progress.begin(block.path)
+        rows.append(_row(block.path, measure_block(block, recipe, options, target), block.floor_bytes))
         progress.end()
     return rows
+
+
+def _row(path: str, found: Traffic, floor: int | None = None) -> TrafficRow:
+    parts = {"inputs and outputs": found.edges}
+    for module, moved in found.modules.items():
+        name = ".".join(module.split(".")[:_DEPTH]) or "others"
+        parts[name] = parts.get(name, DramBytes()) + moved
+    rows = [TrafficRow(name, moved.read, moved.written) for name, moved in parts.items()]
+    return TrafficRow(path, found.total.read, found.total.written, floor, _spills_first(rows))
+
+
+def _joined(path: str, rows: Sequence[TrafficRow]) -> TrafficRow:
+    read, written = sum(row.read for row in rows), sum(row.written for row in rows)
+    parts = [dataclasses.replace(row, parts=()) for row in rows]
+    note = "block by block with random weights; what stands between blocks is not in it"
+    return TrafficRow(path, read, written, None, _spills_first(parts), note)
+
+
+def _spills_first(rows: Sequence[TrafficRow]) -> tuple[TrafficRow, ...]:
+    return tuple(sorted(rows, key=lambda row: (-row.written, -row.read)))
 
 
 @torch.no_grad()
@@ -170,8 +268,18 @@ def _input_shapes(unet: nn.Module, inputs: Sequence[Tensor]) -> Mapping[str, dic
 
 @torch.no_grad()
 def _randomised(module: nn.Module) -> nn.Module:
-    """Copy a module from the meta device to memory, with weights that keep the signal's size."""
-    real = copy.deepcopy(module).to_empty(device="cpu")
+    """Copy a module from the meta device to memory, with weights that keep the signal's size.
+
+    What shares a weight goes on sharing it (`Module.to_empty` would part them).
+    """
+    real, made = copy.deepcopy(module), dict[int, Tensor]()
+    for part in real.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    fresh = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+                    tensors[name] = cast(Any, made.setdefault(id(tensor), fresh))
     generator = torch.Generator().manual_seed(0)
     for name, tensor in (*real.named_parameters(), *real.named_buffers()):
         if tensor.ndim < 2:

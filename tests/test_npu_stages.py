@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import write_checkpoint
+from torch import nn
 
 pytest.importorskip("aimet_torch")
 pytest.importorskip("onnxruntime_qnn")
@@ -19,7 +21,7 @@ pytest.importorskip("onnxruntime_qnn")
 from mobilevd_deploy import npu_stages, verify
 from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.deploy import deploy
-from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError
+from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError, VendorError
 from mobilevd_deploy.pipeline import Pipeline
 from mobilevd_deploy.probe import psnr_db
 from mobilevd_deploy.progress import Progress
@@ -187,6 +189,12 @@ def test_plan_names_every_stage_that_runs(artifact: Artifact) -> None:
     ran = [name for name in artifact.manifest.stages if not name.startswith("export ")]
     assert set(planned) == set(ran)
     assert npu_stages.plan(Recipe("float"), {"unet": 1.0}) == {}
+    assert [*npu_stages.plan(dataclasses.replace(RECIPE, quant=None), {"unet": 1.0})] == [
+        "calibrate",
+        "ranges unet",
+        "compile unet SM8650",
+        "simulate unet SM8650",
+    ]
 
 
 def test_large_components_are_not_simulated_and_say_so(
@@ -203,3 +211,39 @@ def test_large_components_are_not_simulated_and_say_so(
     flow = npu_stages._Flow(RECIPE, (component,), lambda _: None, None, Heard())  # type: ignore[arg-type]
     assert flow.simulate(component, "SM8650").values == {"simulated": False}
     assert "not simulated" in heard[0]
+
+
+# ---- ranges ----
+
+
+def test_the_largest_magnitude_of_every_layer_is_found() -> None:
+    network = nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU()))
+    samples = ({"x": np.array(values, np.float32)} for values in ([1, -70000], [3, 2]))
+    assert npu_stages.largest_magnitudes(network, samples) == {"0": 70000, "1.0": 3}
+    assert all(not module._forward_hooks for module in network.modules())
+    # A NaN must not be forgotten over what comes behind it.
+    broken = ({"x": np.array([value], np.float32)} for value in (float("nan"), 1))
+    assert math.isnan(npu_stages.largest_magnitudes(network, broken)["0"])
+
+
+def test_what_float16_does_not_hold_is_said_before_the_compiler_is_asked(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+
+    class Heard(Progress):
+        def say(self, sentence: str) -> None:
+            heard.append(sentence)
+
+    def stop(*_: object, **__: object) -> None:
+        raise VendorError("the compiler was asked")
+
+    monkeypatch.setattr(npu_stages, "largest_magnitudes", lambda *_: {"blocks.0.conv": 70000.0, "fine": 1.0})
+    monkeypatch.setattr(npu_stages, "compile_context", stop)
+    with pytest.raises(VendorError, match="the compiler was asked"):
+        deploy(checkpoint, dataclasses.replace(RECIPE, quant=None), tmp_path / "out", progress=Heard())
+    said = [sentence for sentence in heard if "float16-range" in sentence]
+    assert said == [
+        "image_encoder: blocks.0.conv: reaches 70000, float16 ends at 65504 [float16-range; IEEE 754]"
+    ]
+    assert (tmp_path / ".out.partial" / "stages" / "ranges unet.json").exists()

@@ -1,16 +1,30 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import torch
 
+from mobilevd_deploy import traffic
 from mobilevd_deploy.artifact import Artifact
-from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.recipe import load_recipe
+from mobilevd_deploy.errors import ArtifactError, UsageError
+from mobilevd_deploy.profiles import (
+    TrafficReport,
+    TrafficRow,
+    load_profiles,
+    load_traffic,
+    profiles_dir,
+    save_traffic,
+)
+from mobilevd_deploy.qnn import Target
+from mobilevd_deploy.qnn_graph import DramBytes, Traffic
+from mobilevd_deploy.recipe import NpuOptions, Recipe, load_recipe
 from mobilevd_deploy.spec import load_preset
-from mobilevd_deploy.traffic import measure_artifact, measure_preset, unet_blocks
+from mobilevd_deploy.traffic import draw, measure_artifact, measure_preset, unet_blocks
 
 DEMO = load_preset("demo").model
 FLOAT = load_recipe("npu-float")
@@ -38,6 +52,12 @@ def test_the_floor_counts_weights_inputs_and_outputs_once() -> None:
     assert block.floor_bytes == 2 * (weights + 2 * 7 * 96 * 2)
 
 
+def test_frames_one_after_the_other_share_their_weights() -> None:
+    recipe = dataclasses.replace(FLOAT, graph=dataclasses.replace(FLOAT.graph, frames="sequential"))
+    floors = [next(iter(unet_blocks(DEMO, r, ["down_blocks.0.*"]))).floor_bytes for r in (FLOAT, recipe)]
+    assert floors[0] == floors[1]
+
+
 def test_an_unknown_block_is_refused() -> None:
     with pytest.raises(UsageError, match="no block matches nonsense") as caught:
         next(iter(unet_blocks(DEMO, FLOAT, ["nonsense"])))
@@ -50,14 +70,106 @@ def test_an_artifact_without_binaries_is_refused(exported: dict[str, Artifact]) 
 
 
 @pytest.mark.parametrize("recipe", [FLOAT, load_recipe("xiaomi-14-pro")], ids=["float16", "w8a16"])
-def test_the_compilers_schedule_of_a_block(recipe: object) -> None:
+def test_the_compilers_schedule_of_a_block(recipe: Recipe, request: pytest.FixtureRequest) -> None:
     """Weights have to come from DRAM at least once, and a block this small never spills."""
     pytest.importorskip("onnxruntime_qnn")
     pytest.importorskip("aimet_torch")
-    (row,) = measure_preset(DEMO, recipe, ["mid_block.resnets.0"])  # type: ignore[arg-type]
+    report = measure_preset("demo", DEMO, recipe, ["mid_block.resnets.0"])
+    (row,) = report.rows
     weights = 2 * 9 * 96 * 96 * (2 if recipe is FLOAT else 1)
+    assert row.path == "mid_block.resnets.0"
     assert weights <= row.read < 4 * weights
     assert row.written < row.read
     assert row.floor is not None
-    assert np.isfinite(row.floor)
-    assert dataclasses.asdict(row)["path"] == "mid_block.resnets.0"
+    assert sum(part.read for part in row.parts) == row.read == report.read
+    assert sum(part.written for part in row.parts) == row.written == report.written
+    by_path = {part.path: part for part in row.parts}
+    assert by_path["spatial_res_block.conv1"].read >= weights // 2
+    assert (report.target, report.precision) == ("SM8650", request.node.callspec.id)
+
+
+def row(path: str, read: int, written: int, *parts: TrafficRow, floor: int | None = None) -> TrafficRow:
+    return TrafficRow(path, read, written, floor, parts)
+
+
+REPORT = TrafficReport(
+    1,
+    "a <model>",
+    None,
+    "SM8650",
+    "w8a16",
+    0,
+    "2025-01-31T12:00:00Z",
+    (row("a", 3_000_000, 2_000_000, row("a.b", 3_000_000, 500_000), floor=1_000_000), row("c", 4_000_000, 0)),
+)
+
+
+def test_the_picture_shows_every_row_to_scale() -> None:
+    root = ElementTree.fromstring(draw(REPORT))
+    name = "{http://www.w3.org/2000/svg}"
+    words = [text.text for text in root.iter(f"{name}text")]
+    assert words[0] == (
+        "a <model>, w8a16 for SM8650, optimisation mode 0: 7.0 MB read and 2.0 MB written, as scheduled"
+    )
+    assert [word for word in words if word in ("a", "a.b", "c")] == ["a", "a.b", "c"]
+    assert "3.0 + 0.5 MB" in words
+    bars = [float(rect.attrib["width"]) for rect in root.iter(f"{name}rect") if rect.attrib["fill"] != "#fff"]
+    unit = bars[0] / 3
+    assert bars == pytest.approx([3 * unit, 2 * unit, 3 * unit, 0.5 * unit, 4 * unit, 0], abs=0.1)
+    assert len([*root.iter(f"{name}path")]) == 1  # the only floor that is known
+
+
+def test_a_long_picture_says_what_it_leaves_out() -> None:
+    many = dataclasses.replace(REPORT, rows=tuple(row(f"block{i}", 1, 1) for i in range(50)))
+    drawn = draw(many)
+    assert "block39" in drawn
+    assert "block40" not in drawn
+    assert "10 more rows are not drawn" in drawn
+
+
+def test_what_was_measured_is_kept_beside_the_artifact(exported: dict[str, Artifact], tmp_path: Path) -> None:
+    artifact = Artifact.open(shutil.copytree(exported["onnx"].root, tmp_path / "model"))
+    digest = hashlib.sha256((artifact.root / "manifest.json").read_bytes()).hexdigest()
+    report = dataclasses.replace(REPORT, manifest_sha256=digest)
+    assert load_traffic(artifact) == []
+    path = save_traffic(report, profiles_dir(artifact))
+    assert path == tmp_path / "model.profiles" / "traffic_SM8650.json"
+    assert load_traffic(artifact) == [report]
+    assert load_profiles(artifact) == []
+    save_traffic(REPORT, profiles_dir(artifact))
+    assert load_traffic(artifact) == []  # of another artifact that had this name
+    path.write_text(path.read_text().replace('"read"', '"red"'))
+    with pytest.raises(ArtifactError, match=r"unknown key 'red'.*\n.*measure the traffic again"):
+        load_traffic(artifact)
+
+
+def test_an_artifact_is_measured_by_component_and_a_large_unet_by_block(
+    exported: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = exported["onnx"]
+    recipe = dataclasses.replace(FLOAT, npu=NpuOptions(targets=("SM8750",), optimization_mode=2))
+    manifest = dataclasses.replace(artifact.manifest, recipe=recipe.to_dict())
+    artifact = dataclasses.replace(artifact, manifest=manifest)
+    asked: list[tuple[str, str, int, bool]] = []
+
+    def planned(model: Path, target: Target, options: NpuOptions, *, float16: bool) -> Traffic:
+        asked.append((model.parent.name, target.name, options.optimization_mode, float16))
+        return Traffic({"a.b.c.d": DramBytes(3, 2), "": DramBytes(1, 0)}, DramBytes(5, 7))
+
+    monkeypatch.setattr(traffic, "measure_traffic", planned)
+    report = measure_artifact(artifact)
+    assert sorted(asked) == sorted(
+        (component.name, "SM8750", 2, True) for component in artifact.manifest.components
+    )
+    assert report.what == artifact.manifest.name
+    assert (report.target, report.precision, report.optimization_mode) == ("SM8750", "float16", 2)
+    assert (report.read, report.written) == (9 * len(asked), 9 * len(asked))
+    assert report.rows[0].parts == (row("inputs and outputs", 5, 7), row("a.b.c", 3, 2), row("others", 1, 0))
+
+    monkeypatch.setattr(traffic, "WHOLE_UP_TO_FLOPS", 0)
+    blocks = measure_artifact(artifact).rows
+    (unet,) = (row for row in blocks if row.path == "unet")
+    assert {part.path for part in unet.parts} == {block.path for block in unet_blocks(DEMO, FLOAT)}
+    assert (unet.read, unet.written) == (9 * len(unet.parts), 9 * len(unet.parts))
+    assert unet.note is not None
+    assert [row.note for row in blocks if row.path != "unet"] == [None] * (len(blocks) - 1)
