@@ -223,6 +223,7 @@ class Quality:
     `clip_psnr_db`: of the quantised clip against the float clip, frames in [-1, 1].
     `conditioning`: component, then input: how far the output moves when this input alone becomes another
     picture's, quantised over float; 1 is perfect, 0 a dead input.
+    `sensitivity`: component, then block: SQNR in dB with nothing but this block quantised; None: no change.
     """
 
     calibration: str
@@ -230,6 +231,7 @@ class Quality:
     sha256: tuple[str, ...]
     clip_psnr_db: float | None
     conditioning: dict[str, dict[str, float]]
+    sensitivity: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip_psnr_db", _drift(self.clip_psnr_db, "quality.clip_psnr_db"))

@@ -37,7 +37,7 @@ from mobilevd_deploy.probe import Tensors, psnr_db, sqnr_db
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target, lint
 from mobilevd_deploy.qnn_graph import check_graph
-from mobilevd_deploy.quantize import conditioning, quantise
+from mobilevd_deploy.quantize import conditioning, quantise, sensitivity
 from mobilevd_deploy.recipe import Recipe
 from mobilevd_deploy.split import Cut, parts_needed, plan_cut, write_parts
 from mobilevd_deploy.stages import StageOutput, Stages
@@ -122,6 +122,7 @@ def run(
             pictures.sha256,
             clip,
             {name: record["conditioning"] for name, record in records.items()},
+            {name: record["sensitivity"] for name, record in records.items()},
         )
         found = {name: flow.with_quantised(component) for name, component in found.items()}
         peaks: dict[str, dict[str, float]] = {}
@@ -200,9 +201,10 @@ class _Flow:
         quantised.export(self._quantised(name), feeds[0], [output])
         expected = self._expected_path(name)
         np.savez(expected, given=given[0])
+        blocks = {block: _plain(alone) for block, alone in sensitivity(quantised, feeds[0]).items()}
         return StageOutput(
             (*self._existing(self._quantised(name)), expected),
-            {"drift": _plain(drift), "conditioning": ratios},
+            {"drift": _plain(drift), "conditioning": ratios, "sensitivity": blocks},
         )
 
     def judge_clip(self) -> StageOutput:

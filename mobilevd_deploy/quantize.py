@@ -18,6 +18,7 @@ import hashlib
 import logging
 import math
 import pickle
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,8 @@ Array = npt.NDArray[Any]
 Runner = Callable[[Tensors], npt.ArrayLike]
 
 RULES = "htp_quantsim.json"
+# "up_blocks.1.resnets.0" of "up_blocks.1.resnets.0.spatial_res_block.conv1".
+_BLOCK = re.compile(r"(?:.*?\.)?(?:resnets|attentions|layers|blocks)\.\d+(?=\.|$)")
 FLOAT = 32
 
 # 16-bit Q and DQ exist from here on.
@@ -821,36 +824,21 @@ def _ratio(value: float, reference: float) -> float:
     return math.inf if value else 1.0
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """SQNR of the output in dB against float: with nothing but `block` quantised, and with all but it."""
+def sensitivity(quantised: Quantised, inputs: Tensors) -> dict[str, float]:
+    """Return by block the SQNR of the output in dB with nothing but that block quantised, costliest first.
 
-    block: str
-    alone_db: float
-    spared_db: float
-
-
-def sensitivity(quantised: Quantised, inputs: Tensors, *, depth: int = 4) -> list[Sensitivity]:
-    """Return what each block costs, the costliest when alone first.
-
-    A block is all modules whose paths have their first `depth` names in common; ranges stay as they are.
+    A block is a resblock, a transformer or the like with all its modules, or a module that stands alone.
+    Ranges stay as they are. A block that changes nothing has inf.
     """
     reference = quantised.run_float(inputs)
-    paths = [path for path, _ in quantised.sim.named_qmodules()]
+    alone: dict[str, float] = {}
+    for block in dict.fromkeys(block_of(path) for path, _ in quantised.sim.named_qmodules()):
+        with quantised._without(lambda path, block=block: block_of(path) != block):  # type: ignore[misc]
+            alone[block] = sqnr_db(reference, quantised.run(inputs))
+    return dict(sorted(alone.items(), key=lambda item: item[1]))
 
-    def block_of(path: str) -> str:
-        return ".".join(path.split(".")[:depth])
 
-    def measured(without: Callable[[str], bool]) -> float:
-        with quantised._without(without):
-            return sqnr_db(reference, quantised.run(inputs))
-
-    rows = [
-        Sensitivity(
-            block,
-            measured(lambda path, block=block: block_of(path) != block),  # type: ignore[misc]
-            measured(lambda path, block=block: block_of(path) == block),  # type: ignore[misc]
-        )
-        for block in dict.fromkeys(map(block_of, paths))
-    ]
-    return sorted(rows, key=lambda row: row.alone_db)
+def block_of(path: str) -> str:
+    """Return the path of the resblock, transformer or layer that a module is part of, or the module's own."""
+    match = _BLOCK.match(path)
+    return match[0] if match else path

@@ -22,6 +22,7 @@ from mobilevd_deploy.progress import duration
 from mobilevd_deploy.recipe import GraphForms, Recipe
 from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict
 
+_SHOWN_BLOCKS = 8  # per component; the others are folded away
 DROP_PASS = "drop-temporal-blocks"  # a dropped block is out of the graph only where this pass ran
 
 
@@ -46,6 +47,7 @@ def render_report(manifest: Manifest, importance: Mapping[str, float], sheet: by
         *(() if sheet is None else (_section("What it makes", _picture(sheet)),)),
         _section("Components", _components(manifest, recipe)),
         *(() if manifest.quality is None else (_section("Quantisation", _quantisation(manifest, recipe)),)),
+        *((_section("Sensitivity", _sensitivity(manifest)),) if _noise(manifest) else ()),
         *((_section("For the NPU", _binaries(manifest)),) if manifest.components[0].npu else ()),
         _section("Rewrites", _rewrites(manifest, recipe)),
         _section("Temporal blocks", _temporal(manifest, spec, importance)),
@@ -217,6 +219,37 @@ def _quantisation(manifest: Manifest, recipe: Recipe) -> str:
         "alone changes, quantised over float: 1 is perfect, 0 a dead input. The export fails below "
         f"{floors.quantised_sqnr_db:g} dB, a clip below {floors.clip_psnr_db:g} dB, or an answer below "
         f"{floors.conditioning:g}.</p>"
+    )
+
+
+def _noise(manifest: Manifest) -> dict[str, list[tuple[str, float]]]:
+    """Return by component the blocks with the noise of each alone, as parts of all noise, most first."""
+    shares = {}
+    for name, blocks in (manifest.quality.sensitivity if manifest.quality else {}).items():
+        powers = {block: 0.0 if db is None else 10 ** (-db / 10) for block, db in blocks.items()}
+        if whole := sum(powers.values()):
+            ranked = sorted(powers.items(), key=lambda item: -item[1])
+            shares[name] = [(block, power / whole) for block, power in ranked]
+    return shares
+
+
+def _sensitivity(manifest: Manifest) -> str:
+    assert manifest.quality is not None
+    parts = []
+    for name, ranked in _noise(manifest).items():
+        decibels, most = manifest.quality.sensitivity[name], ranked[0][1]
+        rows = [
+            (_text(block), _bar("cost", share, most), f"{_share(share, 1)}, {_decibels(decibels[block])}")
+            for block, share in ranked
+        ]
+        first = _table(("block", "share of the noise", "SQNR alone"), rows[:_SHOWN_BLOCKS], kind="fall")
+        rest = rows[_SHOWN_BLOCKS:]
+        more = _table(("block", "share of the noise", "SQNR alone"), rest, kind="fall")
+        hidden = f"<details><summary>{len(rest)} more</summary>{more}</details>" if rest else ""
+        parts.append(f"<h3>{_text(name)}</h3>{first}{hidden}")
+    return "".join(parts) + (
+        '<p class="note">SQNR of the output with nothing but this block quantised, and its share of the sum '
+        "of such noise. The blocks on top are those to give more bits by a rule.</p>"
     )
 
 
@@ -659,6 +692,7 @@ body {
 }
 h1 { margin: 0; font-size: 2.1rem; line-height: 1.15; letter-spacing: -.02em; }
 h2 { margin: 3rem 0 .8rem; font-size: 1.25rem; letter-spacing: -.01em; }
+h3 { margin: 1.4rem 0 .4rem; font-size: 1rem; }
 p { margin: .5rem 0; max-width: 46rem; }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .875em; }
 pre { margin: .5rem 0; padding: .8rem 1rem; background: var(--card); border-radius: .5rem;

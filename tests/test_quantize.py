@@ -33,7 +33,7 @@ from mobilevd_deploy.probe import Tensors, sqnr_db
 from mobilevd_deploy.quantize import (
     RULES,
     Quantised,
-    Sensitivity,
+    block_of,
     check_interface,
     check_operands,
     check_quantised,
@@ -797,12 +797,20 @@ def test_sensitivity_finds_the_block_that_costs_most() -> None:
     little = quantise_little(middle, QuantScheme(rules=(QuantRule("middle.1", activations=8),)))
     inputs = little_sample(3)
     before = little.run(inputs)
-    rows = sensitivity(little, inputs, depth=2)
-    assert {row.block for row in rows} == {"first", "middle.0", "middle.1", "last"}
-    assert rows == sorted(rows, key=lambda row: row.alone_db)
-    by_block = {row.block: row for row in rows}
-    assert by_block["middle.1"].alone_db < by_block["middle.0"].alone_db - 20
-    assert by_block["middle.1"].spared_db > by_block["middle.0"].spared_db
+    alone = sensitivity(little, inputs)
+    assert set(alone) == {"first", "middle.0", "middle.1", "last"}
+    assert [*alone.values()] == sorted(alone.values())
+    assert alone["middle.1"] < alone["middle.0"] - 20
     assert np.array_equal(little.run(inputs), before), "the quantisers are back"
-    assert {row.block for row in sensitivity(little, inputs, depth=1)} == {"first", "middle", "last"}
-    assert isinstance(rows[0], Sensitivity)
+
+
+def test_blocks() -> None:
+    blocks = {
+        "up_blocks.1.resnets.0.spatial_res_block.conv1": "up_blocks.1.resnets.0",
+        "mid_block.attentions.0.proj_in": "mid_block.attentions.0",
+        "layers.11.self_attn.to_q": "layers.11",
+        "encoder.blocks.1.act1.sigmoid": "encoder.blocks.1",
+        "down_blocks.0.downsample.conv": "down_blocks.0.downsample.conv",
+        "conv_in": "conv_in",
+    }
+    assert {path: block_of(path) for path in blocks} == blocks
