@@ -3,18 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := mobilevd_deploy benchmarks tests
+SOURCES := mobilevd_deploy benchmarks tests android_app
 
-.PHONY: demo test check fix clean
+.PHONY: demo float artifacts apk test check fix clean
 
-demo: $(READY)  ## a clip by the exported float model, then one by the NPU's binaries on its simulator
-	$(BIN)/mobilevd-deploy export --recipe onnx --output build/demo/artifact
+demo: artifacts  ## a clip by the exported float model, then one by the NPU's binaries on its simulator
 	@$(MAKE) --no-print-directory build/demo/clip.gif
 ifeq ($(shell uname -sm),Linux x86_64)
-	$(BIN)/mobilevd-deploy export --recipe xiaomi-14-pro --output build/demo/npu
 	@$(MAKE) --no-print-directory build/demo/npu-clip.gif
 else
 	@echo "Qualcomm's compiler and simulator are for Linux on x86-64, so the demo ends here"
+endif
+
+float: $(READY)  ## the demo's float artifact
+	$(BIN)/mobilevd-deploy export --recipe onnx --output build/demo/artifact
+
+artifacts: float  ## and where the compiler runs, the one with the NPU's binaries
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(BIN)/mobilevd-deploy export --recipe xiaomi-14-pro --output build/demo/npu
 endif
 
 build/demo/clip.gif: build/demo/artifact/manifest.sha256 models/demo.png
@@ -25,8 +31,17 @@ build/demo/npu-clip.gif: build/demo/npu/manifest.sha256 models/demo.png
 	$(BIN)/mobilevd-deploy generate models/demo.png --artifact build/demo/npu --provider npu-sim --scale 3 \
 	  --output $@ --sheet build/demo/npu-sheet.png
 
-test: check  ## everything that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+SIGN := $(if $(KEYSTORE),--keystore '$(KEYSTORE)' --key-alias '$(or $(KEY_ALIAS),release)')
+
+apk: artifacts  ## the Android app in both flavours, into build/apk; KEYSTORE and QNN_LIBS: see README
+	$(PYTHON) android_app/build.py apk --artifact demo=build/demo/artifact $(SIGN)
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(PYTHON) android_app/build.py apk --flavour npu --artifact demo=build/demo/npu $(SIGN) \
+	  $(if $(QNN_LIBS),--qnn-libs '$(QNN_LIBS)')
+endif
+
+test: check float  ## everything that CI runs
+	MOBILEVD_ARTIFACT=$(CURDIR)/build/demo/artifact OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(READY)  ## report style and type errors
 	$(BIN)/ruff check $(SOURCES)

@@ -302,19 +302,29 @@ def javac(sources: Iterable[Path], classpath: Iterable[Path], target: Path, *opt
 def link_resources(target: Path, flavour: str, version_name: str, java: Path) -> None:
     """Compile resources and manifest into an APK without code; R.java goes below `java`."""
     need("aapt2")
-    app = dependencies()["app"]
     resources, _ = framework()
     compiled = target.with_suffix(".zip")
     run("aapt2", "compile", "--dir", APP / "app" / "res", "-o", compiled)
+    manifest = complete_manifest(flavour, target.with_name("AndroidManifest.xml"))
     run(
-        "aapt2", "link", "-o", target, "-I", resources, "--manifest", APP / "app" / "AndroidManifest.xml",
-        "--java", java, "--min-sdk-version", str(app["min_sdk"][flavour]),
-        "--target-sdk-version", str(app["target_sdk"]), "--version-name", version_name,
-        "--version-code", str(version_code(version())),
+        "aapt2", "link", "-o", target, "-I", resources, "--manifest", manifest, "--java", java,
+        "--version-name", version_name, "--version-code", str(version_code(version())),
         # aapt2 of Debian does not know <uses-native-library> yet.
         "--warn-manifest-validation",
         compiled,
     )  # fmt: skip
+
+
+def complete_manifest(flavour: str, target: Path) -> Path:
+    """Write the manifest with what Gradle takes from its own script: the package, and the levels."""
+    app = dependencies()["app"]
+    levels = (
+        f'android:minSdkVersion="{app["min_sdk"][flavour]}" android:targetSdkVersion="{app["target_sdk"]}"'
+    )
+    text = (APP / "app" / "AndroidManifest.xml").read_text(encoding="utf-8")
+    text = text.replace("<manifest ", f'<manifest package="{app["package"]}" ', 1)
+    target.write_text(text.replace("<application", f"<uses-sdk {levels} /><application", 1), encoding="utf-8")
+    return target
 
 
 def compile_app(work: Path, flavour: str, version_name: str) -> tuple[Path, Path]:
@@ -528,11 +538,16 @@ class Key:
 # 4. Test on the JVM.
 
 
+def demo_artifact() -> Path:
+    """Return the float artifact that the tests run: what `make demo` made, or what MOBILEVD_ARTIFACT says."""
+    return Path(os.environ.get("MOBILEVD_ARTIFACT") or ROOT / "build" / "demo" / "artifact")
+
+
 def test_properties() -> list[str]:
     """Return what Java's tests are told, as -D options: where the repository, artifacts and QNN are."""
     values = {
         "mobilevd.root": ROOT,
-        "mobilevd.artifact": os.environ.get("MOBILEVD_ARTIFACT") or ROOT / "build" / "demo" / "artifact",
+        "mobilevd.artifact": demo_artifact(),
         "mobilevd.npu": os.environ.get("MOBILEVD_NPU") or ROOT / "build" / "demo" / "npu",
         "mobilevd.qnn": os.environ.get("MOBILEVD_QNN") or _qnn_wheel() or "",
         # Clips by Python (tests/clip_reference.py), and where results go that Python reads.
@@ -596,13 +611,15 @@ def test_app(only: Sequence[str], record: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="mobilevd-app-") as scratch:
         work = Path(scratch)
         base, main = compile_app(work, "cpu", version())
+        with zipfile.ZipFile(base, "a") as apk:
+            apk.write(mvd(demo_artifact(), work / "demo.mvd"), "assets/artifacts/demo.mvd")
         tests = work / "test"
         libraries = [*fetch("app"), *fetch("jvm"), *robolectric]
         javac(java_files(APP / "app" / "test"), [main, *libraries, android], tests, "--release", "17")
         config = tests / "com" / "android" / "tools" / "test_config.properties"
         config.parent.mkdir(parents=True)
         config.write_text(
-            f"android_resource_apk={base}\nandroid_merged_manifest={APP / 'app' / 'AndroidManifest.xml'}\n"
+            f"android_resource_apk={base}\nandroid_merged_manifest={work / 'AndroidManifest.xml'}\n"
             f"android_custom_package={dependencies()['app']['package']}\n",
             encoding="utf-8",
         )
@@ -613,6 +630,34 @@ def test_app(only: Sequence[str], record: bool) -> None:
         junit(
             tests, [tests, main, *libraries, android], only, "-Xmx1500m", "-Drobolectric.offline=true",
             f"-Drobolectric.dependency.dir={offline}", f"-Dmobilevd.record={str(record).lower()}",
+            "--add-opens", "java.base/java.io=ALL-UNNAMED",  # Robolectric's file descriptors
+        )  # fmt: skip
+
+
+def check_gradle() -> None:
+    """Check the types of build.gradle.kts' `android` block with Kotlin's compiler; Gradle itself is not run.
+
+    Raises BuildError with the compiler's messages.
+    """
+    need("javac")
+    files = fetch("kotlin")
+    jars = os.pathsep.join(str(path) for path in files)
+    # Gradle compiles its scripts with this plugin: inside the braces of an action, `this` is what it acts on.
+    (receiver,) = [path for path in files if "sam-with-receiver" in path.name]
+    text = (APP / "build.gradle.kts").read_text(encoding="utf-8")
+    block = text.partition("\nandroid {\n")[2].partition("\n}\n")[0]
+    with tempfile.TemporaryDirectory(prefix="mobilevd-gradle-") as scratch:
+        source = Path(scratch) / "Android.kt"
+        source.write_text(
+            "import com.android.build.api.dsl.ApplicationExtension\nimport org.gradle.api.JavaVersion\n\n"
+            f"fun ApplicationExtension.configure() {{\n{block}\n}}\n",
+            encoding="utf-8",
+        )
+        run(
+            "java", "-Xmx600m", "-cp", jars, "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-no-stdlib",
+            "-no-reflect", "-cp", jars, "-d", Path(scratch) / "out", f"-Xplugin={receiver}", "-P",
+            "plugin:org.jetbrains.kotlin.samWithReceiver:annotation=org.gradle.api.HasImplicitReceiver",
+            source,
         )  # fmt: skip
 
 
@@ -634,6 +679,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     key = Key(options.keystore, options.key_alias, "KEYSTORE_PASSWORD")
                 bundled = dict(_bundled(text) for text in options.artifact)
                 print(build_apk(options.flavour, bundled, options.output, options.qnn_libs, key))
+            case "check-gradle":
+                check_gradle()
             case "test-core":
                 test_core(options.only)
             case "test-app":
@@ -666,6 +713,7 @@ def _parser() -> argparse.ArgumentParser:
     apk.add_argument("--unsigned", action="store_true", help="leave it unsigned")
     apk.add_argument("--keystore", type=Path, help="your own; its password is in KEYSTORE_PASSWORD")
     apk.add_argument("--key-alias", default="release")
+    commands.add_parser("check-gradle", help="check the types of build.gradle.kts")
     for name, what in (("test-core", "the plain Java part"), ("test-app", "the screens, in Robolectric")):
         test = commands.add_parser(name, help=f"test {what}")
         test.add_argument("only", nargs="*", metavar="CLASS", help="test classes; all by default")

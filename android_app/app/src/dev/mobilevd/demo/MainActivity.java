@@ -357,6 +357,8 @@ public final class MainActivity extends Activity {
         boolean cancellable = !idle && studio.work() != Studio.Work.SAVING;
         go.setText(
                 studio.isCancelling() ? R.string.cancelling : cancellable ? R.string.cancel : R.string.go);
+        go.setBackgroundResource(cancellable ? R.drawable.button_tonal : R.drawable.button_filled);
+        go.setTextColor(getColorStateList(cancellable ? R.color.on_tonal : R.color.text_filled));
         go.setEnabled(cancellable ? !studio.isCancelling() : studio.canRun());
         show(R.id.take_away, studio.result() != null && studio.work() != Studio.Work.RUNNING);
         findViewById(R.id.save).setEnabled(idle && studio.result() != null && studio.result().saved() == null);
@@ -393,6 +395,9 @@ public final class MainActivity extends Activity {
             for (Result.Row row : result.rows()) {
                 rows.add(new Studio.Row(row.component(), Studio.Phase.DONE, row.backend(), 0, row.ms()));
             }
+        } else if (studio.model() != null && studio.model().problem() != null) {
+            said = Words.of(R.string.model_unusable);
+            explanation = Words.of(studio.model().problem());
         } else {
             explanation = studio.whyNotNpu();
             said = Words.of(explanation == null ? R.string.will_try_npu : R.string.will_use_cpu);

@@ -1,17 +1,20 @@
 package dev.mobilevd.demo;
 
 import android.content.Context;
+import android.graphics.Canvas;
+import android.graphics.Path;
 import android.util.AttributeSet;
 import android.widget.FrameLayout;
 
 /** Where picture and clip are shown: with the shape of the clip, as large as there is room, round at the corners. */
 public final class StageView extends FrameLayout {
+    private final Path outline = new Path();
+    private final float radius = getResources().getDimension(R.dimen.stage_radius);
     private double aspect = 2;
 
     /** As the layout makes it. */
     public StageView(Context context, AttributeSet attributes) {
         super(context, attributes);
-        setClipToOutline(true);
     }
 
     /** Set width over height. */
@@ -33,5 +36,20 @@ public final class StageView extends FrameLayout {
         super.onMeasure(
                 MeasureSpec.makeMeasureSpec(Math.min(width, (int) Math.round(height * aspect)), MeasureSpec.EXACTLY),
                 MeasureSpec.makeMeasureSpec(height, MeasureSpec.EXACTLY));
+    }
+
+    @Override
+    protected void onSizeChanged(int width, int height, int oldWidth, int oldHeight) {
+        super.onSizeChanged(width, height, oldWidth, oldHeight);
+        outline.reset();
+        outline.addRoundRect(0, 0, width, height, radius, radius, Path.Direction.CW);
+    }
+
+    @Override
+    protected void dispatchDraw(Canvas canvas) {
+        canvas.save();
+        canvas.clipPath(outline);
+        super.dispatchDraw(canvas);
+        canvas.restore();
     }
 }

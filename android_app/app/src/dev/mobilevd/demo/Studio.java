@@ -22,6 +22,7 @@ import dev.mobilevd.core.MobileVdException;
 import dev.mobilevd.core.Noise;
 import dev.mobilevd.core.Pipeline;
 import dev.mobilevd.core.Problem;
+import dev.mobilevd.core.Progress;
 import dev.mobilevd.core.RunTrace;
 import dev.mobilevd.core.Runtimes;
 import java.io.File;
@@ -324,7 +325,7 @@ final class Studio {
                     String name = modelName(resolver, uri);
                     post(() -> installing = name);
                     try (InputStream in = open(resolver, uri)) {
-                        store.installZip(in, name, this::progress, cancel);
+                        store.installZip(in, name, new Hundredths(), cancel);
                     }
                     List<ArtifactStore.Installed> list = store.list();
                     post(
@@ -404,6 +405,16 @@ final class Studio {
         encoder = other;
     }
 
+    /** Tests that look at pictures put in what repeats. */
+    void setTimes(double ms) {
+        List<Row> set = new ArrayList<>();
+        for (Row row : rows) {
+            set.add(new Row(row.component(), row.phase(), row.backend(), row.since(), row.ms() > 0 ? ms : 0));
+        }
+        rows = List.copyOf(set);
+        changed();
+    }
+
     // The work.
 
     private interface Job {
@@ -480,11 +491,17 @@ final class Studio {
         }
     }
 
-    private void progress(long done, long total) {
-        double now = (double) done / Math.max(total, 1);
-        // Thousands of calls would flood the main thread.
-        if (done == total || now - fraction > 0.01) {
-            post(() -> fraction = now);
+    /** Tells the screen of every hundredth; there are thousands of calls, which would flood its thread. */
+    private final class Hundredths implements Progress {
+        private long last;
+
+        @Override
+        public void at(long done, long total) {
+            long now = done * 100 / Math.max(total, 1);
+            if (now > last) {
+                last = now;
+                post(() -> fraction = now / 100.0);
+            }
         }
     }
 
@@ -517,7 +534,7 @@ final class Studio {
                 for (String file : bundled == null ? new String[0] : bundled) {
                     try (InputStream in = context.getAssets().open("artifacts/" + file)) {
                         String name = file.substring(0, file.length() - ".mvd".length());
-                        store.installZip(in, name, (done, total) -> {}, new Cancellation());
+                        store.installZip(in, name, Progress.NONE, new Cancellation());
                     }
                 }
                 keep(Settings.BUNDLED, version);

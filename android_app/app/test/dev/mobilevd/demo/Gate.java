@@ -1,0 +1,60 @@
+package dev.mobilevd.demo;
+
+import dev.mobilevd.core.Artifact;
+import dev.mobilevd.core.Backend;
+import dev.mobilevd.core.ComponentRuntime;
+import dev.mobilevd.core.CpuRuntime;
+import dev.mobilevd.core.Manifest;
+import dev.mobilevd.core.MobileVdException;
+import dev.mobilevd.core.Problem;
+import dev.mobilevd.core.Runner;
+import dev.mobilevd.core.Runtimes;
+import java.nio.file.Path;
+import java.util.List;
+import java.util.concurrent.CountDownLatch;
+
+/** ONNX Runtime on the CPU, which stops before it loads one component until it is opened. */
+final class Gate implements ComponentRuntime {
+    private final CpuRuntime cpu = new CpuRuntime(Path.of(System.getProperty("java.io.tmpdir")));
+    private final CountDownLatch opened = new CountDownLatch(1);
+    private final String component;
+
+    Gate(String component) {
+        this.component = component;
+    }
+
+    void open() {
+        opened.countDown();
+    }
+
+    Runtimes runtimes() {
+        return Runtimes.withoutNpu(this, new MobileVdException(Problem.NPU_NOT_IN_APP, Device.PLUGIN));
+    }
+
+    @Override
+    public Backend backend() {
+        return Backend.CPU;
+    }
+
+    @Override
+    public List<Manifest.Part> parts(Manifest.Component component) {
+        return cpu.parts(component);
+    }
+
+    @Override
+    public long memoryBytes(Manifest.Part part) {
+        return cpu.memoryBytes(part);
+    }
+
+    @Override
+    public Runner load(Artifact artifact, Manifest.Component which, Manifest.Part part) throws MobileVdException {
+        if (which.name().equals(component)) {
+            try {
+                opened.await();
+            } catch (InterruptedException error) {
+                throw new IllegalStateException(error);
+            }
+        }
+        return cpu.load(artifact, which, part);
+    }
+}

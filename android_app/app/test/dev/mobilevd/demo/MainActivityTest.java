@@ -1,0 +1,439 @@
+package dev.mobilevd.demo;
+
+import static org.junit.Assert.assertArrayEquals;
+import static org.junit.Assert.assertEquals;
+import static org.junit.Assert.assertFalse;
+import static org.junit.Assert.assertNotEquals;
+import static org.junit.Assert.assertNotNull;
+import static org.junit.Assert.assertNotSame;
+import static org.junit.Assert.assertNull;
+import static org.junit.Assert.assertTrue;
+import static org.robolectric.Shadows.shadowOf;
+
+import android.Manifest;
+import android.content.ContentValues;
+import android.content.Intent;
+import android.content.pm.PackageManager;
+import android.graphics.drawable.AnimationDrawable;
+import android.net.Uri;
+import android.os.Bundle;
+import android.os.Looper;
+import android.provider.MediaStore;
+import android.view.View;
+import android.widget.EditText;
+import android.widget.ImageView;
+import dev.mobilevd.core.ArtifactStore;
+import dev.mobilevd.core.MobileVdException;
+import dev.mobilevd.core.Problem;
+import java.io.ByteArrayOutputStream;
+import java.io.FileOutputStream;
+import java.io.IOException;
+import java.nio.charset.StandardCharsets;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.concurrent.TimeUnit;
+import java.util.zip.ZipEntry;
+import java.util.zip.ZipOutputStream;
+import org.junit.Test;
+import org.junit.runner.RunWith;
+import org.robolectric.Robolectric;
+import org.robolectric.RobolectricTestRunner;
+import org.robolectric.RuntimeEnvironment;
+import org.robolectric.annotation.Config;
+import org.robolectric.annotation.GraphicsMode;
+
+/** The main screen, running the demo's real artifact on ONNX Runtime for the desktop. */
+@RunWith(RobolectricTestRunner.class)
+@GraphicsMode(GraphicsMode.Mode.NATIVE)
+@Config(sdk = 34, qualifiers = "w411dp-h891dp-mdpi")
+public final class MainActivityTest {
+    private static final byte[] FILM = "a film".getBytes(StandardCharsets.US_ASCII);
+
+    @Test
+    @Config(sdk = {28, 34})
+    public void aPictureBecomesAClip() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        assertFalse("without a picture there is nothing to do", go(phone).isEnabled());
+        phone.choosePicture();
+        phone.make();
+        assertEquals("", phone.message());
+        Result result = phone.studio().result();
+        assertEquals(14, result.frames().size());
+        assertEquals(4, result.rows().size());
+        assertNotEquals("the frames differ", hash(result, 0), hash(result, 13));
+        assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).startsWith("Ran on the CPU · "));
+        assertTrue(phone.text(R.id.explanation), phone.text(R.id.explanation).contains("no libraries for the NPU"));
+        AnimationDrawable clip = clip(phone);
+        assertTrue(clip.isRunning());
+        Object first = clip.getCurrent();
+        shadowOf(Looper.getMainLooper()).idleFor(1, TimeUnit.SECONDS);
+        assertNotSame("the clip moves", first, clip.getCurrent());
+        phone.click(R.id.stage);
+        assertFalse("a touch pauses it", clip(phone).isRunning());
+    }
+
+    @Test
+    public void theSeedDecidesTheClip() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.choosePicture();
+        phone.make();
+        int first = hash(phone.studio().result(), 13);
+        type(phone, "2");
+        phone.make();
+        assertNotEquals(first, hash(phone.studio().result(), 13));
+        type(phone, "1");
+        phone.make();
+        assertEquals(first, hash(phone.studio().result(), 13));
+        type(phone, "18446744073709551616");
+        phone.make();
+        assertTrue(phone.message(), phone.message().contains("is not a seed"));
+    }
+
+    @Test
+    public void aRunIsCancelled() throws Exception {
+        Gate gate = new Gate("unet");
+        Phone phone = started(gate);
+        assertEquals("Cancel", phone.text(R.id.go));
+        phone.click(R.id.go);
+        assertEquals("Cancelling …", phone.text(R.id.go));
+        gate.open();
+        phone.untilIdle();
+        assertNull(phone.studio().result());
+        assertEquals("to cancel is no error", "", phone.message());
+        assertEquals("Make it move", phone.text(R.id.go));
+        assertEquals(Studio.Phase.DONE, phone.studio().rows().get(0).phase());
+        assertEquals(Studio.Phase.FAILED, phone.studio().rows().get(2).phase());
+        phone.make();
+        assertNotNull("the next run is not cancelled", phone.studio().result());
+    }
+
+    @Test
+    public void aRunSurvivesTheTurnOfThePhone() throws Exception {
+        Gate gate = new Gate("unet");
+        Phone phone = started(gate);
+        MainActivity before = phone.activity();
+        RuntimeEnvironment.setQualifiers("+w891dp-h411dp-land");
+        phone.controller.recreate();
+        phone.settle();
+        assertNotSame(before, phone.activity());
+        assertEquals("Cancel", phone.text(R.id.go));
+        assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).startsWith("Running"));
+        gate.open();
+        phone.untilIdle();
+        assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).startsWith("Ran on the CPU"));
+        assertTrue("the new screen plays it", clip(phone).isRunning());
+    }
+
+    @Test
+    public void whatWasMadeSurvivesTheProcess() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.choosePicture();
+        type(phone, "4711");
+        phone.make();
+        int last = hash(phone.studio().result(), 13);
+        Bundle state = new Bundle();
+        phone.controller.saveInstanceState(state).pause().stop().destroy();
+        phone.restart();
+        phone.controller = Robolectric.buildActivity(MainActivity.class).setup(state);
+        phone.until("the clip is back", () -> phone.studio().result() != null && phone.studio().model() != null);
+        assertEquals(last, hash(phone.studio().result(), 13));
+        assertEquals("4711", phone.text(R.id.seed));
+        assertNotNull(phone.studio().picture());
+        assertEquals("nothing went wrong", "", phone.message());
+        assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).startsWith("Ran on the CPU"));
+    }
+
+    @Test
+    public void theEndInMidRunIsReported() throws Exception {
+        Gate gate = new Gate("unet");
+        Phone phone = started(gate);
+        Studio before = phone.studio();
+        Bundle state = new Bundle();
+        phone.controller.saveInstanceState(state).pause().stop().destroy();
+        phone.restart();
+        phone.controller = Robolectric.buildActivity(MainActivity.class).setup(state);
+        phone.until("all is back", () -> phone.studio().picture() != null && phone.studio().model() != null);
+        assertTrue(
+                phone.message(),
+                phone.message().contains("while unet was working on the CPU (model demo, step: load)"));
+        assertFalse("the CPU is no way out of a crash on the CPU", phone.shows(R.id.message_action));
+        before.cancel();
+        gate.open();
+        phone.click(R.id.message_close);
+        assertEquals("", phone.message());
+        assertTrue(go(phone).isEnabled());
+    }
+
+    @Test
+    public void afterACrashOnTheNpuTheCpuIsOffered() throws Exception {
+        Phone phone = new Phone();
+        Files.writeString(
+                phone.app.getNoBackupFilesDir().toPath().resolve("running.json"),
+                "{\"artifact\": \"demo\", \"component\": \"vae_encoder\", \"part\": 1, \"parts\": 2,"
+                        + " \"backend\": \"npu\", \"stage\": \"run\"}");
+        phone.restart();
+        phone.open();
+        assertTrue(
+                phone.message(),
+                phone.message().contains("while vae encoder was working on the NPU (model demo, step: run)"));
+        phone.click(R.id.message_action);
+        assertTrue(phone.studio().cpuOnly());
+        assertEquals("", phone.message());
+        phone.restart();
+        phone.open();
+        assertEquals("it is said once", "", phone.message());
+    }
+
+    @Test
+    public void theReasonForTheCpuIsShown() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.choosePicture();
+        for (MobileVdException why :
+                new MobileVdException[] {
+                    new MobileVdException(Problem.NPU_OTHER_CHIP, "unet", "SM8650", "SM8750"),
+                    new MobileVdException(Problem.NPU_RUNTIME_OLD, "unet", "v2.51.0.260929181845", "v2.49.0.1"),
+                }) {
+            phone.restart(new NoNpu(why).runtimes());
+            phone.open();
+            phone.until("the picture is back", () -> phone.studio().picture() != null);
+            phone.make();
+            assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).startsWith("Ran on the CPU"));
+            assertEquals(why.getMessage(), phone.text(R.id.explanation));
+        }
+    }
+
+    @Test
+    public void tooLittleMemoryIsSaidInNumbers() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.choosePicture();
+        phone.memory(5_000_000);
+        phone.make();
+        assertTrue(
+                phone.message(),
+                phone.message().matches("\\w+ needs about \\d+ MB of memory, 5[.]0+ MB are available.*"));
+        phone.memory(8L << 30);
+        phone.make();
+        assertEquals("", phone.message());
+    }
+
+    @Test
+    public void aDamagedModelIsNamed() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.choosePicture();
+        Path data = model(phone).resolve("unet/model.onnx.data");
+        byte[] bytes = Files.readAllBytes(data);
+        bytes[1000] ^= 1;
+        Files.write(data, bytes);
+        phone.make();
+        assertTrue(phone.message(), phone.message().startsWith("unet/model.onnx.data is damaged"));
+
+        Files.write(data, new byte[10]);
+        phone.studio().refreshModels();
+        phone.until("the loss is noticed", () -> phone.studio().manifest() == null);
+        assertTrue(phone.text(R.id.model_name), phone.text(R.id.model_name).contains("damaged"));
+        assertTrue(phone.text(R.id.explanation), phone.text(R.id.explanation).contains("has 10 bytes"));
+        assertFalse(go(phone).isEnabled());
+    }
+
+    @Test
+    public void anUnknownManifestVersionIsNamed() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        Path manifest = model(phone).resolve("manifest.json");
+        String text = Files.readString(manifest).replace("\"schema_version\": 1", "\"schema_version\": 2");
+        Files.writeString(manifest, text);
+        Files.writeString(model(phone).resolve("manifest.sha256"), sha256(text) + "  manifest.json\n");
+        phone.studio().refreshModels();
+        phone.until("the change is noticed", () -> phone.studio().manifest() == null);
+        assertEquals(
+                "The artifact has manifest version 2; this app reads version 1. Get a newer app.",
+                phone.text(R.id.explanation));
+    }
+
+    @Test
+    public void aPictureIsShared() throws Exception {
+        Phone phone = new Phone();
+        Intent send = new Intent(Intent.ACTION_SEND).setType("image/png");
+        phone.open(send.putExtra(Intent.EXTRA_STREAM, phone.picture()));
+        phone.until("the picture is there", () -> phone.studio().picture() != null);
+        assertTrue(go(phone).isEnabled());
+
+        Uri text = phone.content("text.png", "no picture".getBytes(StandardCharsets.US_ASCII));
+        phone.controller.newIntent(new Intent(Intent.ACTION_SEND).putExtra(Intent.EXTRA_STREAM, text));
+        phone.until("it is refused", () -> phone.studio().message() != null);
+        assertTrue(phone.message(), phone.message().startsWith("This picture cannot be read"));
+        assertNotNull("the one before stays", phone.studio().picture());
+
+        Uri own = Uri.fromFile(phone.app.getNoBackupFilesDir().toPath().resolve("clip").toFile());
+        phone.studio().closeMessage();
+        phone.controller.newIntent(new Intent(Intent.ACTION_SEND).putExtra(Intent.EXTRA_STREAM, own));
+        phone.until("a path is refused", () -> phone.studio().message() != null);
+    }
+
+    @Test
+    public void aModelFileIsInstalledAndRemoved() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        Uri uri = phone.content("My model (2).mvd", mvd(model(phone)));
+        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, uri));
+        assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).startsWith("Installing"));
+        phone.untilIdle();
+        assertEquals("My-model-2-", phone.studio().model().name());
+        assertEquals("My-model-2- is installed.", phone.message());
+        phone.studio().remove("My-model-2-");
+        phone.until("it is gone", () -> phone.studio().models().size() == 1);
+        assertEquals("demo", phone.studio().model().name());
+    }
+
+    @Test
+    public void aHostileModelFileIsRefused() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        ByteArrayOutputStream bytes = new ByteArrayOutputStream();
+        try (ZipOutputStream zip = new ZipOutputStream(bytes)) {
+            zip.putNextEntry(new ZipEntry("../../shared_prefs/settings.xml"));
+        }
+        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("bad.mvd", bytes.toByteArray())));
+        phone.untilIdle();
+        assertTrue(phone.message(), phone.message().contains("begins with ../../shared_prefs/settings.xml"));
+        assertEquals(1, phone.studio().models().size());
+    }
+
+    @Test
+    public void aClipIsSavedOnceAndShared() throws Exception {
+        Robolectric.setupContentProvider(FakeGallery.class, MediaStore.AUTHORITY);
+        Phone phone = withClip();
+        phone.click(R.id.save);
+        phone.untilIdle();
+        assertEquals("The clip is in your gallery, under Movies.", phone.message());
+        assertEquals(1, FakeGallery.ENTRIES.size());
+        Uri uri = FakeGallery.ENTRIES.keySet().iterator().next();
+        ContentValues values = FakeGallery.ENTRIES.get(uri);
+        assertEquals("mobilevd-1.mp4", values.getAsString(MediaStore.Video.Media.DISPLAY_NAME));
+        assertEquals("Movies/MobileVD", values.getAsString(MediaStore.Video.Media.RELATIVE_PATH));
+        assertEquals(0, (int) values.getAsInteger(MediaStore.Video.Media.IS_PENDING));
+        assertArrayEquals(FILM, Files.readAllBytes(FakeGallery.file(uri).toPath()));
+
+        phone.click(R.id.share);
+        phone.untilIdle();
+        assertEquals("it is not saved twice", 1, FakeGallery.ENTRIES.size());
+        Intent chooser = shadowOf(phone.activity()).getNextStartedActivity();
+        Intent send = chooser.getParcelableExtra(Intent.EXTRA_INTENT, Intent.class);
+        assertEquals(Intent.ACTION_SEND, send.getAction());
+        assertEquals(uri, send.getParcelableExtra(Intent.EXTRA_STREAM, Uri.class));
+    }
+
+    @Test
+    public void aClipThatCannotBeSavedLeavesNothing() throws Exception {
+        Robolectric.setupContentProvider(FakeGallery.class, MediaStore.AUTHORITY);
+        Phone phone = withClip();
+        phone.studio()
+                .encodeWith(
+                        (clip, target) -> {
+                            throw new IOException("the encoder is busy");
+                        });
+        phone.click(R.id.save);
+        phone.untilIdle();
+        assertEquals("The clip cannot be saved: the encoder is busy", phone.message());
+        assertEquals(0, FakeGallery.ENTRIES.size());
+    }
+
+    @Test
+    @Config(sdk = 28)
+    public void onAndroid9SavingAsksFirst() throws Exception {
+        Robolectric.setupContentProvider(FakeGallery.class, MediaStore.AUTHORITY);
+        Phone phone = withClip();
+        phone.click(R.id.save);
+        assertEquals(0, FakeGallery.ENTRIES.size());
+        String[] asked = shadowOf(phone.activity()).getLastRequestedPermission().requestedPermissions;
+        assertArrayEquals(new String[] {Manifest.permission.WRITE_EXTERNAL_STORAGE}, asked);
+        int request = shadowOf(phone.activity()).getLastRequestedPermission().requestCode;
+        phone.activity().onRequestPermissionsResult(request, asked, new int[] {PackageManager.PERMISSION_DENIED});
+        phone.settle();
+        assertTrue(phone.message(), phone.message().contains("needs your permission"));
+        shadowOf(phone.app).grantPermissions(Manifest.permission.WRITE_EXTERNAL_STORAGE);
+        phone.activity().onRequestPermissionsResult(request, asked, new int[] {PackageManager.PERMISSION_GRANTED});
+        phone.untilIdle();
+        assertEquals(1, FakeGallery.ENTRIES.size());
+    }
+
+    private static Phone started(Gate gate) throws IOException {
+        Phone phone = new Phone();
+        phone.restart(gate.runtimes());
+        phone.open();
+        phone.choosePicture();
+        phone.click(R.id.go);
+        phone.untilLoading("unet");
+        return phone;
+    }
+
+    private static Phone withClip() throws IOException {
+        Phone phone = new Phone();
+        phone.studio()
+                .encodeWith(
+                        (clip, target) -> {
+                            try (FileOutputStream out = new FileOutputStream(target)) {
+                                out.write(FILM);
+                            }
+                        });
+        phone.open();
+        phone.choosePicture();
+        phone.make();
+        return phone;
+    }
+
+    private static View go(Phone phone) {
+        return phone.activity().findViewById(R.id.go);
+    }
+
+    private static AnimationDrawable clip(Phone phone) {
+        return (AnimationDrawable) ((ImageView) phone.activity().findViewById(R.id.picture)).getDrawable();
+    }
+
+    private static void type(Phone phone, String seed) {
+        ((EditText) phone.activity().findViewById(R.id.seed)).setText(seed);
+    }
+
+    private static int hash(Result result, int frame) {
+        return java.util.Arrays.hashCode(result.frames().get(frame));
+    }
+
+    private static Path model(Phone phone) {
+        ArtifactStore.Installed model = phone.studio().model();
+        return model.artifact().root();
+    }
+
+    private static String sha256(String text) throws Exception {
+        byte[] digest =
+                java.security.MessageDigest.getInstance("SHA-256").digest(text.getBytes(StandardCharsets.UTF_8));
+        StringBuilder hex = new StringBuilder();
+        for (byte value : digest) {
+            hex.append(String.format("%02x", value));
+        }
+        return hex.toString();
+    }
+
+    private static byte[] mvd(Path artifact) throws IOException {
+        ByteArrayOutputStream bytes = new ByteArrayOutputStream();
+        try (ZipOutputStream zip = new ZipOutputStream(bytes);
+                var files = Files.walk(artifact)) {
+            zip.setLevel(1);
+            zip.putNextEntry(new ZipEntry("manifest.json"));
+            Files.copy(artifact.resolve("manifest.json"), zip);
+            for (Path path : (Iterable<Path>) files.filter(Files::isRegularFile)::iterator) {
+                String name = artifact.relativize(path).toString();
+                if (!name.equals("manifest.json")) {
+                    zip.putNextEntry(new ZipEntry(name));
+                    Files.copy(path, zip);
+                }
+            }
+        }
+        return bytes.toByteArray();
+    }
+}

@@ -1,0 +1,56 @@
+package dev.mobilevd.demo;
+
+import static org.junit.Assert.assertEquals;
+
+import java.nio.ByteBuffer;
+import org.junit.Test;
+
+/** The part of the encoder's feed that is arithmetic. The encoder itself is the phone's. */
+public final class Mp4Test {
+    @Test
+    public void coloursAreThoseOfBt601() {
+        // Colour bars as ITU-R BT.601-7 codes them, 8 bits: white, black, red, green, blue.
+        check(0xFFFFFFFF, 235, 128, 128);
+        check(0xFF000000, 16, 128, 128);
+        check(0xFFFF0000, 81, 90, 240);
+        check(0xFF00FF00, 145, 54, 34);
+        check(0xFF0000FF, 41, 240, 110);
+    }
+
+    @Test
+    public void planesMayBePaddedAndInterleaved() {
+        int[] argb = {0xFFFFFFFF, 0xFF000000, 0xFF000000, 0xFFFFFFFF, 0xFFFF0000, 0xFFFF0000, 0xFFFF0000, 0xFFFF0000};
+        ByteBuffer luma = ByteBuffer.allocate(2 * 6);
+        ByteBuffer both = ByteBuffer.allocate(4);
+        // Two pixels of chroma, blue and red side by side as in NV12; a row of luma has two bytes too many.
+        Mp4.toYuv(
+                new int[] {argb[0], argb[1], argb[4], argb[5], argb[2], argb[3], argb[6], argb[7]}, 4, 2,
+                new Mp4.Plane(luma, 6, 1), new Mp4.Plane(both, 4, 2), new Mp4.Plane(tail(both), 4, 2));
+        assertEquals(235, luma.get(0) & 0xFF);
+        assertEquals(16, luma.get(1) & 0xFF);
+        assertEquals(0, luma.get(4));
+        assertEquals(16, luma.get(6) & 0xFF);
+        assertEquals("white and black are grey", 128, both.get(0) & 0xFF);
+        assertEquals(128, both.get(1) & 0xFF);
+        assertEquals(90, both.get(2) & 0xFF);
+        assertEquals(240, both.get(3) & 0xFF);
+    }
+
+    private static ByteBuffer tail(ByteBuffer buffer) {
+        ByteBuffer rest = buffer.duplicate();
+        rest.position(1);
+        return rest.slice();
+    }
+
+    private static void check(int colour, int y, int cb, int cr) {
+        ByteBuffer planes = ByteBuffer.allocate(6);
+        ByteBuffer blue = ByteBuffer.allocate(1);
+        ByteBuffer red = ByteBuffer.allocate(1);
+        Mp4.toYuv(
+                new int[] {colour, colour, colour, colour}, 2, 2, new Mp4.Plane(planes, 2, 1),
+                new Mp4.Plane(blue, 1, 1), new Mp4.Plane(red, 1, 1));
+        assertEquals(y, planes.get(3) & 0xFF);
+        assertEquals(cb, blue.get(0) & 0xFF);
+        assertEquals(cr, red.get(0) & 0xFF);
+    }
+}

@@ -1,0 +1,199 @@
+package dev.mobilevd.demo;
+
+import static org.junit.Assert.assertTrue;
+import static org.robolectric.Shadows.shadowOf;
+
+import android.app.Activity;
+import android.app.ActivityManager;
+import android.content.Intent;
+import android.graphics.Bitmap;
+import android.graphics.Canvas;
+import android.graphics.Insets;
+import android.graphics.drawable.AnimationDrawable;
+import android.net.Uri;
+import android.os.Looper;
+import android.view.View;
+import android.view.WindowInsets;
+import android.widget.ImageView;
+import android.widget.TextView;
+import dev.mobilevd.core.Runtimes;
+import java.io.ByteArrayInputStream;
+import java.io.IOException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.concurrent.TimeUnit;
+import java.util.function.BooleanSupplier;
+import org.robolectric.Robolectric;
+import org.robolectric.RuntimeEnvironment;
+import org.robolectric.android.controller.ActivityController;
+
+/** What the tests do to the app, as a person or the system would. */
+final class Phone {
+    static final Path ROOT = Path.of(System.getProperty("mobilevd.root"));
+    private static final long PATIENCE_MS = 120_000;
+
+    final DemoApp app = (DemoApp) RuntimeEnvironment.getApplication();
+    ActivityController<MainActivity> controller;
+
+    /** A phone on which the app is installed, was started, and has unpacked its model. */
+    Phone() {
+        memory(8L << 30);
+        until("the model is unpacked", () -> studio().model() != null);
+    }
+
+    /** Set how much memory the system says is free. */
+    void memory(long bytes) {
+        ActivityManager.MemoryInfo info = new ActivityManager.MemoryInfo();
+        info.availMem = bytes;
+        info.totalMem = 12L << 30;
+        shadowOf(app.getSystemService(ActivityManager.class)).setMemoryInfo(info);
+    }
+
+    /** End the process and start it again on a device that runs on {@code runtimes}. */
+    void restart(Runtimes runtimes) {
+        app.start(
+                new Device(app) {
+                    @Override
+                    synchronized Runtimes runtimes() {
+                        return runtimes;
+                    }
+
+                    @Override
+                    boolean hasNpuLibraries() {
+                        return runtimes.whyNoNpu() == null;
+                    }
+                });
+    }
+
+    /** End the process in whatever it does, and start it again as it is in the shop. */
+    void restart() {
+        app.start(new Device(app));
+    }
+
+    MainActivity open() {
+        return open(new Intent(Intent.ACTION_MAIN));
+    }
+
+    MainActivity open(Intent intent) {
+        controller = Robolectric.buildActivity(MainActivity.class, intent).setup();
+        settle();
+        until("the models are known", () -> studio().model() != null);
+        return controller.get();
+    }
+
+    MainActivity activity() {
+        return controller.get();
+    }
+
+    Studio studio() {
+        return app.studio();
+    }
+
+    /** Let the main thread do what waits for it. */
+    void settle() {
+        shadowOf(Looper.getMainLooper()).idle();
+    }
+
+    void until(String what, BooleanSupplier condition) {
+        long end = System.nanoTime() + TimeUnit.MILLISECONDS.toNanos(PATIENCE_MS);
+        settle();
+        while (!condition.getAsBoolean()) {
+            assertTrue("it did not happen: " + what, System.nanoTime() < end);
+            try {
+                Thread.sleep(5);
+            } catch (InterruptedException error) {
+                throw new IllegalStateException(error);
+            }
+            settle();
+        }
+    }
+
+    /** Press the button and wait for the end. */
+    void make() {
+        click(R.id.go);
+        untilIdle();
+    }
+
+    /** Wait for a component of the run to begin. */
+    void untilLoading(String component) {
+        until(
+                component + " is being loaded",
+                () ->
+                        studio().rows().stream()
+                                .anyMatch(
+                                        row ->
+                                                row.component().equals(component)
+                                                        && row.phase() == Studio.Phase.LOADING));
+    }
+
+    void untilIdle() {
+        until("the work is done", () -> studio().work() == Studio.Work.NONE);
+    }
+
+    void click(int id) {
+        assertTrue("it can be clicked", activity().findViewById(id).performClick());
+        settle();
+    }
+
+    String text(int id) {
+        return ((TextView) activity().findViewById(id)).getText().toString();
+    }
+
+    /** The message on the screen; "" if there is none. */
+    String message() {
+        settle();
+        return shows(R.id.message) ? text(R.id.message_text) : "";
+    }
+
+    boolean shows(int id) {
+        return activity().findViewById(id).isShown();
+    }
+
+    /** A content address that gives these bytes, as a file manager's would. */
+    Uri content(String name, byte[] bytes) {
+        Uri uri = Uri.parse("content://files/" + name);
+        shadowOf(app.getContentResolver()).registerInputStreamSupplier(uri, () -> new ByteArrayInputStream(bytes));
+        return uri;
+    }
+
+    /** The repository's demo picture. */
+    Uri picture() throws IOException {
+        return content("demo.png", Files.readAllBytes(ROOT.resolve("models/demo.png")));
+    }
+
+    /** Choose the demo picture through the system's picker. */
+    void choosePicture() throws IOException {
+        click(R.id.stage);
+        shadowOf(activity())
+                .receiveResult(
+                        shadowOf(activity()).getNextStartedActivityForResult().intent,
+                        Activity.RESULT_OK,
+                        new Intent().setData(picture()));
+        until("the picture is shown", () -> studio().picture() != null);
+    }
+
+    /** The screen as a picture, between a status bar and a gesture bar; a clip stands at its middle. */
+    static Bitmap screenshot(Activity activity) {
+        ImageView picture = activity.findViewById(R.id.picture);
+        if (picture != null && picture.getDrawable() instanceof AnimationDrawable clip) {
+            clip.stop();
+            clip.selectDrawable(clip.getNumberOfFrames() / 2);
+        }
+        View decor = activity.getWindow().getDecorView();
+        float density = decor.getResources().getDisplayMetrics().density;
+        WindowInsets bars =
+                new WindowInsets.Builder()
+                        .setInsets(
+                                WindowInsets.Type.systemBars(),
+                                Insets.of(0, Math.round(24 * density), 0, Math.round(24 * density)))
+                        .build();
+        decor.dispatchApplyWindowInsets(bars);
+        decor.measure(
+                View.MeasureSpec.makeMeasureSpec(decor.getWidth(), View.MeasureSpec.EXACTLY),
+                View.MeasureSpec.makeMeasureSpec(decor.getHeight(), View.MeasureSpec.EXACTLY));
+        decor.layout(0, 0, decor.getWidth(), decor.getHeight());
+        Bitmap bitmap = Bitmap.createBitmap(decor.getWidth(), decor.getHeight(), Bitmap.Config.ARGB_8888);
+        decor.draw(new Canvas(bitmap));
+        return bitmap;
+    }
+}

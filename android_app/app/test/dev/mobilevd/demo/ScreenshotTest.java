@@ -1,0 +1,217 @@
+package dev.mobilevd.demo;
+
+import static org.junit.Assert.assertEquals;
+import static org.junit.Assert.assertTrue;
+import static org.robolectric.Shadows.shadowOf;
+
+import android.app.Activity;
+import android.content.Intent;
+import android.graphics.Bitmap;
+import android.graphics.BitmapFactory;
+import android.os.Looper;
+import dev.mobilevd.core.Backend;
+import java.io.File;
+import java.io.FileOutputStream;
+import java.io.IOException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.ArrayList;
+import java.util.List;
+import java.util.concurrent.TimeUnit;
+import org.junit.Test;
+import org.junit.runner.RunWith;
+import org.robolectric.Robolectric;
+import org.robolectric.RobolectricTestRunner;
+import org.robolectric.RuntimeEnvironment;
+import org.robolectric.annotation.Config;
+import org.robolectric.annotation.GraphicsMode;
+
+/**
+ * Every screen as a picture, held against the one in {@code pictures}. `build.py test-app --record` writes these anew;
+ * look at each of them before they are committed. Times are set, so that pictures can repeat; they measure nothing.
+ */
+@RunWith(RobolectricTestRunner.class)
+@GraphicsMode(GraphicsMode.Mode.NATIVE)
+@Config(sdk = 34)
+public final class ScreenshotTest {
+    private static final boolean RECORD = Boolean.getBoolean("mobilevd.record");
+    private static final Path GOLDEN = Phone.ROOT.resolve("android_app/app/test/pictures");
+    private static final Path FOUND = Phone.ROOT.resolve("build/android/pictures");
+    // Pixels may round otherwise on another processor, and seconds that run may end in another digit; a moved word
+    // changes far more.
+    private static final int SAME = 24;
+    private static final double MAY_DIFFER = 0.001;
+
+    private final List<String> wrong = new ArrayList<>();
+
+    @Test
+    @Config(qualifiers = "w411dp-h891dp-port-notnight-mdpi")
+    public void uprightLight() throws Exception {
+        everyScreen("upright-light");
+    }
+
+    @Test
+    @Config(qualifiers = "w411dp-h891dp-port-night-mdpi")
+    public void uprightDark() throws Exception {
+        everyScreen("upright-dark");
+    }
+
+    @Test
+    @Config(qualifiers = "w891dp-h411dp-land-notnight-mdpi")
+    public void wideLight() throws Exception {
+        everyScreen("wide-light");
+    }
+
+    @Test
+    @Config(qualifiers = "w891dp-h411dp-land-night-mdpi")
+    public void wideDark() throws Exception {
+        everyScreen("wide-dark");
+    }
+
+    @Test
+    @Config(qualifiers = "de-w411dp-h891dp-port-notnight-mdpi", fontScale = 1.6f)
+    public void germanInLargeLetters() throws Exception {
+        Phone phone = new Phone();
+        crashed(phone);
+        phone.open();
+        phone.choosePicture();
+        crashed(phone);
+        phone.open();
+        shoot("german-large-crash", phone.activity());
+        phone.click(R.id.message_close);
+        phone.make();
+        fixTimes(phone, Backend.CPU);
+        shoot("german-large-clip", phone.activity());
+        report();
+    }
+
+    /** What an NPU would show. No NPU ran here. */
+    @Test
+    @Config(qualifiers = "w411dp-h891dp-port-notnight-mdpi")
+    public void onAnNpu() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.choosePicture();
+        phone.make();
+        fixTimes(phone, Backend.NPU);
+        shoot("npu-upright-light", phone.activity());
+        report();
+    }
+
+    @Test
+    @Config(qualifiers = "w411dp-h891dp-port-notnight-xhdpi")
+    public void forTheReadme() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.choosePicture();
+        phone.make();
+        fixTimes(phone, Backend.CPU);
+        shoot("readme", phone.activity());
+        report();
+    }
+
+    private void everyScreen(String how) throws Exception {
+        Gate gate = new Gate("unet");
+        Phone phone = new Phone();
+        phone.restart(gate.runtimes());
+        shoot("start-" + how, phone.open());
+        phone.choosePicture();
+        if (how.startsWith("upright")) {
+            shoot("picture-" + how, phone.activity());
+        }
+        phone.click(R.id.go);
+        phone.untilLoading("unet");
+        phone.studio().setTimes(8.4);
+        shadowOf(Looper.getMainLooper()).idleFor(2300, TimeUnit.MILLISECONDS);
+        shoot("running-" + how, phone.activity());
+        gate.open();
+        phone.untilIdle();
+        fixTimes(phone, Backend.CPU);
+        shoot("clip-" + how, phone.activity());
+        crashed(phone);
+        shoot("crash-" + how, phone.open());
+
+        Intent nothing = new Intent().putExtra("run_id", "x").putExtra("artifact", "demo");
+        shoot("benchmark-" + how, Robolectric.buildActivity(BenchmarkActivity.class, nothing).setup().get());
+        phone.until("the measuring is over", () -> true);
+        report();
+    }
+
+    /** Start the app as it starts after a crash. */
+    private static void crashed(Phone phone) throws IOException {
+        Files.writeString(
+                phone.app.getNoBackupFilesDir().toPath().resolve("running.json"),
+                "{\"artifact\": \"demo\", \"component\": \"unet\", \"part\": 1, \"parts\": 1,"
+                        + " \"backend\": \"npu\", \"stage\": \"load\"}");
+        phone.restart();
+    }
+
+    /** Open the app on its last clip, as if that had been made in these times on this backend. */
+    private static void fixTimes(Phone phone, Backend backend) throws IOException {
+        File file = new File(phone.app.getNoBackupFilesDir(), "clip");
+        Result made = Result.read(file);
+        double[] ms = {9.2, 31, 412, 1240};
+        List<Result.Row> rows = new ArrayList<>();
+        for (Result.Row row : made.rows()) {
+            double time = ms[rows.size()] / (backend == Backend.NPU ? 20 : 1);
+            rows.add(
+                    new Result.Row(
+                            row.component(), backend, time, backend == Backend.NPU ? null : row.whyNotNpu()));
+        }
+        new Result(
+                        made.width(), made.height(), made.fps(), made.seed(), made.frames(), rows,
+                        backend == Backend.NPU ? 231 : 1890, null)
+                .write(file);
+        phone.restart();
+        phone.open();
+        phone.until("the clip is back", () -> phone.studio().result() != null);
+    }
+
+    private void shoot(String name, Activity activity) throws IOException {
+        Bitmap found = Phone.screenshot(activity);
+        Path golden = GOLDEN.resolve(name + ".png");
+        if (RECORD) {
+            write(found, golden);
+            return;
+        }
+        Bitmap expected = BitmapFactory.decodeFile(golden.toString());
+        if (expected == null || differing(expected, found) > MAY_DIFFER) {
+            write(found, FOUND.resolve(name + ".png"));
+            wrong.add(name);
+        }
+    }
+
+    /** Which part of the pixels differs; 1 for another size. */
+    private static double differing(Bitmap expected, Bitmap found) {
+        int width = expected.getWidth();
+        int height = expected.getHeight();
+        if (width != found.getWidth() || height != found.getHeight()) {
+            return 1;
+        }
+        int[] first = new int[width * height];
+        int[] second = new int[width * height];
+        expected.getPixels(first, 0, width, 0, 0, width, height);
+        found.getPixels(second, 0, width, 0, 0, width, height);
+        int count = 0;
+        for (int i = 0; i < first.length; i++) {
+            for (int shift = 0; shift < 24; shift += 8) {
+                if (Math.abs((first[i] >> shift & 0xFF) - (second[i] >> shift & 0xFF)) > SAME) {
+                    count++;
+                    break;
+                }
+            }
+        }
+        return (double) count / first.length;
+    }
+
+    private static void write(Bitmap bitmap, Path path) throws IOException {
+        Files.createDirectories(path.getParent());
+        try (FileOutputStream out = new FileOutputStream(path.toFile())) {
+            assertTrue(bitmap.compress(Bitmap.CompressFormat.PNG, 100, out));
+        }
+    }
+
+    private void report() {
+        assertEquals("these are in " + FOUND + ", and not as they were", List.of(), wrong);
+    }
+}
