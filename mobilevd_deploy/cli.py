@@ -633,7 +633,7 @@ def pack(
     print(f"{written}: {size / 1e6:,.1f} MB; send it to the phone, and open it with the app")
 
 
-@app.command(epilog="Examples: [bold]mobilevd-deploy doctor[/], [bold]doctor mobilevd --recipe onnx[/]")
+@app.command(epilog="Examples: [bold]mobilevd-deploy doctor mobilevd[/], [bold]doctor --recipe onnx[/]")
 def doctor(
     model: Annotated[
         str, typer.Argument(help="A preset or TOML file: memory and disk are held against its size.")

@@ -22,7 +22,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import safetensors.torch
+import tiny_artifact
 import torch
+from adb_phone import SERIAL, Phone
 from conftest import TINY_MODEL
 from PIL import Image
 
@@ -30,11 +32,13 @@ import mobilevd_deploy
 from mobilevd_deploy import cli, inspection
 from mobilevd_deploy import deploy as flow
 from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.doctor import Finding
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
 from mobilevd_deploy.passes import PASSES
 from mobilevd_deploy.recipe import PassName
 
 VERBS = (
+    "init",
     "export",
     "generate",
     "verify",
@@ -674,3 +678,90 @@ def test_the_spec_of_the_fixture_has_what_the_tests_assume() -> None:
     assert TINY_MODEL.unet.kept_temporal_blocks is not None
     assert TINY_MODEL.step.noise_aug_strength > 0
     assert max(dataclasses.astuple(TINY_MODEL.unet.funnels)) < 1
+
+
+# ---- a phone on the desk, and this computer ----
+
+
+@pytest.fixture
+def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Phone:
+    phone = Phone(tmp_path / "adb")
+    monkeypatch.setenv("PATH", f"{phone.bin}:{os.environ['PATH']}")
+    monkeypatch.delenv("ANDROID_SERIAL", raising=False)
+    return phone
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Artifact:
+    return tiny_artifact.write_artifact(tmp_path / "tiny")
+
+
+def test_profile_over_adb_with_and_without_a_serial_number(phone: Phone, tiny: Artifact, run: Run) -> None:
+    for words in (["--adb", tiny.root], [tiny.root, "--adb"], ["--adb", SERIAL, tiny.root]):
+        ended = run("profile", *words, "--samples", 2, "--components", "unet", "--json")
+        assert ended.code == 0
+        assert (ended.json["source"], ended.json["device"]) == ("adb", "Example Made-up Phone")
+        assert ended.json["asked_for"] == (SERIAL if SERIAL in words else "attached phone")
+        assert ended.json["total_ms"] == 10.25
+    assert "no phone X is attached" in run("profile", tiny.root, "--adb", "X").err
+    phone.app(fails_at="unet")
+    ended = run("profile", tiny.root, "--adb", "--samples", 2)
+    assert ended.code == 3
+    assert "error 5005" in ended.err
+
+
+def test_install_and_pack(phone: Phone, tiny: Artifact, run: Run) -> None:
+    ended = run("install", tiny.root, "--json")
+    assert ended.json["path"].endswith("/files/artifacts/tiny")
+    assert (phone.files / "artifacts/tiny/manifest.json").exists()
+    assert "tiny is on" in run("install", tiny.root, "--adb", SERIAL).out
+    phone.set(absent=True)
+    ended = run("install", tiny.root)
+    assert ended.code == 3
+    assert "make apk" in ended.err
+    ended = run("pack", tiny.root, "--json")
+    assert (ended.json["file"], ended.json["bytes"]) == ("tiny.mvd", Path("tiny.mvd").stat().st_size)
+    assert run("pack", tiny.root, "-o", "x.zip").code == 2
+
+
+def test_profiles_on_this_computer_are_reported_and_compared(tiny: Artifact, run: Run) -> None:
+    assert run("report", tiny.root).code == 2
+    ended = run("profile", tiny.root, "--host", "--samples", 2, "--json")
+    assert ended.json["source"] == "host"
+    assert [c["name"] for c in ended.json["components"]] == [c.name for c in tiny.manifest.components]
+    assert run("profile", tiny.root, "--host", "--samples", 2).code == 0
+    ended = run("report", tiny.root)
+    assert "this computer" in ended.out
+    assert "report.html" in ended.out
+    page = Path(run("report", tiny.root, "--json").json["page"])
+    assert "measured on this computer" in page.read_text()
+    rows = run("diff", tiny.root, tiny.root, "--json").json
+    assert any(row["quantity"] == "ms.host.this computer" and row["component"] == "unet" for row in rows)
+    Artifact.open(tiny.root).verify()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--host", "--estimate"),
+        ("--adb", "--host"),
+        ("--host", "--check"),
+        ("--adb", "--device", "S24"),
+        ("--backend", "cpu"),
+        ("--resume", "--host"),
+    ],
+)
+def test_ways_to_profile_that_do_not_fit_together(tiny: Artifact, run: Run, options: tuple[str, ...]) -> None:
+    assert run("profile", tiny.root, *options).code == 2
+
+
+def test_doctor_answers_by_its_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ready in (True, False):
+        found = [Finding("disk", ready, True, "so much", None if ready else "free some")]
+        found.append(Finding("phone", False, False, "none", "plug one in"))
+        monkeypatch.setattr("mobilevd_deploy.doctor.examine", lambda *_, found=found: found)
+        ended = run("doctor")
+        assert ended.code == (0 if ready else 1)
+        assert "not yet phone: none -> plug one in" in ended.out
+        assert ("MISSING disk: so much -> free some" in ended.out) == (not ready)
+        assert run("doctor", "--json").json["ready"] == ready
