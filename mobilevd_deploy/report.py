@@ -789,7 +789,7 @@ details { margin-top: .8rem; } summary { color: var(--quiet); cursor: pointer; f
   table.fall, table.fall tbody { display: block; }
   table.fall tr { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem 1rem; padding: .8rem 0;
     border-top: 1px solid var(--line); }
-  table.fall tr > * { padding: 0; border: 0 !important; width: auto !important; }
+  table.fall tr > * { padding: 0; border: 0 !important; width: auto !important; white-space: normal; }
   table.fall tbody th { grid-column: 1 / -1; }
   table.fall td::before { content: attr(data-label); }
 }
