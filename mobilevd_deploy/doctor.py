@@ -135,7 +135,7 @@ def _npu_remedy() -> str:
 
 def _memory(recipe: Recipe, spec: ModelSpec) -> Finding:
     fixed, each = _FLOAT if recipe.npu is None else _COMPILE if recipe.quant else _COMPILE_FLOAT16
-    needed, there, free = fixed + each * parameters(spec), *memory_bytes()
+    needed, there, free = fixed + each * parameters(spec, recipe), *memory_bytes()
     detail = (
         f"{spec.name} by {recipe.name} takes about {needed / 1e9:.1f} GB, here are {there / 1e9:.1f} GB, "
         f"{free / 1e9:.1f} of them free"
@@ -152,7 +152,7 @@ def _disk(recipe: Recipe, spec: ModelSpec, folder: Path) -> Finding:
         kinds.append("quantised")
     if recipe.npu:
         kinds += ["binary" if recipe.quant else "binary16"] * len(recipe.npu.targets)
-    needed = 2 * sum(_DISK[kind] for kind in kinds) * parameters(spec) + 0.2e9
+    needed = 2 * sum(_DISK[kind] for kind in kinds) * parameters(spec, recipe) + 0.2e9
     free = shutil.disk_usage(folder).free
     detail = f"{spec.name} takes about {needed / 1e9:.1f} GB while it is built, {free / 1e9:.1f} GB are free"
     if free >= needed:
@@ -204,14 +204,12 @@ def _apk() -> Finding:
     return Finding("APK tools", True, False, f"JDK {version}, Maven, npm and Android's build tools")
 
 
-def parameters(spec: ModelSpec) -> int:
-    """Count the parameters of a model's UNet, the largest component, before any rewrite."""
-    import torch
+def parameters(spec: ModelSpec, recipe: Recipe) -> int:
+    """Count the parameters of a model's UNet, the largest component, after the recipe's rewrites."""
+    from mobilevd_deploy.skeleton import rewritten_skeleton
 
-    from mobilevd_deploy.components import build_component
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_component(spec, "unet").parameters())
+    step, _ = rewritten_skeleton(spec, recipe.passes)
+    return sum(parameter.numel() for parameter in step.unet.parameters())
 
 
 def memory_bytes() -> tuple[int, int]:
