@@ -102,8 +102,10 @@ def write(extras):
             break
         times = [10.0 * (at + 1) + 0.25 * i for i in range(int(extras["samples"]))]
         result["components"].append(timing | {"name": component, "ms": times} | state.get("timing", {}))
-    while state.get("stalls"):
-        time.sleep(1)
+    while state.get("stalls") and alive.exists():
+        time.sleep(0.1)
+    if not alive.exists():
+        return  # it was stopped
     result |= {"run_id": run, "samples": int(extras["samples"]), "warmup": int(extras["warmup"])}
     result |= {"asked_backend": extras["backend"]}
     result["artifact"] = {"name": extras["artifact"], "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
