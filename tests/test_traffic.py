@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from conftest import TINY_MODEL
 
 from mobilevd_deploy import traffic
 from mobilevd_deploy.artifact import Artifact
@@ -170,7 +171,7 @@ def test_an_artifact_is_measured_by_component_and_a_large_unet_by_block(
     monkeypatch.setattr(traffic, "export_block", lambda *_: None)
     blocks = measure_artifact(artifact).rows
     (unet,) = (row for row in blocks if row.path == "unet")
-    assert {part.path for part in unet.parts} == {block.path for block in unet_blocks(DEMO, FLOAT)}
+    assert {part.path for part in unet.parts} == {block.path for block in unet_blocks(TINY_MODEL, FLOAT)}
     assert (unet.read, unet.written) == (9 * len(unet.parts), 9 * len(unet.parts))
     assert unet.note is not None
     assert [row.note for row in blocks if row.path != "unet"] == [None] * (len(blocks) - 1)
