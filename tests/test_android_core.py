@@ -31,8 +31,11 @@ ROOT = Path(__file__).parents[1]
 QNN = importlib.util.find_spec("onnxruntime_qnn")
 SIMULATES = QNN is not None and (platform.system(), platform.machine()) == ("Linux", "x86_64")
 
+# Where CI demands the app's tests, missing tools are a failure, not a skip.
 pytestmark = pytest.mark.skipif(
-    shutil.which("javac") is None or shutil.which("mvn") is None, reason="needs JDK 17 and Maven"
+    os.environ.get("MOBILEVD_ANDROID") != "required"
+    and (shutil.which("javac") is None or shutil.which("mvn") is None),
+    reason="needs JDK 17 and Maven",
 )
 
 
