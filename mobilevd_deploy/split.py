@@ -113,7 +113,7 @@ class _Flow:
         fixed = set(self.constants)
         self.order: list[int] = []
         for i, node in enumerate(graph.node):
-            if all(name in fixed for name in node.input if name) and node.input:
+            if all(name in fixed for name in node.input if name):  # a Constant reads nothing
                 fixed.update(node.output)
             else:
                 self.order.append(i)

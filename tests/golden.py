@@ -28,8 +28,6 @@ from tiny_artifact import INPUTS, NODES, OUTPUTS, build
 from mobilevd_deploy.artifact import Artifact, FileEntry, NpuBinary, NpuPart, PartialArtifact
 from mobilevd_deploy.media import read_picture
 from mobilevd_deploy.pipeline import Pipeline
-from mobilevd_deploy.qnn import compile_context, find_target
-from mobilevd_deploy.recipe import NpuOptions
 
 VECTORS = Path(__file__).parent / "vectors"
 SEED = 2**64 - 7
@@ -40,33 +38,33 @@ TARGET = "SM8650"
 # ---- the artifact ----
 
 
-def write_artifact(output: Path, compiled: bool = False) -> Artifact:
-    """The tiny artifact; `compiled`: with float16 context binaries, not what only has their names."""
+def write_artifact(output: Path) -> Artifact:
+    """The tiny artifact."""
     with PartialArtifact(output) as partial:
         root = partial.artifact
         manifest = build(root)
         components = [
-            dataclasses.replace(component, npu=(_binary(root, component.name, compiled),))
+            dataclasses.replace(component, npu=(_binary(root, component.name),))
             for component in manifest.components
         ]
         # Versions of libraries would change the files at every update.
         return partial.finish(dataclasses.replace(manifest, components=tuple(components), tools={}))
 
 
-def _binary(root: Path, name: str, compiled: bool) -> NpuBinary:
-    """Not compiled, the wrappers are plain ONNX: what a test's runtime can run without an NPU."""
+def _binary(root: Path, name: str) -> NpuBinary:
+    """In name only: the wrappers are plain ONNX, which a test's runtime can run without an NPU."""
     inputs, output = [spec.name for spec in INPUTS[name]], OUTPUTS[name].name
     folder = root / name / TARGET
     folder.mkdir()
     if name != "unet":
         model = onnx.load(root / name / "model.onnx")
-        parts = [_part(root, folder / "context", model, inputs, [output], compiled)]
+        parts = [_part(root, folder / "context", model, inputs, [output])]
     else:
         first, last = NODES[name][:-1], NODES[name][-1:]
         shapes = {spec.name: spec.shape for spec in (*INPUTS[name], OUTPUTS[name])}
         shapes["moved"] = shapes["noise"]
         parts = [
-            _part(root, folder / f"part{number}", _model(nodes, feeds, made, shapes), feeds, [made], compiled)
+            _part(root, folder / f"part{number}", _model(nodes, feeds, made, shapes), feeds, [made])
             for number, (nodes, feeds, made) in enumerate(
                 [
                     (first, ["noise", "image_embeds"], "moved"),
@@ -74,25 +72,15 @@ def _binary(root: Path, name: str, compiled: bool) -> NpuBinary:
                 ]
             )
         ]
-    # All parts are written by the same SDK.
-    sdk, precision = parts[0][1], "float16" if compiled else "w8a16"
-    return NpuBinary(TARGET, 75, precision, "2.40.0", sdk, tuple(part for part, _ in parts))
+    return NpuBinary(TARGET, 75, "w8a16", "2.40.0", SDK, tuple(parts))
 
 
-def _part(
-    root: Path, stem: Path, model: onnx.ModelProto, inputs: list[str], outputs: list[str], compiled: bool
-) -> tuple[NpuPart, str]:
-    """A part and the SDK that wrote it."""
-    wrapper, context, sdk = stem.with_suffix(".onnx"), stem.with_suffix(".bin"), SDK
+def _part(root: Path, stem: Path, model: onnx.ModelProto, inputs: list[str], outputs: list[str]) -> NpuPart:
+    wrapper, context = stem.with_suffix(".onnx"), stem.with_suffix(".bin")
     onnx.save(model, wrapper)
-    if compiled:
-        binary = compile_context(wrapper, stem, find_target(TARGET), NpuOptions(), float16=True)
-        wrapper.unlink()
-        wrapper, context, sdk = binary.wrapper, binary.context, binary.sdk
-    else:
-        context.write_bytes(f"not a context binary: {stem.name}".encode())
+    context.write_bytes(f"not a context binary: {stem.name}".encode())
     files = {"wrapper": FileEntry.of(root, wrapper), "context": FileEntry.of(root, context)}
-    return NpuPart(files, tuple(inputs), tuple(outputs)), sdk
+    return NpuPart(files, tuple(inputs), tuple(outputs))
 
 
 def _model(

@@ -115,3 +115,26 @@ def test_how_many_parts_a_limit_needs() -> None:
     assert parts_needed(model, 2, limit=2 * size) == 1
     assert parts_needed(model, 2, limit=size // 2) == 3
     assert parts_needed(model, 4) == 1
+
+
+def test_what_a_constant_node_gives_does_not_cross() -> None:
+    """The compiler takes no constant for an input; both sides hold it."""
+    constant = numpy_helper.from_array(np.ones(8, np.float32))
+    weights = [numpy_helper.from_array(np.eye(8, dtype=np.float32), f"w{i}") for i in range(2)]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Constant", [], ["one"], value=constant),
+            helper.make_node("MatMul", ["x", "w0"], ["m0"]),
+            helper.make_node("Add", ["m0", "one"], ["t0"]),
+            helper.make_node("MatMul", ["t0", "w1"], ["m1"]),
+            helper.make_node("Add", ["m1", "one"], ["y"]),
+        ],
+        "shared constant",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 8))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 8))],
+        weights,
+    )
+    first, last = plan_cut(onnx.shape_inference.infer_shapes(helper.make_model(graph)), 2).parts
+    assert len(first.outputs) == 1
+    assert last.inputs == first.outputs
+    assert 0 in last.nodes
