@@ -238,12 +238,29 @@ def write_checkpoint(
         _check_values(name, made, path)
         return made
 
-    write = _write_safetensors if path.suffix == ".safetensors" else _write_torch
     try:
         with _written_aside(path) as aside:
-            write(aside, spec, shapes, dtype, stored)
+            if path.suffix == ".safetensors":
+                metadata = {FORMAT_KEY: str(FORMAT_VERSION), SPEC_KEY: json.dumps(spec.to_dict())}
+                _write_safetensors(aside, metadata, shapes, dtype, stored)
+            else:
+                _write_torch(aside, spec, shapes, dtype, stored)
     except OSError as error:
         raise CheckpointError(f"{path}: can not be written: {error.strerror or error}") from error
+
+
+def write_weights(path: Path, module: nn.Module) -> None:
+    """Write the float32 weights of any module as .safetensors, one tensor after the other."""
+    state = module.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    with _written_aside(path) as aside:
+        _write_safetensors(aside, {}, shapes, torch.float32, lambda name: state[name].contiguous())
+
+
+def read_weights(path: Path, module: nn.Module) -> None:
+    """Give a module, which may be on the meta device, what `write_weights` wrote, memory-mapped (private)."""
+    with safe_open(path, framework="pt") as opened:
+        module.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()}, assign=True)  # noqa: SIM118
 
 
 # ---- what every form must satisfy ----
@@ -385,19 +402,13 @@ def _open_safetensors(path: Path) -> tuple[ModelSpec, _Source]:
 
 def _write_safetensors(
     path: Path,
-    spec: ModelSpec,
+    metadata: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     stored: Callable[[str], Tensor],
 ) -> None:
     # By hand because safetensors' own writer wants every tensor converted beforehand: the model twice.
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": "pt",
-            FORMAT_KEY: str(FORMAT_VERSION),
-            SPEC_KEY: json.dumps(spec.to_dict()),
-        }
-    }
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize

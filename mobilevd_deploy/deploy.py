@@ -11,12 +11,13 @@ import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from mobilevd_deploy.apart import Steps
 from mobilevd_deploy.artifact import (
     Artifact,
     FileEntry,
@@ -30,24 +31,27 @@ from mobilevd_deploy.artifact import (
 )
 from mobilevd_deploy.artifact import Component as ComponentEntry
 from mobilevd_deploy.calibration import Pictures, drawn_pictures, read_pictures
-from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
+from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint, read_weights, write_weights
 from mobilevd_deploy.components import COMPONENTS, Component, deploy_contract
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError
 from mobilevd_deploy.npu.build import build_npu
-from mobilevd_deploy.onnx_export import DATA, MODEL, export_onnx, read_graph
+from mobilevd_deploy.onnx_export import DATA, MODEL, OnnxGraph, export_onnx, read_graph
 from mobilevd_deploy.passes import UNetProbe, run_passes, select_passes
-from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
 from mobilevd_deploy.pipeline import OnnxRunner
-from mobilevd_deploy.probe import Tensors, make_probe
+from mobilevd_deploy.probe import Probe, Tensors, make_probe
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.recipe import QuantScheme, Recipe
 from mobilevd_deploy.report import render_report
+from mobilevd_deploy.skeleton import deploy_skeleton, rewrites
 from mobilevd_deploy.spec import ModelSpec, from_dict
 from mobilevd_deploy.stages import StageOutput, Stages
 from mobilevd_deploy.unet import MobileVDUNet
 
 REPORT = "report.html"
 PROBE_SEED = 20241207
+APART_ABOVE_PARAMETERS = 300_000_000
+"""A larger network takes a child process for each step (apart.py)."""
+
 # Shares of the time, for the estimate of the rest: the UNet has most of the nodes.
 _WEIGHTS: dict[str, float] = {"image_encoder": 2, "vae_encoder": 1, "unet": 12, "decoder": 1}
 # The rewrites do not depend on the map's size; a large network is proven on a cut of this many pixels.
@@ -114,11 +118,12 @@ def deploy(
             shares |= npu_stages.plan(recipe, _WEIGHTS)
         progress.plan(shares)
         sizes = [4 * checkpoint.parameters[name] for name in COMPONENTS]
+        apart = sum(checkpoint.parameters.values()) > APART_ABOVE_PARAMETERS
         records = {
             name: stages.run(
                 f"export {name}",
                 {key: value for key, value in recipe.to_dict().items() if key not in _LATER},
-                partial(_export_component, name, checkpoint, recipe, folder, progress),
+                partial(_export_component, name, checkpoint, recipe, folder, Steps(apart, progress)),
                 disk_bytes=2 * sum(sizes[i:]),  # of all that is still to be written
             ).values
             for i, name in enumerate(COMPONENTS)
@@ -135,11 +140,12 @@ def deploy(
             added = npu_stages.run(
                 recipe,
                 components,
-                lambda name: deploy_form(name, checkpoint.load(name), spec, recipe, progress)[0],
+                partial(read_deploy_form, spec=spec, recipe=recipe, work=folder.work),
                 pictures,
                 folder,
                 stages,
                 progress,
+                apart=apart,
             )
             components, drift = added.components, drift | added.drift
             quality, sheet = added.quality, added.sheet
@@ -170,54 +176,99 @@ def _export_component(
     checkpoint: Checkpoint,
     recipe: Recipe,
     partial_artifact: PartialArtifact,
-    progress: Progress,
+    steps: Steps,
 ) -> StageOutput:
-    spec, folder, work = checkpoint.spec, partial_artifact.artifact, partial_artifact.work
-    inputs, outputs = component_tensors(name, spec)
-    network = checkpoint.load(name)
-    # 4.
+    folder, work = partial_artifact.artifact / name, partial_artifact.work
+    steps.run("answer", _answer, name, checkpoint, work)
+    reports = steps.run("rewrite", _rewrite_component, name, checkpoint, recipe, work)
+    graph = steps.run("write", _write_component, name, checkpoint.spec, recipe, folder, work)
+    drift = steps.run("compare", _compare_component, name, checkpoint.spec, recipe, folder, work)
+    written = [folder / MODEL, folder / DATA, _probe_path(work, name), weights_path(work, name)]
+    values = {
+        "drift": None if drift == math.inf else drift,
+        "passes": [dataclasses.asdict(report) for report in reports],
+        "graph": dataclasses.asdict(graph),
+    }
+    return StageOutput(tuple(path for path in written if path.exists()), values, steps.costs)
+
+
+def _answer(name: Component, checkpoint: Checkpoint, work: Path, progress: Progress) -> None:
+    """Keep inputs of a probe, and what the trained network gives for them."""
+    inputs, outputs = component_tensors(name, checkpoint.spec)
     # What an earlier network gave is passed on: on random embeddings, which no encoder would ever give, a
     # trained UNet multiplies the rounding of float32 by ten.
-    given = {
-        t.name: np.load(work / f"{str(t.source).partition(':')[2]}.npy") for t in inputs if _is_passed_on(t)
-    }
-    reference = partial(_reference, deploy_contract(network), outputs[0].name)
+    given = {}
+    for tensor in inputs:
+        kind, _, which = str(tensor.source).partition(":")
+        if kind == "component":
+            (given[tensor.name],) = _read_probe(
+                work, cast(Component, which), checkpoint.spec
+            ).reference.values()
+    reference = partial(_reference, deploy_contract(checkpoint.load(name)), outputs[0].name)
     probe = make_probe(inputs, PROBE_SEED, reference, given)
     if not np.isfinite(probe.reference[outputs[0].name]).all():
         raise ParityError(
             f"{name}: the trained network's outputs are not finite", next_step="check the weights"
         )
-    # 5.
-    deployed, reports = deploy_form(name, network, spec, recipe, progress)
-    del network  # what the deploy form did not share is freed before the export
-    # 6.
-    for note in export_onnx(deployed, probe.inputs, [outputs[0].name], folder / name, recipe.onnx):
+    values: dict[str, Any] = probe.inputs | probe.reference
+    np.savez(_probe_path(work, name), **values)
+
+
+def _rewrite_component(
+    name: Component, checkpoint: Checkpoint, recipe: Recipe, work: Path, progress: Progress
+) -> tuple[PassReport, ...]:
+    """Keep the weights of the deploy form; return what the rewrites did, each proven."""
+    deployed, reports = deploy_form(name, checkpoint.load(name), checkpoint.spec, recipe, progress)
+    write_weights(weights_path(work, name), deployed)
+    return reports
+
+
+def _write_component(
+    name: Component, spec: ModelSpec, recipe: Recipe, folder: Path, work: Path, progress: Progress
+) -> OnnxGraph:
+    """Write the deploy form as ONNX, and read the graph back."""
+    probe = _read_probe(work, name, spec)
+    deployed = read_deploy_form(name, spec, recipe, work)
+    for note in export_onnx(deployed, probe.inputs, [*probe.reference], folder, recipe.onnx):
         progress.say(note)
-    del deployed
-    graph = read_graph(folder / name / MODEL)
-    # 7.
-    drift = probe.drift(OnnxRunner(folder / name / MODEL).run(probe.inputs))
+    return read_graph(folder / MODEL)
+
+
+def _compare_component(
+    name: Component, spec: ModelSpec, recipe: Recipe, folder: Path, work: Path, _: Progress
+) -> float:
+    """Return the SQNR in dB of the file's outputs against the trained network's."""
+    probe = _read_probe(work, name, spec)
+    drift = probe.drift(OnnxRunner(folder / MODEL).run(probe.inputs))
     if not drift >= recipe.floors.onnx_sqnr_db:
         raise ParityError(
             f"{name}: the exported graph is {drift:.1f} dB from the trained network, "
             f"the floor is {recipe.floors.onnx_sqnr_db:g} dB",
             next_step="choose other graph forms in the recipe, or report it with the model's configuration",
         )
-    passed_on = work / f"{name}.npy"
-    np.save(passed_on, probe.reference[outputs[0].name])
-    written = tuple(
-        path for path in (folder / name / MODEL, folder / name / DATA, passed_on) if path.exists()
-    )
-    values = {
-        "drift": None if drift == math.inf else drift,
-        "passes": [dataclasses.asdict(report) for report in reports],
-        "graph": dataclasses.asdict(graph),
-    }
-    return StageOutput(written, values)
+    return drift
 
 
-def _is_passed_on(tensor: TensorSpec) -> bool:
-    return tensor.source is not None and tensor.source.startswith("component:")
+def _probe_path(work: Path, name: Component) -> Path:
+    return work / f"{name}.npz"
+
+
+def weights_path(work: Path, name: Component) -> Path:
+    """Return where the weights of a component's deploy form lie in the work folder."""
+    return work / f"{name}.safetensors"
+
+
+def _read_probe(work: Path, name: Component, spec: ModelSpec) -> Probe:
+    with np.load(_probe_path(work, name)) as arrays:
+        inputs, outputs = ({t.name: arrays[t.name] for t in side} for side in component_tensors(name, spec))
+    return Probe(inputs, outputs)
+
+
+def read_deploy_form(name: Component, spec: ModelSpec, recipe: Recipe, work: Path) -> nn.Module:
+    """Build a component's deploy form around the weights that its rewriting kept, memory-mapped."""
+    network = deploy_skeleton(name, spec, recipe)
+    read_weights(weights_path(work, name), network)
+    return network
 
 
 def _component_entry(
@@ -263,9 +314,6 @@ def _pictures(spec: ModelSpec, recipe: Recipe, calibration: Sequence[str | Path]
 def _rewrite(
     unet: MobileVDUNet, spec: ModelSpec, recipe: Recipe, progress: Progress
 ) -> tuple[PassReport, ...]:
-    names: list[str] = [*recipe.passes]
-    if recipe.graph.upsample == "subpixel":
-        names.append(SubPixelUpsampling.name)
     height, width = spec.latent_size
     # Halves have to be legal sizes too.
     multiple = 2 * spec.unet.size_multiple
@@ -273,9 +321,8 @@ def _rewrite(
         height, width = height // 2, width // 2
     if (height, width) != spec.latent_size:
         progress.say(f"unet: rewrites are proven on latents of {width}x{height}, the export at full size")
-    return run_passes(
-        unet, select_passes(names), UNetProbe.make(unet, height, width), recipe.floors.rewrite_sqnr_db
-    )
+    probe = UNetProbe.make(unet, height, width)
+    return run_passes(unet, select_passes(rewrites(recipe)), probe, recipe.floors.rewrite_sqnr_db)
 
 
 def component_tensors(

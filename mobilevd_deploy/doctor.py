@@ -206,9 +206,9 @@ def _apk() -> Finding:
 
 def parameters(spec: ModelSpec, recipe: Recipe) -> int:
     """Count the parameters of a model's UNet, the largest component, after the recipe's rewrites."""
-    from mobilevd_deploy.skeleton import rewritten_skeleton
+    from mobilevd_deploy.skeleton import rewrites, rewritten_skeleton
 
-    step, _ = rewritten_skeleton(spec, recipe.passes)
+    step, _ = rewritten_skeleton(spec, rewrites(recipe))
     return sum(parameter.numel() for parameter in step.unet.parameters())
 
 

@@ -17,7 +17,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +25,16 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.artifact import Component, FileEntry, NpuBinary, NpuPart, PartialArtifact, Quality
+from mobilevd_deploy.apart import Steps
+from mobilevd_deploy.artifact import (
+    Component,
+    FileEntry,
+    NpuBinary,
+    NpuPart,
+    PartialArtifact,
+    Quality,
+    StageCost,
+)
 from mobilevd_deploy.calibration import JUDGES, Pictures
 from mobilevd_deploy.components import Component as ComponentName
 from mobilevd_deploy.errors import ParityError
@@ -46,7 +54,8 @@ SIMULATE_UP_TO_FLOPS = 20e9
 """A component with more is not simulated: on two cores its run would take from minutes to days."""
 
 JUDGE_ALL_UP_TO_FLOPS = 1e12
-"""A component with more is judged on one picture: its simulation takes a minute a run at the paper's size."""
+"""A component with more is judged on one picture, and not block by block: at the paper's size a run of its
+simulation takes a minute."""
 
 SHEET = "sheet.png"
 """In the work folder: input, float clip and quantised clip of the first judge, for the report."""
@@ -88,34 +97,45 @@ def run(
     folder: PartialArtifact,
     stages: Stages,
     progress: Progress,
+    *,
+    apart: bool,
 ) -> NpuResult:
     """Quantise, compile and simulate as the recipe says.
 
     Args:
         recipe: with `quant`, `npu`, or both.
         components: entries of the float export, whose files lie in `folder.artifact`.
-        build: makes a component's deploy form anew.
+        build: makes a component's deploy form anew; has to be picklable if `apart`.
         pictures: calibration pictures, the last `JUDGES` of them for judging.
         folder: of the artifact that is being built.
         stages: those of the export have run.
         progress: told about every stage.
+        apart: run every stage in a process of its own.
 
     Raises:
         ParityError: below one of the recipe's floors. ExportError, VendorError: see quantize.py and qnn.py.
     """
-    flow = _Flow(recipe, tuple(components), build, folder, progress)
-    stages.run("calibrate", {"pictures": pictures.sha256}, partial(flow.calibrate, pictures))
+    flow = _Flow(recipe, tuple(components), build, folder)
+
+    def run_stage(
+        name: str, inputs: Mapping[str, Any], action: Callable[..., StageOutput], *args: Any
+    ) -> Any:
+        def act() -> StageOutput:
+            steps = Steps(apart, progress)
+            output = steps.run("rest", action, *args)
+            return dataclasses.replace(output, steps=output.steps | steps.costs)
+
+        return stages.run(name, inputs, act).values
+
+    run_stage("calibrate", {"pictures": pictures.sha256}, flow.calibrate, pictures)
     drift: dict[str, dict[str, float | None]] = {}
     found = {component.name: component for component in components}
     quality = None
     if recipe.quant:
         scheme = {"quant": dataclasses.asdict(recipe.quant), "floors": dataclasses.asdict(recipe.floors)}
-        records = {
-            c.name: stages.run(f"quantise {c.name}", scheme, partial(flow.quantise, c)).values
-            for c in components
-        }
+        records = {c.name: run_stage(f"quantise {c.name}", scheme, flow.quantise, c) for c in components}
         drift["quantised"] = {name: record["drift"] for name, record in records.items()}
-        clip = stages.run("judge clip", scheme, flow.judge_clip).values["psnr_db"]
+        clip = run_stage("judge clip", scheme, flow.judge_clip)["psnr_db"]
         quality = Quality(
             pictures.source,
             len(pictures.values) - JUDGES,
@@ -127,23 +147,19 @@ def run(
         found = {name: flow.with_quantised(component) for name, component in found.items()}
         peaks: dict[str, dict[str, float]] = {}
     else:
-        peaks = {
-            c.name: stages.run(f"ranges {c.name}", {}, partial(flow.measure_ranges, c)).values
-            for c in components
-        }
+        peaks = {c.name: run_stage(f"ranges {c.name}", {}, flow.measure_ranges, c) for c in components}
     for target in recipe.npu.targets if recipe.npu else ():
         for c in components:
             assert recipe.npu is not None
             options = {"npu": dataclasses.asdict(recipe.npu) | {"targets": target}}
-            compile_one = partial(flow.compile, c, target, peaks.get(c.name, {}))
-            compiled = stages.run(f"compile {c.name} {target}", options, compile_one)
-            binary = flow.binary(c, target, compiled.values)
+            ranges = peaks.get(c.name, {})
+            compiled = run_stage(f"compile {c.name} {target}", options, flow.compile, c, target, ranges)
+            binary = flow.binary(c, target, compiled)
             found[c.name] = dataclasses.replace(found[c.name], npu=(*found[c.name].npu, binary))
             floors = {"floors": dataclasses.asdict(recipe.floors)}
-            simulate = partial(flow.simulate, found[c.name], target)
-            proof = stages.run(f"simulate {c.name} {target}", floors, simulate)
-            if proof.values["simulated"]:
-                drift.setdefault(f"npu.{target}", {})[c.name] = proof.values["drift"]
+            proof = run_stage(f"simulate {c.name} {target}", floors, flow.simulate, found[c.name], target)
+            if proof["simulated"]:
+                drift.setdefault(f"npu.{target}", {})[c.name] = proof["drift"]
     sheet = (folder.work / SHEET).read_bytes() if recipe.quant else None
     return NpuResult(tuple(found[c.name] for c in components), drift, quality, sheet)
 
@@ -154,11 +170,10 @@ class _Flow:
     components: tuple[Component, ...]
     build: Callable[[ComponentName], nn.Module]
     folder: PartialArtifact
-    progress: Progress
 
     # ---- stages ----
 
-    def calibrate(self, pictures: Pictures) -> StageOutput:
+    def calibrate(self, pictures: Pictures, progress: Progress) -> StageOutput:
         """Run the float pipeline on every picture; one file per picture holds it and all outputs."""
         files = []
         for index, picture in enumerate(pictures.values):
@@ -170,10 +185,10 @@ class _Flow:
             arrays: dict[str, Any] = {"image": job.image, **job.outputs}
             np.savez(path, **arrays)
             files.append(path)
-            self.progress.advance((index + 1) / len(pictures.values))
+            progress.advance((index + 1) / len(pictures.values))
         return StageOutput(tuple(files))
 
-    def quantise(self, component: Component) -> StageOutput:
+    def quantise(self, component: Component, progress: Progress) -> StageOutput:
         """Quantise one component, judge it, write its QDQ graph and what it gave for the first judge."""
         assert self.recipe.quant is not None
         name, output = component.name, component.outputs[0].name
@@ -182,14 +197,14 @@ class _Flow:
         quantised = quantise(
             self.build(cast(ComponentName, name)), self._feeds(component), self.recipe.quant, state=state
         )
-        judges = self._judges()
-        bases = 1 if component.flops > JUDGE_ALL_UP_TO_FLOPS else len(judges)
+        judges, large = self._judges(), component.flops > JUDGE_ALL_UP_TO_FLOPS
         feeds = [job.feeds(component) for job in judges]
-        given = [quantised.run(values) for values in feeds[:bases]]
-        drift = min(sqnr_db(job.outputs[name], out) for job, out in zip(judges, given, strict=False))
+        progress.advance(0.4)
+        given = [quantised.run(values) for values in feeds[: 1 if large else None]]
+        exact = [job.outputs[name] for job in judges[: len(given)]]
+        drift = min(sqnr_db(expected, out) for expected, out in zip(exact, given, strict=True))
         self._require(name, "the quantised network", drift, self.recipe.floors.quantised_sqnr_db)
-        exact = self._float_runner(component)
-        ratios = conditioning(quantised.run, lambda values: exact.run(values)[output], feeds, bases)
+        ratios = conditioning(quantised.run, quantised.run_float, feeds, given, exact)
         floor = self.recipe.floors.conditioning
         for tensor, ratio in ratios.items():
             if not floor <= ratio <= 1 / floor:
@@ -198,16 +213,18 @@ class _Flow:
                     f"the float one; from {floor:g} to {1 / floor:.2f} is allowed",
                     next_step="calibrate with more pictures, or keep layers at 16 bit with quant.rules",
                 )
+        progress.advance(0.6)
         quantised.export(self._quantised(name), feeds[0], [output])
         expected = self._expected_path(name)
         np.savez(expected, given=given[0])
-        blocks = {block: _plain(alone) for block, alone in sensitivity(quantised, feeds[0]).items()}
+        alone = {} if large else sensitivity(quantised, feeds[0])
+        blocks = {block: _plain(drift) for block, drift in alone.items()}
         return StageOutput(
             (*self._existing(self._quantised(name)), expected),
             {"drift": _plain(drift), "conditioning": ratios, "sensitivity": blocks},
         )
 
-    def judge_clip(self) -> StageOutput:
+    def judge_clip(self, _: Progress) -> StageOutput:
         """Run the quantised graphs one after the other and compare the clip with the float clip."""
         last, judges = self.components[-1].name, self._judges()
         if max(component.flops for component in self.components) > JUDGE_ALL_UP_TO_FLOPS:
@@ -230,28 +247,30 @@ class _Flow:
         write_sheet(rows, sheet)
         return StageOutput((sheet,), {"psnr_db": _plain(worst)})
 
-    def measure_ranges(self, component: Component) -> StageOutput:
+    def measure_ranges(self, component: Component, _: Progress) -> StageOutput:
         """Note the largest magnitude of each layer's output over all pictures, which float16 has to hold."""
         network = self.build(cast(ComponentName, component.name))
         samples = (self._load(path).feeds(component) for path in self._jobs())
         return StageOutput((), largest_magnitudes(network, samples))
 
-    def compile(self, component: Component, target: str, peaks: Mapping[str, float]) -> StageOutput:
+    def compile(
+        self, component: Component, target: str, peaks: Mapping[str, float], progress: Progress
+    ) -> StageOutput:
         """Compile one component for one chip; `peaks` is what `lint` wants."""
         assert self.recipe.npu is not None
         quantised = self.recipe.quant is not None
         model = self._quantised(component.name) if quantised else self.folder.artifact / component.name
         vtcm = self.recipe.npu.vtcm_mb
         for finding in lint(model / MODEL, float16=not quantised, vtcm_mb=vtcm, peaks=peaks):
-            self.progress.say(f"{component.name}: {finding}")
+            progress.say(f"{component.name}: {finding}")
         # What a rule leaves in floats is an island on purpose.
         rules = self.recipe.quant.rules if self.recipe.quant else ()
         floats = [f"{rule.modules}/*" for rule in rules if 32 in (rule.weights, rule.activations)]
         root = self.folder.artifact / component.name / target
         files: list[Path] = []
         parts: list[dict[str, Any]] = []
-        peak = 0
-        with self._cut(component, model / MODEL) as cut:
+        steps: dict[str, StageCost] = {}
+        with self._cut(component, model / MODEL, progress) as cut:
             for number, (path, inputs, outputs) in enumerate(cut, start=1):
                 made = compile_context(
                     path,
@@ -259,18 +278,21 @@ class _Flow:
                     find_target(target),
                     self.recipe.npu,
                     float16=not quantised,
-                    progress=self.progress,
+                    progress=progress,
                 )
                 check_graph(made.graph, self._precision, [*self.recipe.npu.allow, *floats])
                 files += [made.wrapper, made.context]
-                peak = max(peak, made.peak_bytes)
+                part = f" part {number} of {len(cut)}" if len(cut) > 1 else ""
+                steps["compiler" + part] = StageCost(round(made.seconds, 3), made.peak_bytes)
                 folder = made.context.parent.relative_to(self.folder.artifact).as_posix()
                 parts.append({"folder": folder, "inputs": inputs, "outputs": outputs})
         values = {"arch": made.arch, "qnn_api": made.qnn_api, "sdk": made.sdk, "parts": parts}
-        return StageOutput(tuple(files), values, peak)
+        return StageOutput(tuple(files), values, steps)
 
     @contextlib.contextmanager
-    def _cut(self, component: Component, model: Path) -> Iterator[list[tuple[Path, list[str], list[str]]]]:
+    def _cut(
+        self, component: Component, model: Path, progress: Progress
+    ) -> Iterator[list[tuple[Path, list[str], list[str]]]]:
         """Yield the files to compile with their inputs and outputs: the model, or proven parts of it."""
         assert self.recipe.npu is not None
         quantised = self.recipe.quant is not None
@@ -282,7 +304,7 @@ class _Flow:
             return
         cut = plan_cut(whole, count)
         crossing = ", ".join(f"{size / 1e6:.1f} MB" for size in cut.crossing_bytes)
-        self.progress.say(f"{component.name}: cut into {count} parts; {crossing} cross, as float32")
+        progress.say(f"{component.name}: cut into {count} parts; {crossing} cross, as float32")
         files = write_parts(model, cut)
         try:
             self._check_parts(component, files, cut)
@@ -302,10 +324,10 @@ class _Flow:
                 expected, floor = simulated["given"], self.recipe.floors.simulator_db
         self._require(component.name, "the row of its parts", sqnr_db(expected, given), floor)
 
-    def simulate(self, component: Component, target: str) -> StageOutput:
+    def simulate(self, component: Component, target: str, progress: Progress) -> StageOutput:
         """Run one binary on the simulator, on the first judge; compare with AIMET and with the float run."""
         if component.flops > SIMULATE_UP_TO_FLOPS:
-            self.progress.say(
+            progress.say(
                 f"{component.name}: not simulated, {component.flops / 1e9:.0f} GFLOPs are too many for it"
             )
             return StageOutput((), {"simulated": False})

@@ -13,7 +13,6 @@ onnxruntime_qnn, and late.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import math
@@ -34,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mobilevd_deploy.apart import die_with_parent, own_python, peak_bytes
 from mobilevd_deploy.devices import table
 from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError
 from mobilevd_deploy.progress import Progress, duration
@@ -57,7 +57,6 @@ _STAGES = {"Graph Optimizations": 0.2, "Graph Sequencing for Target": 0.7, "VTCM
 _SHOWN = 8
 _POLL_MS = 100
 _FULL_DISK_BYTES = 2**20
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -507,14 +506,10 @@ def _run_child(
 ) -> _Ran:
     """Run a job with `folder` as its working folder; `what` begins every error."""
     _check_installed()
-    # The child must find exactly the modules that we would, though it works elsewhere.
-    code = (
-        f"import sys; sys.path[:] = {[str(Path(entry).resolve()) for entry in sys.path]!r}\n"
-        "from mobilevd_deploy.qnn import _child_main; _child_main(sys.argv[1])"
-    )
+    code = "from mobilevd_deploy.qnn import _child_main; _child_main(sys.argv[1])"
     begun, log = time.monotonic(), _Log(progress or Progress())
     with subprocess.Popen(
-        [sys.executable, "-P", "-c", code, json.dumps(job)],
+        [*own_python(code), json.dumps(job)],
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -551,7 +546,7 @@ def _follow(
         if log.is_refused:  # to compile the rest could take minutes, for nothing
             process.kill()
             return peak
-        peak = max(peak, _peak_bytes(process.pid))
+        peak = max(peak, peak_bytes(process.pid))
         if memory_bytes is not None and peak > memory_bytes:
             raise ResourceError(
                 f"{what} takes more than {memory_bytes / 1e9:.2f} GB{_during(log)}",
@@ -613,27 +608,17 @@ def _during(log: _Log) -> str:
     return f", in the stage '{log.stage}'" if log.stage else ""
 
 
-def _peak_bytes(pid: int) -> int:
-    """Peak resident memory of a process so far; 0 once it is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    match = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(match[1]) * 1024 if match else 0
-
-
 # ---- the child process, from inside ----
 
 
 def _child_main(job: str) -> None:
     """Do a job and write result.json into the working folder."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody waits for an orphan's gigabytes
+    die_with_parent()
     try:
         result = _do(json.loads(job))
     except BaseException as error:  # reported by the parent, in its own words
         result = {"error": f"{type(error).__name__}: {error}"}
-    result["peak_bytes"] = _peak_bytes(os.getpid())
+    result["peak_bytes"] = peak_bytes()
     aside = Path("result.json.new")
     aside.write_text(json.dumps(result))
     aside.rename("result.json")

@@ -793,24 +793,28 @@ def _name_pairs(model: onnx.ModelProto) -> None:
 
 
 def conditioning(
-    run: Runner, reference: Runner, samples: Sequence[Tensors], bases: int | None = None
+    run: Runner,
+    reference: Runner,
+    samples: Sequence[Tensors],
+    given: Sequence[Array],
+    expected: Sequence[Array],
 ) -> dict[str, float]:
     """Return by input how much the output of `run` answers to it, over how much that of `reference` does.
 
     The answer is the RMS of the output's change when this input alone is taken from another sample, over
-    the first `bases` samples (all if left out), each with the next. 1 is perfect, 0 an input that does not
-    matter any more. An input to which the reference does not answer either has 1, or inf if `run` does.
+    the first samples, each with the next. `given` and `expected` are what `run` and `reference` give for
+    these, and how many they are. 1 is perfect, 0 an input that does not matter any more. An input to which
+    the reference does not answer either has 1, or inf if `run` does.
 
     Raises UsageError for fewer than two samples.
     """
     if len(samples) < 2:
         raise UsageError("conditioning needs two samples or more")
     answers: list[dict[str, float]] = []
-    for runner in (run, reference):
+    for runner, bases in ((run, given), (reference, expected)):
         squares = dict.fromkeys(samples[0], 0.0)
-        pairs = list(zip(samples, [*samples[1:], samples[0]], strict=True))
-        for sample, other in pairs[:bases]:
-            base = np.asarray(runner(sample), np.float64)
+        for i, base in enumerate(bases):
+            sample, other = samples[i], samples[(i + 1) % len(samples)]
             for name in squares:
                 changed = np.asarray(runner(sample | {name: other[name]}), np.float64) - base
                 squares[name] += float(np.sum(changed * changed))

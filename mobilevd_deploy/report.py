@@ -144,7 +144,7 @@ def _figures(manifest: Manifest) -> str:
         ("worst SQNR", worst, where),
         (
             "export time",
-            duration(sum(cost.seconds for cost in manifest.stages.values())),
+            duration(sum(cost.seconds for name, cost in manifest.stages.items() if ": " not in name)),
             f"peak memory {_si(memory, 'B')}" if memory else "",
         ),
     )

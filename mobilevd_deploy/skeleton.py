@@ -1,4 +1,4 @@
-"""A model's UNet without weights: built and rewritten on the meta device, in seconds at any size."""
+"""Networks without weights: built and rewritten on the meta device, in seconds at any size."""
 
 from __future__ import annotations
 
@@ -6,22 +6,47 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mobilevd_deploy.components import DenoiseStep, build_component, deploy_contract, input_shapes
+from mobilevd_deploy.components import (
+    Component,
+    DenoiseStep,
+    build_component,
+    deploy_contract,
+    input_shapes,
+)
+from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.passes import select_passes
+from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
+from mobilevd_deploy.recipe import Recipe
 from mobilevd_deploy.spec import ModelSpec
 from mobilevd_deploy.unet import MobileVDUNet
 
 
+def rewrites(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the passes that a recipe's UNet goes through: those that it lists, and those of its forms."""
+    return (*recipe.passes, *(SubPixelUpsampling.name,) * (recipe.graph.upsample == "subpixel"))
+
+
 @torch.no_grad()
-def rewritten_skeleton(spec: ModelSpec, rewrites: Iterable[str]) -> tuple[DenoiseStep, list[Tensor]]:
+def rewritten_skeleton(spec: ModelSpec, names: Iterable[str]) -> tuple[DenoiseStep, list[Tensor]]:
     """Return the one-step map after these rewrites, and inputs to call it with; all on the meta device."""
     with torch.device("meta"):
         step = cast(DenoiseStep, deploy_contract(build_component(spec, "unet")))
         inputs = [torch.empty(shape) for shape in input_shapes(spec, "unet").values()]
     unet = cast(MobileVDUNet, step.unet)
-    for rewrite in select_passes(tuple(rewrites)):
+    for rewrite in select_passes(tuple(names)):
         rewrite.requires(unet)
         rewrite.apply(unet)
     return step, inputs
+
+
+def deploy_skeleton(name: Component, spec: ModelSpec, recipe: Recipe) -> nn.Module:
+    """Return a component's deploy form on the meta device."""
+    if name == "unet":
+        network: nn.Module = rewritten_skeleton(spec, rewrites(recipe))[0]
+    else:
+        with torch.device("meta"):
+            network = build_component(spec, name)
+    with torch.device("meta"):
+        return build_npu(name, network, spec, recipe.graph)

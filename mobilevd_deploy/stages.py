@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mobilevd_deploy.apart import peak_bytes, reset_peak
 from mobilevd_deploy.artifact import FileEntry, PartialArtifact, StageCost, disk_guard, file_sha256, fsync
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.progress import Progress
@@ -29,12 +28,12 @@ from mobilevd_deploy.spec import from_dict
 class StageOutput:
     """What a stage made: files below the partial folder, and values that JSON can hold.
 
-    `child_peak_bytes`: peak resident memory of the largest process that it started.
+    `steps`: what those parts of it cost that ran in a process of their own.
     """
 
     files: tuple[Path, ...] = ()
     values: dict[str, Any] = field(default_factory=dict)
-    child_peak_bytes: int = 0
+    steps: dict[str, StageCost] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class StageRecord:
     files: tuple[FileEntry, ...]
     values: dict[str, Any]
     cost: StageCost
+    steps: dict[str, StageCost] = field(default_factory=dict)
 
 
 class Stages:
@@ -74,8 +74,16 @@ class Stages:
 
     @property
     def costs(self) -> dict[str, StageCost]:
-        """Time and memory of each stage so far, measured when it really ran."""
-        return {name: record.cost for name, record in self._records.items()}
+        """Time and memory of each stage so far, measured when it really ran.
+
+        Where a stage had several steps, they follow it as "<stage>: <step>".
+        """
+        costs: dict[str, StageCost] = {}
+        for name, record in self._records.items():
+            costs[name] = record.cost
+            if len(record.steps) > 1:
+                costs |= {f"{name}: {step}": cost for step, cost in record.steps.items()}
+        return costs
 
     def run(
         self, name: str, inputs: Mapping[str, Any], action: Callable[[], StageOutput], *, disk_bytes: int = 0
@@ -115,17 +123,17 @@ class Stages:
 
     def _run(self, name: str, expected: str, action: Callable[[], StageOutput]) -> StageRecord:
         self._path(name).unlink(missing_ok=True)
-        _reset_peak()
+        reset_peak()
         begun = time.monotonic()
         output = action()
-        peak = max(_peak_bytes(), output.child_peak_bytes)
+        peak = max([peak_bytes(), *(step.peak_bytes for step in output.steps.values())])
         cost = StageCost(round(time.monotonic() - begun, 3), peak)
         for path in output.files:
             fsync(path)
             fsync(path.parent)
         files = tuple(FileEntry.of(self._partial.root, path) for path in output.files)
         values = json.loads(json.dumps(output.values))
-        record = StageRecord(name, expected, files, values, cost)
+        record = StageRecord(name, expected, files, values, cost, output.steps)
         _write_durably(self._path(name), json.dumps(dataclasses.asdict(record)))
         return record
 
@@ -144,23 +152,3 @@ def _write_durably(path: Path, text: str) -> None:
     fsync(aside)
     aside.replace(path)
     fsync(path.parent)
-
-
-def _reset_peak() -> None:
-    # Linux: from here on VmHWM is the peak of this stage, not of the process so far.
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_bytes() -> int:
-    """Peak resident memory of this process: since `_reset_peak` on Linux, since its start elsewhere."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -26,7 +26,6 @@ from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.npu.ops import PerFrame, TemporalResBlock
 from mobilevd_deploy.npu.unet import TemporalStage, Transformer, VideoResBlock
 from mobilevd_deploy.onnx_export import MODEL, export_onnx
-from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
 from mobilevd_deploy.probe import Tensors
 from mobilevd_deploy.profiles import SCHEMA_VERSION, TrafficReport, TrafficRow, now, write_durably
 from mobilevd_deploy.progress import Progress
@@ -34,7 +33,7 @@ from mobilevd_deploy.qnn import Target, find_target, measure_traffic
 from mobilevd_deploy.qnn_graph import DramBytes, Traffic
 from mobilevd_deploy.quantize import quantise
 from mobilevd_deploy.recipe import NpuOptions, Recipe
-from mobilevd_deploy.skeleton import rewritten_skeleton
+from mobilevd_deploy.skeleton import rewrites, rewritten_skeleton
 from mobilevd_deploy.spec import ModelSpec, from_dict
 
 WHOLE_UP_TO_FLOPS = 200e9
@@ -65,8 +64,7 @@ def unet_blocks(spec: ModelSpec, recipe: Recipe, patterns: Sequence[str] = ("*",
 
     Raises UsageError if nothing matches.
     """
-    rewrites = [*recipe.passes, *(SubPixelUpsampling.name,) * (recipe.graph.upsample == "subpixel")]
-    step, inputs = rewritten_skeleton(spec, rewrites)
+    step, inputs = rewritten_skeleton(spec, rewrites(recipe))
     unet = build_npu("unet", step, spec, recipe.graph)
     shapes = _input_shapes(unet, inputs)
     chosen = [path for path in shapes if any(fnmatch(path, pattern) for pattern in patterns)]

@@ -208,8 +208,8 @@ def test_large_components_are_not_simulated_and_say_so(
             heard.append(sentence)
 
     component = artifact.manifest.components[0]
-    flow = npu_stages._Flow(RECIPE, (component,), lambda _: None, None, Heard())  # type: ignore[arg-type]
-    assert flow.simulate(component, "SM8650").values == {"simulated": False}
+    flow = npu_stages._Flow(RECIPE, (component,), lambda _: None, None)  # type: ignore[arg-type]
+    assert flow.simulate(component, "SM8650", Heard()).values == {"simulated": False}
     assert "not simulated" in heard[0]
 
 

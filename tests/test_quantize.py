@@ -777,19 +777,24 @@ def test_conditioning_is_the_share_that_is_left() -> None:
     def run(inputs: Tensors) -> np.ndarray:
         return inputs["a"] + 5
 
-    assert conditioning(run, reference, samples) == pytest.approx({"a": 0.5, "b": 0, "c": 1})
-    assert conditioning(reference, run, samples) == pytest.approx({"a": 2, "b": np.inf, "c": 1})
+    given, expected = [run(s) for s in samples], [reference(s) for s in samples]
+    ratios = conditioning(run, reference, samples, given, expected)
+    assert ratios == pytest.approx({"a": 0.5, "b": 0, "c": 1})
+    ratios = conditioning(reference, run, samples, expected[:1], given[:1])
+    assert ratios == pytest.approx({"a": 2, "b": np.inf, "c": 1})
 
 
 def test_conditioning_of_a_quantised_network(quantised: Quantised) -> None:
-    ratios = conditioning(quantised.run, quantised.run_float, [sample(5), sample(6)])
+    samples = [sample(5), sample(6)]
+    given, expected = ([run(s) for s in samples] for run in (quantised.run, quantised.run_float))
+    ratios = conditioning(quantised.run, quantised.run_float, samples, given, expected)
     assert [*ratios] == [*sample(0)]
     assert all(0.9 < ratio < 1.1 for ratio in ratios.values())
 
 
 def test_conditioning_needs_another_sample() -> None:
     with pytest.raises(UsageError, match="two samples"):
-        conditioning(lambda _: 0.0, lambda _: 0.0, [sample(0)])
+        conditioning(lambda _: 0.0, lambda _: 0.0, [sample(0)], [np.zeros(1)], [np.zeros(1)])
 
 
 def test_sensitivity_finds_the_block_that_costs_most() -> None:

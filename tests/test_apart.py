@@ -1,0 +1,144 @@
+"""Steps in processes of their own: the same results and errors, memory that goes, deaths that are named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mobilevd_deploy import apart
+from mobilevd_deploy import deploy as flow
+from mobilevd_deploy.apart import Steps, own_python
+from mobilevd_deploy.errors import ExportError, ParityError, ResourceError
+from mobilevd_deploy.progress import Progress
+from mobilevd_deploy.recipe import load_recipe
+
+
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.said: list[object] = []
+
+    def advance(self, fraction: float) -> None:
+        self.said.append(fraction)
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+
+# Found by their names in the child.
+
+
+def add(a: int, b: int, progress: Progress) -> tuple[int, int]:
+    progress.advance(0.5)
+    progress.say("adding")
+    print("chatter")
+    return a + b, os.getpid()
+
+
+def refuse(progress: Progress) -> None:
+    raise ParityError("too far", next_step="come closer")
+
+
+class Unspeakable(Exception):
+    def __init__(self) -> None:
+        super().__init__("a lambda is in me")
+        self.held = lambda: None
+
+
+def refuse_in_a_library(progress: Progress) -> None:
+    raise Unspeakable
+
+
+def die(number: int, progress: Progress) -> None:
+    os.kill(os.getpid(), number)
+
+
+def fill(megabytes: int, progress: Progress) -> float:
+    return float(np.ones(megabytes * 2**17).sum())
+
+
+def sleep(progress: Progress) -> None:
+    time.sleep(600)
+
+
+def test_here_and_apart_give_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+    here, there = Heard(), Heard()
+    inside, outside = Steps(False, here), Steps(True, there)
+    assert inside.run("add", add, 2, 3) == (5, os.getpid())
+    assert capfd.readouterr().out == "chatter\n"
+    result, pid = outside.run("add", add, 2, 3)
+    assert result == 5
+    assert pid != os.getpid()
+    assert here.said == there.said == [0.5, "adding"]
+    assert not inside.costs
+    assert capfd.readouterr().out == ""
+
+
+def test_the_memory_of_a_step_is_its_own() -> None:
+    steps = Steps(True, Progress())
+    steps.run("small", fill, 1)
+    steps.run("large", fill, 300)
+    steps.run("small again", fill, 1)
+    small, large, again = (steps.costs[name].peak_bytes for name in ("small", "large", "small again"))
+    assert large - small > 250 * 2**20
+    assert abs(again - small) < 50 * 2**20
+
+
+def test_errors_come_through() -> None:
+    steps = Steps(True, Progress())
+    with pytest.raises(ParityError, match="too far") as raised:
+        steps.run("check", refuse)
+    assert raised.value.next_step == "come closer"
+    with pytest.raises(ExportError, match="Unspeakable: a lambda is in me"):
+        steps.run("check", refuse_in_a_library)
+
+
+def test_a_death_is_named() -> None:
+    steps = Steps(True, Progress())
+    with pytest.raises(ResourceError, match="fold: its process was killed, .* runs out of memory"):
+        steps.run("fold", die, int(signal.SIGKILL))
+    with pytest.raises(ExportError, match=f"fold: its process ended with status -{int(signal.SIGSEGV)}"):
+        steps.run("fold", die, int(signal.SIGSEGV))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
+def test_a_step_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    code = (
+        "from tests.test_apart import sleep\nfrom mobilevd_deploy.apart import Steps\n"
+        "from mobilevd_deploy.progress import Progress\nSteps(True, Progress()).run('sleep', sleep)"
+    )
+    root = Path(__file__).parents[1]
+    with subprocess.Popen([*own_python(f"import sys; sys.path.insert(0, {str(root)!r})\n{code}")]) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        until = time.monotonic() + 60
+        while not (found := children.read_text().split()) and time.monotonic() < until:
+            time.sleep(0.05)
+        parent.kill()
+    (child,) = found
+    while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_large_network_is_exported_step_by_step(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow, "APART_ABOVE_PARAMETERS", 0)
+    artifact = flow.deploy(tiny_checkpoint, load_recipe("onnx"), tmp_path / "model")
+    monkeypatch.undo()
+    together = flow.deploy(tiny_checkpoint, load_recipe("onnx"), tmp_path / "together")
+    for ours, theirs in zip(artifact.manifest.components, together.manifest.components, strict=True):
+        assert {role: file.sha256 for role, file in ours.files.items()} == {
+            role: file.sha256 for role, file in theirs.files.items()
+        }
+    steps = [name for name in artifact.manifest.stages if name.startswith("export unet: ")]
+    assert steps == [f"export unet: {step}" for step in ("answer", "rewrite", "write", "compare")]
+    peaks = [artifact.manifest.stages[step].peak_bytes for step in steps]
+    assert artifact.manifest.stages["export unet"].peak_bytes >= max(peaks) > 0
+    assert apart.peak_bytes() > 0
