@@ -1,6 +1,5 @@
 """The benchmark's result: golden example, and the JSON Schema against the dataclasses."""
 
-import copy
 import dataclasses
 import json
 import typing
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from schema_mutations import same_verdicts
 
 import mobilevd_deploy
 from mobilevd_deploy.benchmark import ArtifactId, Benchmark, Failure, Handset, Memory, Runtime, Timing
@@ -16,7 +16,6 @@ from mobilevd_deploy.errors import ArtifactError
 SCHEMA = json.loads((Path(mobilevd_deploy.__file__).parent / "benchmark.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 GOLDEN = Path(__file__).parent / "vectors" / "benchmark.json"
-OTHERS = (None, True, "x", "", -1, 1.5, [], {}, ["x"], {"x": "y"})
 
 
 def test_the_golden_example_is_valid_and_reads_back():
@@ -44,39 +43,14 @@ def test_schema_lists_the_fields(cls):
             assert found.get("enum", [found.get("const")]) == list(typing.get_args(hint))
 
 
-def mutations(value, path=()):
-    """Yield every way to remove, add or replace one thing, as (path, do)."""
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield (*path, key), lambda parent, key: parent.pop(key)
-        yield from mutations(value[key], (*path, key))
-    if isinstance(value, dict):
-        yield (*path, "surprise"), lambda parent, key: parent.update({key: 1})
-    if path:
-        for other in OTHERS:
-            yield path, lambda parent, key, other=other: parent.__setitem__(key, other)
-
-
 def test_schema_and_dataclasses_refuse_the_same():
     original = json.loads(GOLDEN.read_text())
     original["components"], original["state"] = original["components"][:1], "failed"
     original["error"] = {"message": "no memory", "component": "unet", "step": "load"}
-    Benchmark.from_json(json.dumps(original))
-    refused = 0
-    for path, do in mutations(original):
-        changed = copy.deepcopy(original)
-        parent = changed
-        for key in path[:-1]:
-            parent = parent[key]
-        do(parent, path[-1])
-        try:
-            Benchmark.from_json(json.dumps(changed))
-            accepted = True
-        except ArtifactError as error:
-            if "does not fit error" in str(error):  # what the schema cannot say
-                continue
-            accepted = False
-        assert accepted == VALIDATOR.is_valid(changed), (path, changed)
-        refused += not accepted
+    accepted, refused = same_verdicts(
+        original, lambda values: Benchmark.from_json(json.dumps(values)), VALIDATOR, ["does not fit error"]
+    )
+    assert accepted > 30
     assert refused > 300
 
 

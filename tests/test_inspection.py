@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_artifact
 import torch
-from conftest import FULL
+from conftest import FULL, TINY_MODEL
 from rich.console import Console, RenderableType
 
 from mobilevd_deploy.artifact import PartialArtifact
@@ -20,18 +20,9 @@ from mobilevd_deploy.components import COMPONENTS, build_component
 from mobilevd_deploy.errors import CheckpointError, SpecError, UsageError
 from mobilevd_deploy.inspection import inspect, ladder, render_inspection, render_ladder
 from mobilevd_deploy.passes import PASSES
-from mobilevd_deploy.spec import DecoderSpec, ImageEncoderSpec, ModelSpec, Preset, VaeEncoderSpec
+from mobilevd_deploy.spec import Preset
 
-SPEC = ModelSpec(
-    name="little",
-    frames=4,
-    height=64,
-    width=64,
-    unet=FULL,
-    image_encoder=ImageEncoderSpec(16, 32, 1, 2, image_size=32, patch_size=16, projection_dim=16),
-    vae_encoder=VaeEncoderSpec(kind="pixel-unshuffle", block_out_channels=(8, 8), layers_per_block=1),
-    decoder=DecoderSpec(kind="pixel-shuffle", block_out_channels=(8, 8), layers_per_block=1),
-)
+SPEC = dataclasses.replace(TINY_MODEL, name="little", height=64, width=64)
 
 
 def text(renderable: RenderableType) -> str:
