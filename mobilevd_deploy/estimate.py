@@ -119,21 +119,22 @@ class Floor:
     """What no run of the UNet can beat, in ms: planned DRAM bytes over bandwidth, operations over the peak.
 
     At 16-bit activations an operation takes PASSES passes of the int8 unit, one of attention twice as many.
+    `arithmetic_ms` is None where there is no figure of the chip's peak.
     """
 
     dram_bytes: int
     dram_ms: float
-    arithmetic_ms: float
+    arithmetic_ms: float | None
 
     @property
     def ms(self) -> float:
         """The larger of the two, which run side by side."""
-        return max(self.dram_ms, self.arithmetic_ms)
+        return max(self.dram_ms, self.arithmetic_ms or 0)
 
     @property
     def binds(self) -> str:
         """Which of the two it is."""
-        return "DRAM traffic" if self.dram_ms >= self.arithmetic_ms else "arithmetic"
+        return "DRAM traffic" if self.dram_ms == self.ms else "arithmetic"
 
 
 @dataclass(frozen=True)
@@ -194,12 +195,13 @@ def estimate_counts(counts: Counts, chip: Chip, calibration: Calibration) -> Est
 def floor(counts: Counts, chip: Chip, dram_bytes: int) -> Floor | None:
     """Return the floor of a UNet on `chip` from its operations and the DRAM bytes that its compiler planned.
 
-    None where the chip's peaks are not known.
+    None where the chip's bandwidth is not known.
     """
-    if chip.dram_gb_s is None or chip.int8_tops is None:
+    if chip.dram_gb_s is None:
         return None
     passes = PASSES * sum(counts.weighted().values())
-    return Floor(dram_bytes, dram_bytes / chip.dram_gb_s / 1e6, passes / chip.int8_tops / 1e9)
+    arithmetic = passes / chip.int8_tops / 1e9 if chip.int8_tops is not None else None
+    return Floor(dram_bytes, dram_bytes / chip.dram_gb_s / 1e6, arithmetic)
 
 
 def _floor_notes(counts: Counts, chip: Chip, artifact: Artifact, ms: float) -> tuple[str, ...]:
@@ -213,16 +215,25 @@ def _floor_notes(counts: Counts, chip: Chip, artifact: Artifact, ms: float) -> t
         for row in report.rows
         if row.path == "unet"
     ]
-    found = floor(counts, chip, planned[0]) if planned else None
-    if found is None:
+    if not planned:
         return (
             f"no floor: its DRAM traffic on {chip.name} was not counted (mobilevd-deploy traffic counts it)",
         )
+    found = floor(counts, chip, planned[0])
+    if found is None:
+        return (f"no floor: there is no sourced figure of {chip.name}'s memory bandwidth",)
+    if found.arithmetic_ms is None:
+        binds, arithmetic = "of DRAM traffic alone", f"for arithmetic {chip.name} has no sourced peak"
+    else:
+        binds = f"and {found.binds} binds"
+        arithmetic = (
+            f"arithmetic {found.arithmetic_ms:,.0f} ms ({PASSES} passes per operation at {chip.int8_tops:g} "
+            "TOPS int8, a figure of the press)"
+        )
     return (
-        f"floor: {found.ms:,.0f} ms, and {found.binds} binds. DRAM traffic takes {found.dram_ms:,.0f} ms "
-        f"({found.dram_bytes / 1e9:.2f} GB as the compiler planned, at {chip.dram_gb_s:g} GB/s), arithmetic "
-        f"{found.arithmetic_ms:,.0f} ms ({PASSES} passes per operation at {chip.int8_tops:g} TOPS int8, a "
-        f"figure of the press); the estimate is {ms / found.ms:.1f} times the floor",
+        f"floor: {found.ms:,.0f} ms, {binds}. DRAM traffic takes {found.dram_ms:,.0f} ms "
+        f"({found.dram_bytes / 1e9:.2f} GB as the compiler planned, at {chip.dram_gb_s:g} GB/s), "
+        f"{arithmetic}; the estimate is {ms / found.ms:.1f} times the floor",
         f"it moves {1000 * found.dram_bytes / counts.total:.2f} bytes per thousand operations",
     )
 

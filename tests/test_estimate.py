@@ -211,7 +211,11 @@ def test_floor_by_hand() -> None:
     little = floor(counts, find(CHIP).chip, 1)
     assert little is not None
     assert (little.ms, little.binds) == (little.arithmetic_ms, "arithmetic")
-    assert floor(counts, find("S25").chip, 1) is None
+    without_peak = floor(counts, find("S25").chip, 84_800_000)
+    assert without_peak is not None
+    assert without_peak.arithmetic_ms is None
+    assert (without_peak.ms, without_peak.binds) == (pytest.approx(1), "DRAM traffic")
+    assert floor(counts, find("S22").chip, 1) is None
 
 
 def test_no_calibrated_row_and_no_published_figure_beats_its_arithmetic_floor() -> None:
@@ -231,13 +235,17 @@ def test_an_artifact_whose_traffic_was_counted_gets_its_floor(tmp_path: Path) ->
     assert any("no floor" in note for note in estimate_profile(artifact, CHIP, shipped).notes)
     rows = (TrafficRow("decoder", 1, 1), TrafficRow("unet", 10**11, 10**11))
     report = TrafficReport(1, "clip", artifact.digest, "SM8650", "w8a16", 0, "2025-01-31T12:00:00Z", rows)
-    save_traffic(report, profiles_dir(artifact))
+    for target in ("SM8650", "SM8750"):
+        save_traffic(dataclasses.replace(report, target=target), profiles_dir(artifact))
     notes = estimate_profile(artifact, CHIP, shipped).notes
     (said,) = (note for note in notes if note.startswith("floor"))
     assert "floor: 2,604 ms, and DRAM traffic binds" in said
     assert "(200.00 GB as the compiler planned, at 76.8 GB/s)" in said
     assert any("bytes per thousand operations" in note for note in notes)
-    assert any("no floor" in note for note in estimate_profile(artifact, "S25", shipped).notes)
+    (said,) = (n for n in estimate_profile(artifact, "S25", shipped).notes if n.startswith("floor"))
+    assert "floor: 2,358 ms, of DRAM traffic alone" in said
+    assert "for arithmetic Snapdragon 8 Elite has no sourced peak" in said
+    assert any("no floor" in note for note in estimate_profile(artifact, "S26", shipped).notes)
 
 
 def test_profile_of_what_is_neither(tmp_path: Path) -> None:
