@@ -294,7 +294,7 @@ def traffic(
         int | None, typer.Option(min=0, max=3, help="Another optimisation mode than the recipe's.")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw it into this SVG file.", show_default=False)
+        Path | None, typer.Option(help="Draw it into this PNG file.", show_default=False)
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -312,8 +312,8 @@ def traffic(
     from mobilevd_deploy.spec import load_preset
     from mobilevd_deploy.traffic import measure_artifact, measure_preset, write_picture
 
-    if picture is not None and picture.suffix != ".svg":
-        raise UsageError(f"{picture} is not an SVG file", next_step="name it like traffic.svg")
+    if picture is not None and picture.suffix != ".png":
+        raise UsageError(f"{picture} is not a PNG file", next_step="name it like traffic.png")
     with _progress(quiet or as_json) as progress:
         if (Path(what) / MANIFEST).exists():
             artifact = Artifact.open(what)

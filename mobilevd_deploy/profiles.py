@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from mobilevd_deploy.artifact import MANIFEST, Artifact, DiffRow, disk_guard, file_sha256, fsync
+from mobilevd_deploy.chart import Bar, draw_bars
 from mobilevd_deploy.errors import ArtifactError, SpecError
 from mobilevd_deploy.spec import from_dict
 
@@ -240,7 +241,9 @@ def profiles_dir(artifact: Artifact) -> Path:
 
 
 def save_profile(profile: Profile, folder: Path) -> Path:
-    """Write a profile into `folder` under a name of its own; earlier ones stay. Returns the file.
+    """Write a profile into `folder` under a name of its own, its bars as PNG beside it; earlier ones stay.
+
+    Returns the JSON file.
 
     Raises ResourceError on a full disk, ArtifactError where the folder cannot be written.
     """
@@ -254,9 +257,24 @@ def save_profile(profile: Profile, folder: Path) -> Path:
             number += 1
             path = folder / f"{stem}_{number}.json"
         write_durably(path, text)
+        write_durably(path.with_suffix(".png"), draw_profile(profile))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error}") from error
     return path
+
+
+def draw_profile(profile: Profile) -> bytes:
+    """Draw the components' medians as a PNG; its title says where they come from."""
+    bars = [
+        Bar(component.name, (ms.median,), f"{number(ms.median)} ms")
+        if ms
+        else Bar(component.name, (), "failed")
+        for component in profile.components
+        for ms in (component.ms,)
+    ]
+    return draw_bars(
+        _head(profile), bars, f"{profile.artifact}: {_total(profile)} ms in all, {profile.created}"
+    )
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -318,14 +336,15 @@ def diff_profiles(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:
     return tuple(DiffRow(*key, before.get(key), after.get(key)) for key in keys)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file by one rename, after its new text is on the disk: a killed process leaves old or new.
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replace a file by one rename, after its content is on the disk: a killed process leaves old or new.
 
     Raises ResourceError on a full disk, OSError otherwise.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with disk_guard(path.parent, len(text)):
-        aside.write_text(text, encoding="utf-8")
+    data = content.encode() if isinstance(content, str) else content
+    with disk_guard(path.parent, len(data)):
+        aside.write_bytes(data)
         fsync(aside)
         aside.replace(path)
         fsync(path.parent)
@@ -411,11 +430,7 @@ def render_profile(profile: Profile) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    head = f"{profile.asked_for}: {HOW[profile.source]}"
-    if profile.device != profile.asked_for:
-        head += f", on {profile.device}"
-    head += f" ({profile.chipset})"
-    table = Table(title=head, title_justify="left", title_style="bold")
+    table = Table(title=_head(profile), title_justify="left", title_style="bold")
     for name in ("component", "median ms", "p95", "min", "first load", "warm load", "peak MB", "ops", "SQNR"):
         table.add_column(name, justify="left" if name in ("component", "ops") else "right")
     table.add_column("")
@@ -474,6 +489,13 @@ def render_comparison(profiles: Sequence[Profile]) -> RenderableType:
             bar = "█" * max(1, round(_BAR * profile.total_ms / max(totals))) if max(totals) else ""
             bars.append(Text(f"{bar:<{_BAR}} {_total(profile)} ms  {profile.asked_for} ({profile.source})"))
     return Group(table, *bars)
+
+
+def _head(profile: Profile) -> str:
+    head = f"{profile.asked_for}: {HOW[profile.source]}"
+    if profile.device != profile.asked_for:
+        head += f", on {profile.device}"
+    return f"{head} ({profile.chipset})"
 
 
 def _total(profile: Profile) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import html
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilevd_deploy.artifact import MANIFEST, Artifact, file_sha256
+from mobilevd_deploy.chart import Bar, draw_bars
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.npu.ops import PerFrame, TemporalResBlock
@@ -150,50 +150,36 @@ def measure_artifact(artifact: Artifact, progress: Progress | None = None) -> Tr
 
 
 def write_picture(report: TrafficReport, path: Path) -> None:
-    """Write `draw(report)` into a file. Raises UsageError where it cannot be written, ResourceError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, draw(report))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error}", next_step="choose another file") from error
-
-
-def draw(report: TrafficReport) -> str:
-    """Return an SVG image of a report: a bar for each row and its parts, what is read, then what is written.
-
-    Of more than 40 bars the first are drawn, and the legend says how many are not.
-    """
-    bars = [bar for row in report.rows for bar in ((row, 0), *((part, 1) for part in row.parts))]
-    shown, most = bars[:_DRAWN], max([row.read + row.written for row, _ in bars] + [1])
-    left, width, step = 380, 520, 22
-    height = step * (len(shown) + 2)
+    """Write `bars(report)` as a PNG. Raises UsageError where it cannot be written, ResourceError."""
     title = (
         f"{report.what}, {report.precision} for {report.target}, "
         f"optimisation mode {report.optimization_mode}: {report.read / 1e6:,.1f} MB read "
         f"and {report.written / 1e6:,.1f} MB written, as scheduled"
     )
-    legend = "blue: read; orange: written; dashed: inputs, outputs and weights once"
-    if len(bars) > len(shown):
-        legend += f"; {len(bars) - len(shown)} more rows are not drawn"
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 160}" height="{height}" '
-        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="10" y="16">{html.escape(title)}</text>',
-        f'<text x="10" y="{height - 6}">{legend}</text>',
+    legend = "blue: read; orange: written; dotted: inputs, outputs and weights once"
+    every = bars(report)
+    if len(every) > _DRAWN:
+        legend += f"; {len(every) - _DRAWN} more rows are not drawn"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, draw_bars(title, every[:_DRAWN], legend))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error}", next_step="choose another file") from error
+
+
+def bars(report: TrafficReport) -> list[Bar]:
+    """Return a bar for each row and its parts: what is read, then what is written."""
+    return [
+        Bar(
+            row.path,
+            (row.read, row.written),
+            f"{row.read / 1e6:,.1f} + {row.written / 1e6:,.1f} MB",
+            row.floor,
+            depth,
+        )
+        for whole in report.rows
+        for row, depth in ((whole, 0), *((part, 1) for part in whole.parts))
     ]
-    for (row, depth), y in zip(shown, range(step, height, step), strict=False):
-        read, written = (width * value / most for value in (row.read, row.written))
-        lines += [
-            f'<text x="{10 + 14 * depth}" y="{y + 15}">{html.escape(row.path)}</text>',
-            f'<rect x="{left}" y="{y + 4}" width="{read:.1f}" height="14" fill="#4a7ebb"/>',
-            f'<rect x="{left + read:.1f}" y="{y + 4}" width="{written:.1f}" height="14" fill="#d0743c"/>',
-            f'<text x="{left + read + written + 6:.1f}" y="{y + 15}">'
-            f"{row.read / 1e6:,.1f} + {row.written / 1e6:,.1f} MB</text>",
-        ]
-        if row.floor is not None:
-            x = left + width * row.floor / most
-            lines.append(f'<path d="M{x:.1f} {y + 1}v20" stroke="#000" stroke-dasharray="2 2"/>')
-    return "\n".join((*lines, "</svg>", ""))
 
 
 def _report(

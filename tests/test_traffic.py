@@ -4,11 +4,11 @@ import dataclasses
 import hashlib
 import shutil
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
 from conftest import TINY_MODEL
+from PIL import Image
 
 from mobilevd_deploy import traffic
 from mobilevd_deploy.artifact import Artifact
@@ -25,7 +25,7 @@ from mobilevd_deploy.qnn import Target
 from mobilevd_deploy.qnn_graph import DramBytes, Traffic
 from mobilevd_deploy.recipe import NpuOptions, Recipe, load_recipe
 from mobilevd_deploy.spec import load_preset
-from mobilevd_deploy.traffic import draw, measure_artifact, measure_preset, unet_blocks
+from mobilevd_deploy.traffic import bars, measure_artifact, measure_preset, unet_blocks, write_picture
 
 DEMO = load_preset("demo").model
 FLOAT = load_recipe("npu-float")
@@ -105,27 +105,27 @@ REPORT = TrafficReport(
 )
 
 
-def test_the_picture_shows_every_row_to_scale() -> None:
-    root = ElementTree.fromstring(draw(REPORT))
-    name = "{http://www.w3.org/2000/svg}"
-    words = [text.text for text in root.iter(f"{name}text")]
-    assert words[0] == (
-        "a <model>, w8a16 for SM8650, optimisation mode 0: 7.0 MB read and 2.0 MB written, as scheduled"
-    )
-    assert [word for word in words if word in ("a", "a.b", "c")] == ["a", "a.b", "c"]
-    assert "3.0 + 0.5 MB" in words
-    bars = [float(rect.attrib["width"]) for rect in root.iter(f"{name}rect") if rect.attrib["fill"] != "#fff"]
-    unit = bars[0] / 3
-    assert bars == pytest.approx([3 * unit, 2 * unit, 3 * unit, 0.5 * unit, 4 * unit, 0], abs=0.1)
-    assert len([*root.iter(f"{name}path")]) == 1  # the only floor that is known
+def test_the_picture_shows_every_row_and_part(tmp_path: Path) -> None:
+    found = bars(REPORT)
+    assert [(bar.label, bar.depth, bar.lengths, bar.mark) for bar in found] == [
+        ("a", 0, (3_000_000, 2_000_000), 1_000_000),
+        ("a.b", 1, (3_000_000, 500_000), None),
+        ("c", 0, (4_000_000, 0), None),
+    ]
+    assert found[1].text == "3.0 + 0.5 MB"
+    write_picture(REPORT, tmp_path / "deep" / "traffic.png")
+    with Image.open(tmp_path / "deep" / "traffic.png") as picture:
+        assert picture.height == 5 * 44
 
 
-def test_a_long_picture_says_what_it_leaves_out() -> None:
+def test_a_long_picture_leaves_rows_out(tmp_path: Path) -> None:
     many = dataclasses.replace(REPORT, rows=tuple(row(f"block{i}", 1, 1) for i in range(50)))
-    drawn = draw(many)
-    assert "block39" in drawn
-    assert "block40" not in drawn
-    assert "10 more rows are not drawn" in drawn
+    write_picture(many, tmp_path / "traffic.png")
+    with Image.open(tmp_path / "traffic.png") as picture:
+        assert picture.height == 42 * 44
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_picture(many, tmp_path / "folder.png")
 
 
 def test_what_was_measured_is_kept_beside_the_artifact(exported: dict[str, Artifact], tmp_path: Path) -> None:
