@@ -2,6 +2,7 @@ package dev.mobilevd.demo;
 
 import android.app.ActivityManager;
 import android.content.Context;
+import android.content.pm.PackageInfo;
 import android.content.pm.PackageManager;
 import android.os.Build;
 import android.os.PowerManager;
@@ -36,7 +37,12 @@ class Device {
 
     /** Where artifacts are; adb's shell may write there, other apps may not. */
     ArtifactStore store() {
-        return new ArtifactStore(files("artifacts"));
+        return new ArtifactStore(files("artifacts"), folder -> freeBytes());
+    }
+
+    /** How much may still be written where artifacts are, and clips. */
+    long freeBytes() {
+        return files("artifacts").toFile().getUsableSpace();
     }
 
     /** Where benchmarks leave their results, for adb to fetch. */
@@ -126,13 +132,19 @@ class Device {
     /** What a benchmark says of where it ran. */
     Benchmark.Device describe() {
         return new Benchmark.Device(
-                Build.MANUFACTURER, Build.MODEL, soc(), Build.VERSION.RELEASE, Build.VERSION.SDK_INT, version(),
+                Build.MANUFACTURER, Build.MODEL, soc(), Build.VERSION.RELEASE, Build.VERSION.SDK_INT,
+                packageInfo().versionName,
                 memory(), this::thermal);
     }
 
-    private String version() {
+    /** When this version of the app came here. */
+    long lastUpdate() {
+        return packageInfo().lastUpdateTime;
+    }
+
+    private PackageInfo packageInfo() {
         try {
-            return context.getPackageManager().getPackageInfo(context.getPackageName(), 0).versionName;
+            return context.getPackageManager().getPackageInfo(context.getPackageName(), 0);
         } catch (PackageManager.NameNotFoundException error) {
             throw new IllegalStateException(error); // we run, so we are installed
         }

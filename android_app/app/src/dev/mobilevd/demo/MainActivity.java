@@ -135,7 +135,7 @@ public final class MainActivity extends Activity {
     }
 
     private void pickPicture() {
-        if (studio.work() != Studio.Work.NONE) {
+        if (!studio.canPick()) {
             return;
         }
         Intent picker = new Intent(Intent.ACTION_GET_CONTENT).addCategory(Intent.CATEGORY_OPENABLE);
@@ -317,11 +317,7 @@ public final class MainActivity extends Activity {
                     getString(studio.picture() == null ? R.string.choose_picture : R.string.picture_chosen));
         }
         show(R.id.invitation, now == null);
-        show(R.id.other_picture, now != null && studio.work() == Studio.Work.NONE);
-        ProgressBar progress = findViewById(R.id.progress);
-        boolean working = studio.work() == Studio.Work.RUNNING || studio.work() == Studio.Work.INSTALLING;
-        progress.setVisibility(working ? View.VISIBLE : View.GONE);
-        progress.setProgress((int) Math.round(studio.fraction() * PROGRESS_STEPS));
+        show(R.id.other_picture, now != null && studio.canPick());
     }
 
     private void drawMessage() {
@@ -346,7 +342,7 @@ public final class MainActivity extends Activity {
     private void drawChoices() {
         boolean idle = studio.work() == Studio.Work.NONE;
         ArtifactStore.Installed model = studio.model();
-        setText(findViewById(R.id.model_name), model == null ? getString(R.string.no_model) : label(model));
+        setText(findViewById(R.id.model_name), model != null ? label(model) : noModel());
         findViewById(R.id.model).setEnabled(idle);
         if (!seed.getText().toString().equals(studio.seed())) {
             seed.setText(studio.seed());
@@ -365,6 +361,11 @@ public final class MainActivity extends Activity {
         findViewById(R.id.share).setEnabled(idle);
     }
 
+    private String noModel() {
+        String coming = studio.installing();
+        return coming != null ? coming : getString(R.string.no_model);
+    }
+
     private String label(ArtifactStore.Installed model) {
         if (model.artifact() == null) {
             return getString(R.string.model_damaged, model.name());
@@ -380,10 +381,11 @@ public final class MainActivity extends Activity {
         List<Studio.Row> rows = studio.rows();
         Result result = studio.result();
         if (studio.work() == Studio.Work.INSTALLING) {
+            String percent = Math.round(studio.fraction() * 100) + " %";
             said =
-                    Words.of(
-                            R.string.installing, String.valueOf(studio.installing()),
-                            Math.round(studio.fraction() * 100) + " %");
+                    studio.installing() == null
+                            ? Words.of(R.string.opening)
+                            : Words.of(R.string.installing, studio.installing(), percent);
         } else if (studio.work() == Studio.Work.SAVING) {
             said = Words.of(R.string.saving);
         } else if (studio.work() == Studio.Work.RUNNING) {
@@ -407,6 +409,9 @@ public final class MainActivity extends Activity {
         if (explanation != null) {
             setText(findViewById(R.id.explanation), explanation.in(this));
         }
+        ProgressBar progress = findViewById(R.id.progress);
+        show(R.id.progress, studio.work() == Studio.Work.RUNNING || studio.work() == Studio.Work.INSTALLING);
+        progress.setProgress((int) Math.round(studio.fraction() * PROGRESS_STEPS));
         // A live region must not speak ten times a second.
         headline.setAccessibilityLiveRegion(
                 studio.work() == Studio.Work.NONE

@@ -19,10 +19,8 @@ final class Mp4 implements Gallery.Encoder {
 
     @Override
     public void write(Result clip, FileDescriptor target) throws IOException {
-        int scale = Math.max(1, (LEAST_WIDTH + clip.width() - 1) / clip.width());
-        // H.264 with 4:2:0 wants even sizes.
-        int width = clip.width() * scale / 2 * 2;
-        int height = clip.height() * scale / 2 * 2;
+        int width = scaled(clip, clip.width());
+        int height = scaled(clip, clip.height());
         MediaCodec codec = MediaCodec.createEncoderByType(MediaFormat.MIMETYPE_VIDEO_AVC);
         MediaMuxer muxer = null;
         try {
@@ -40,6 +38,16 @@ final class Mp4 implements Gallery.Encoder {
                 muxer.release();
             }
         }
+    }
+
+    /** What a file can need at the most: as much as without compression. */
+    static long mostBytes(Result clip) {
+        return (long) clip.frames().size() * scaled(clip, clip.width()) * scaled(clip, clip.height()) * 3 / 2;
+    }
+
+    private static int scaled(Result clip, int side) {
+        int scale = Math.max(1, (LEAST_WIDTH + clip.width() - 1) / clip.width());
+        return side * scale / 2 * 2; // H.264 with 4:2:0 wants even sizes
     }
 
     private static MediaFormat format(int width, int height, int fps) {

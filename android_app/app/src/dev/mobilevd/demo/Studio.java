@@ -3,7 +3,6 @@ package dev.mobilevd.demo;
 import android.content.ContentResolver;
 import android.content.Context;
 import android.content.SharedPreferences;
-import android.content.pm.PackageManager;
 import android.database.Cursor;
 import android.graphics.Bitmap;
 import android.net.Uri;
@@ -14,6 +13,7 @@ import android.provider.OpenableColumns;
 import dev.mobilevd.core.Artifact;
 import dev.mobilevd.core.ArtifactStore;
 import dev.mobilevd.core.Backend;
+import dev.mobilevd.core.ByteSize;
 import dev.mobilevd.core.Cancellation;
 import dev.mobilevd.core.Clip;
 import dev.mobilevd.core.ComponentRun;
@@ -116,9 +116,9 @@ final class Studio {
         model = settings.getString(Settings.MODEL, null);
         seed = settings.getString(Settings.SEED, "1");
         cpuOnly = settings.getBoolean(Settings.CPU_ONLY, false);
-        message = previousEnd();
         worker.execute(this::restore);
-        worker.execute(this::installBundled);
+        refreshModels();
+        message = previousEnd();
     }
 
     // What the screen shows.
@@ -192,9 +192,14 @@ final class Studio {
         return SystemClock.uptimeMillis() - begun;
     }
 
-    /** Name of the model that is being installed. */
+    /** Name of the model that is being installed; null until it is known. */
     String installing() {
         return installing;
+    }
+
+    /** Whether another picture may be chosen now. */
+    boolean canPick() {
+        return work == Work.NONE || work == Work.INSTALLING;
     }
 
     boolean canRun() {
@@ -309,8 +314,9 @@ final class Studio {
         Pipeline pipeline = new Pipeline(artifact, device.runtimes(), device.memory(), trace);
         Clip clip = pipeline.generate(image, number, asked, new Report(), cancel);
         Result made = Result.of(clip, number, elapsed());
-        made.write(clipFile);
+        // Before it is kept: a full storage must not take it away.
         post(() -> result = made);
+        made.write(clipFile);
     }
 
     /** Install the .mvd file that another app holds. */
@@ -323,10 +329,7 @@ final class Studio {
                 Work.INSTALLING,
                 cancel -> {
                     String name = modelName(resolver, uri);
-                    post(() -> installing = name);
-                    try (InputStream in = open(resolver, uri)) {
-                        store.installZip(in, name, new Hundredths(), cancel);
-                    }
+                    install(name, open(resolver, uri), cancel);
                     List<ArtifactStore.Installed> list = store.list();
                     post(
                             () -> {
@@ -335,6 +338,14 @@ final class Studio {
                                 choose(name);
                             });
                 });
+    }
+
+    /** Install from an .mvd file, which is closed. */
+    private void install(String name, InputStream file, Cancellation cancel) throws IOException, MobileVdException {
+        post(() -> installing = name);
+        try (InputStream in = file) {
+            store.installZip(in, name, new Hundredths(), cancel);
+        }
     }
 
     void remove(String name) {
@@ -350,9 +361,14 @@ final class Studio {
                 });
     }
 
-    /** Look again which models there are; adb may have brought one. */
+    /** Look again which models there are: adb may have brought one. What came in the APK is installed if it is not. */
     void refreshModels() {
-        worker.execute(this::refresh);
+        String version = String.valueOf(device.lastUpdate());
+        if (work == Work.NONE && !version.equals(settings.getString(Settings.BUNDLED, null))) {
+            begin(Work.INSTALLING, cancel -> installBundled(version, cancel));
+        } else {
+            worker.execute(this::refresh);
+        }
     }
 
     /** Save the clip to the gallery, unless it is there, then go on with where it is. */
@@ -369,10 +385,12 @@ final class Studio {
         begin(
                 Work.SAVING,
                 cancel -> {
+                    requireSpace(Mp4.mostBytes(clip));
                     Uri uri;
                     try {
                         uri = gallery.save(clip);
                     } catch (IOException | SecurityException | IllegalArgumentException error) {
+                        requireSpace(Mp4.mostBytes(clip)); // something else may have filled it meanwhile
                         fail(Words.of(R.string.not_saved, reason(error)));
                         return;
                     }
@@ -387,6 +405,13 @@ final class Studio {
                                 then.accept(uri);
                             });
                 });
+    }
+
+    private void requireSpace(long bytes) throws MobileVdException {
+        long free = device.freeBytes();
+        if (free < bytes) {
+            throw new MobileVdException(Problem.NO_SPACE, new ByteSize(bytes), new ByteSize(free));
+        }
     }
 
     /** Stop the current job as soon as it can stop. */
@@ -524,27 +549,17 @@ final class Studio {
     }
 
     /** Install what came in the APK, once for each version of it. */
-    private void installBundled() {
+    private void installBundled(String version, Cancellation cancel) throws IOException, MobileVdException {
         try {
-            String version =
-                    String.valueOf(
-                            context.getPackageManager().getPackageInfo(context.getPackageName(), 0).lastUpdateTime);
-            if (!version.equals(settings.getString(Settings.BUNDLED, null))) {
-                String[] bundled = context.getAssets().list("artifacts");
-                for (String file : bundled == null ? new String[0] : bundled) {
-                    try (InputStream in = context.getAssets().open("artifacts/" + file)) {
-                        String name = file.substring(0, file.length() - ".mvd".length());
-                        store.installZip(in, name, Progress.NONE, new Cancellation());
-                    }
-                }
-                keep(Settings.BUNDLED, version);
+            String[] bundled = context.getAssets().list("artifacts");
+            for (String file : bundled == null ? new String[0] : bundled) {
+                String name = file.substring(0, file.length() - ".mvd".length());
+                install(name, context.getAssets().open("artifacts/" + file), cancel);
             }
-        } catch (MobileVdException problem) {
-            fail(Words.of(problem));
-        } catch (IOException | PackageManager.NameNotFoundException error) {
-            fail(Words.of(R.string.failed, reason(error)));
+            keep(Settings.BUNDLED, version);
+        } finally {
+            refresh();
         }
-        refresh();
     }
 
     private void refresh() {
@@ -575,7 +590,7 @@ final class Studio {
         Words text =
                 Words.of(
                         R.string.ended_in_run, Words.component(step.component()),
-                        Words.of(onNpu ? R.string.npu : R.string.cpu), step.artifact(), step.stage());
+                        Words.of(onNpu ? R.string.npu : R.string.cpu), step.artifact(), Words.stage(step.stage()));
         return new Message(text, true, onNpu);
     }
 

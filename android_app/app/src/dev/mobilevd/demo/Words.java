@@ -54,6 +54,16 @@ interface Words {
         };
     }
 
+    /** A step that {@link dev.mobilevd.core.RunTrace} names. */
+    static Words stage(String id) {
+        return switch (id) {
+            case "load" -> of(R.string.stage_load);
+            case "warmup", "run" -> of(R.string.stage_run);
+            case "close" -> of(R.string.stage_close);
+            default -> context -> id; // of another version
+        };
+    }
+
     /** A component of a manifest, as a reader would write it. */
     static String component(String name) {
         return name.replace('_', ' ');

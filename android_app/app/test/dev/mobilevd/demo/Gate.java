@@ -11,12 +11,11 @@ import dev.mobilevd.core.Runner;
 import dev.mobilevd.core.Runtimes;
 import java.nio.file.Path;
 import java.util.List;
-import java.util.concurrent.CountDownLatch;
 
 /** ONNX Runtime on the CPU, which stops before it loads one component until it is opened. */
 final class Gate implements ComponentRuntime {
     private final CpuRuntime cpu = new CpuRuntime(Path.of(System.getProperty("java.io.tmpdir")));
-    private final CountDownLatch opened = new CountDownLatch(1);
+    private final Door door = new Door();
     private final String component;
 
     Gate(String component) {
@@ -24,7 +23,7 @@ final class Gate implements ComponentRuntime {
     }
 
     void open() {
-        opened.countDown();
+        door.open();
     }
 
     Runtimes runtimes() {
@@ -49,11 +48,7 @@ final class Gate implements ComponentRuntime {
     @Override
     public Runner load(Artifact artifact, Manifest.Component which, Manifest.Part part) throws MobileVdException {
         if (which.name().equals(component)) {
-            try {
-                opened.await();
-            } catch (InterruptedException error) {
-                throw new IllegalStateException(error);
-            }
+            door.pass();
         }
         return cpu.load(artifact, which, part);
     }

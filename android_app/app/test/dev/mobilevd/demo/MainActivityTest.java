@@ -32,6 +32,7 @@ import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.concurrent.TimeUnit;
+import java.util.concurrent.atomic.AtomicLong;
 import java.util.zip.ZipEntry;
 import java.util.zip.ZipOutputStream;
 import org.junit.Test;
@@ -47,6 +48,7 @@ import org.robolectric.annotation.GraphicsMode;
 @GraphicsMode(GraphicsMode.Mode.NATIVE)
 @Config(sdk = 34, qualifiers = "w411dp-h891dp-mdpi")
 public final class MainActivityTest {
+    private static final String TOO_LITTLE = "There is too little storage: %s are needed, %s are free[.]";
     private static final byte[] FILM = "a film".getBytes(StandardCharsets.US_ASCII);
 
     @Test
@@ -222,6 +224,80 @@ public final class MainActivityTest {
     }
 
     @Test
+    public void theFirstStartShowsHowFarTheModelIsUnpacked() throws Exception {
+        Phone phone = new Phone();
+        Door unpacking = phone.openFirst(() -> Long.MAX_VALUE);
+        assertEquals("Installing demo · 0 %", phone.text(R.id.headline));
+        assertTrue(phone.shows(R.id.progress));
+        assertEquals("demo", phone.text(R.id.model_name));
+        phone.click(R.id.stage);
+        assertNotNull("a picture can be chosen meanwhile", shadowOf(phone.activity()).getNextStartedActivityForResult());
+        unpacking.open();
+        phone.untilDone(0.4);
+        assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).matches("Installing demo · 4\\d %"));
+        phone.untilIdle();
+        assertFalse(phone.shows(R.id.progress));
+        assertEquals("demo", phone.studio().model().name());
+        assertEquals("", phone.message());
+    }
+
+    @Test
+    public void tooLittleStorageIsSaidInNumbers() throws Exception {
+        Robolectric.setupContentProvider(FakeGallery.class, MediaStore.AUTHORITY);
+        Phone phone = withClip();
+        byte[] file = mvd(model(phone));
+        AtomicLong free = new AtomicLong(5_000_000);
+        phone.restart(free::get);
+        phone.open();
+        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("other.mvd", file)));
+        phone.untilIdle();
+        assertTrue(phone.message(), phone.message().matches(TOO_LITTLE.formatted("2\\d MB", "5[.]0+ MB")));
+        assertEquals(1, phone.studio().models().size());
+
+        free.set(1_000_000);
+        phone.click(R.id.save);
+        phone.untilIdle();
+        assertTrue(phone.message(), phone.message().matches(TOO_LITTLE.formatted("4[.]\\d+ MB", "1[.]0+ MB")));
+        assertEquals(0, FakeGallery.ENTRIES.size());
+        assertNotNull("the clip is still there", phone.studio().result());
+    }
+
+    @Test
+    public void storageThatFillsWhileAClipIsSavedIsNamed() throws Exception {
+        Robolectric.setupContentProvider(FakeGallery.class, MediaStore.AUTHORITY);
+        Phone phone = withClip();
+        AtomicLong free = new AtomicLong(Long.MAX_VALUE);
+        phone.restart(free::get);
+        phone.studio()
+                .encodeWith(
+                        (clip, target) -> {
+                            free.set(0);
+                            throw new IOException("write failed: ENOSPC");
+                        });
+        phone.open();
+        phone.until("the clip is back", () -> phone.studio().result() != null);
+        phone.click(R.id.save);
+        phone.untilIdle();
+        assertTrue(phone.message(), phone.message().matches(TOO_LITTLE.formatted("4[.]\\d+ MB", "0 B")));
+        assertEquals(0, FakeGallery.ENTRIES.size());
+    }
+
+    @Test
+    public void theModelIsUnpackedOnceThereIsRoom() throws Exception {
+        Phone phone = new Phone();
+        AtomicLong free = new AtomicLong(5_000_000);
+        phone.openFirst(free::get).open();
+        phone.untilIdle();
+        assertTrue(phone.message(), phone.message().matches(TOO_LITTLE.formatted("2\\d MB", "5[.]0+ MB")));
+        assertNull(phone.studio().model());
+        free.set(Long.MAX_VALUE);
+        phone.open(); // coming back to the app is enough
+        phone.untilIdle();
+        assertEquals("demo", phone.studio().model().name());
+        assertEquals("", phone.message());
+    }
+
+    @Test
     public void aDamagedModelIsNamed() throws Exception {
         Phone phone = new Phone();
         phone.open();
@@ -282,7 +358,7 @@ public final class MainActivityTest {
         phone.open();
         Uri uri = phone.content("My model (2).mvd", mvd(model(phone)));
         phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, uri));
-        assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).startsWith("Installing"));
+        assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).matches("Opening the file …|Installing My-.*"));
         phone.untilIdle();
         assertEquals("My-model-2-", phone.studio().model().name());
         assertEquals("My-model-2- is installed.", phone.message());

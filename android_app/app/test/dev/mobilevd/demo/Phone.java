@@ -16,6 +16,8 @@ import android.view.View;
 import android.view.WindowInsets;
 import android.widget.ImageView;
 import android.widget.TextView;
+import dev.mobilevd.core.ArtifactStore;
+import dev.mobilevd.core.MobileVdException;
 import dev.mobilevd.core.Runtimes;
 import java.io.ByteArrayInputStream;
 import java.io.IOException;
@@ -23,6 +25,7 @@ import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.concurrent.TimeUnit;
 import java.util.function.BooleanSupplier;
+import java.util.function.LongSupplier;
 import org.robolectric.Robolectric;
 import org.robolectric.RuntimeEnvironment;
 import org.robolectric.android.controller.ActivityController;
@@ -38,7 +41,7 @@ final class Phone {
     /** A phone on which the app is installed, was started, and has unpacked its model. */
     Phone() {
         memory(8L << 30);
-        until("the model is unpacked", () -> studio().model() != null);
+        until("the model is unpacked", () -> studio().model() != null && studio().work() == Studio.Work.NONE);
     }
 
     /** Set how much memory the system says is free. */
@@ -65,6 +68,17 @@ final class Phone {
                 });
     }
 
+    /** End the process and start it again with so much free storage. */
+    void restart(LongSupplier freeBytes) {
+        app.start(
+                new Device(app) {
+                    @Override
+                    long freeBytes() {
+                        return freeBytes.getAsLong();
+                    }
+                });
+    }
+
     /** End the process in whatever it does, and start it again as it is in the shop. */
     void restart() {
         app.start(new Device(app));
@@ -76,9 +90,25 @@ final class Phone {
 
     MainActivity open(Intent intent) {
         controller = Robolectric.buildActivity(MainActivity.class, intent).setup();
-        settle();
         until("the models are known", () -> studio().model() != null);
         return controller.get();
+    }
+
+    /** Open the app as after an installation; once the door is open it asks for free storage, and unpacks its model. */
+    Door openFirst(LongSupplier freeBytes) throws MobileVdException {
+        Settings.of(app).edit().clear().commit();
+        for (ArtifactStore.Installed model : studio().models()) {
+            app.device().store().delete(model.name());
+        }
+        Door door = new Door();
+        restart(
+                () -> {
+                    door.pass();
+                    return freeBytes.getAsLong();
+                });
+        controller = Robolectric.buildActivity(MainActivity.class).setup();
+        settle();
+        return door;
     }
 
     MainActivity activity() {
@@ -124,6 +154,15 @@ final class Phone {
                                         row ->
                                                 row.component().equals(component)
                                                         && row.phase() == Studio.Phase.LOADING));
+    }
+
+    /** Let the main thread do one thing after the other until that much of the job is done, and no more. */
+    void untilDone(double fraction) {
+        long end = System.nanoTime() + TimeUnit.MILLISECONDS.toNanos(PATIENCE_MS);
+        while (studio().fraction() < fraction) {
+            assertTrue("it came so far", System.nanoTime() < end);
+            shadowOf(Looper.getMainLooper()).runOneTask();
+        }
     }
 
     void untilIdle() {

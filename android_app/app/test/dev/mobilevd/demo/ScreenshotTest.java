@@ -89,30 +89,37 @@ public final class ScreenshotTest {
     @Test
     @Config(qualifiers = "w411dp-h891dp-port-notnight-mdpi")
     public void onAnNpu() throws Exception {
-        Phone phone = new Phone();
-        phone.open();
-        phone.choosePicture();
-        phone.make();
-        fixTimes(phone, Backend.NPU);
-        shoot("npu-upright-light", phone.activity());
-        report();
+        clip("npu-upright-light", Backend.NPU);
     }
 
     @Test
     @Config(qualifiers = "w411dp-h891dp-port-notnight-xhdpi")
     public void forTheReadme() throws Exception {
+        clip("readme", Backend.CPU);
+    }
+
+    private void clip(String name, Backend backend) throws Exception {
         Phone phone = new Phone();
         phone.open();
         phone.choosePicture();
         phone.make();
-        fixTimes(phone, Backend.CPU);
-        shoot("readme", phone.activity());
+        fixTimes(phone, backend);
+        shoot(name, phone.activity());
         report();
     }
 
     private void everyScreen(String how) throws Exception {
-        Gate gate = new Gate("unet");
         Phone phone = new Phone();
+        phone.openFirst(() -> 5_000_000).open();
+        phone.untilIdle();
+        shoot("no-space-" + how, phone.activity());
+        Door unpacking = phone.openFirst(() -> Long.MAX_VALUE);
+        unpacking.open();
+        phone.untilDone(0.4);
+        shoot("unpacking-" + how, phone.activity());
+        phone.untilIdle();
+
+        Gate gate = new Gate("unet");
         phone.restart(gate.runtimes());
         shoot("start-" + how, phone.open());
         phone.choosePicture();

@@ -48,13 +48,8 @@ public final class ArtifactStore {
     /** An entry of the store: {@code artifact}, or why it cannot be used as {@code problem}; the other is null. */
     public record Installed(String name, Artifact artifact, MobileVdException problem) {}
 
-    /** A store in {@code folder}, which is made when it is needed. */
-    public ArtifactStore(Path folder) {
-        this(folder, ArtifactStore::usableSpace);
-    }
-
-    /** {@code freeBytes} says how much may still be written to a folder. */
-    ArtifactStore(Path folder, ToLongFunction<Path> freeBytes) {
+    /** A store in {@code folder}, which is made when it is needed; {@code freeBytes} may be written to a folder. */
+    public ArtifactStore(Path folder, ToLongFunction<Path> freeBytes) {
         this.folder = folder;
         this.freeBytes = freeBytes;
     }
@@ -457,10 +452,6 @@ public final class ArtifactStore {
 
     private static boolean isHidden(Path path) {
         return path.getFileName().toString().startsWith(".");
-    }
-
-    private static long usableSpace(Path folder) {
-        return folder.toFile().getUsableSpace();
     }
 
     private static void removeTree(Path root) throws IOException {

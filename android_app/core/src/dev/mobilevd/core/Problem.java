@@ -30,7 +30,7 @@ public enum Problem {
     ARCHIVE_BOMB("%1$s unpacks to far more than it can hold. Nothing was installed."),
     NAME_INVALID("An artifact cannot be called \"%1$s\": use letters, digits, dot, dash and underscore."),
     NOT_INSTALLED("No artifact \"%1$s\" is installed."),
-    NO_SPACE("%1$s of storage are needed, %2$s are free."),
+    NO_SPACE("There is too little storage: %1$s are needed, %2$s are free."),
     NOT_WRITTEN("%1$s cannot be written: %2$s"),
 
     // Running.

@@ -37,7 +37,7 @@ public class ArtifactStoreTest {
     @Before
     public void make() {
         folder = temporary.getRoot().toPath().resolve("artifacts");
-        store = new ArtifactStore(folder);
+        store = new ArtifactStore(folder, path -> Long.MAX_VALUE);
     }
 
     /** The tiny artifact's files by path, manifest first. */

@@ -29,7 +29,7 @@ public class BenchmarkTest {
         folder = temporary.getRoot().toPath().resolve("files/benchmarks");
         Path artifacts = temporary.getRoot().toPath().resolve("artifacts");
         Golden.copy(artifacts.resolve("tiny"));
-        store = new ArtifactStore(artifacts);
+        store = new ArtifactStore(artifacts, path -> Long.MAX_VALUE);
         runtimes =
                 Runtimes.withoutNpu(
                         new CpuRuntime(temporary.newFolder("scratch").toPath()),
