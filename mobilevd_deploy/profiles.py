@@ -273,7 +273,7 @@ def draw_profile(profile: Profile) -> bytes:
         for ms in (component.ms,)
     ]
     return draw_bars(
-        _head(profile), bars, f"{profile.artifact}: {_total(profile)} ms in all, {profile.created}"
+        _head(profile), bars, f"{profile.artifact}: {_total(profile, ' ms')} in all, {profile.created}"
     )
 
 
@@ -487,7 +487,9 @@ def render_comparison(profiles: Sequence[Profile]) -> RenderableType:
     for profile in profiles:
         if profile.total_ms is not None:
             bar = "█" * max(1, round(_BAR * profile.total_ms / max(totals))) if max(totals) else ""
-            bars.append(Text(f"{bar:<{_BAR}} {_total(profile)} ms  {profile.asked_for} ({profile.source})"))
+            bars.append(
+                Text(f"{bar:<{_BAR}} {_total(profile, ' ms')}  {profile.asked_for} ({profile.source})")
+            )
     return Group(table, *bars)
 
 
@@ -495,12 +497,12 @@ def _head(profile: Profile) -> str:
     head = f"{profile.asked_for}: {HOW[profile.source]}"
     if profile.device != profile.asked_for:
         head += f", on {profile.device}"
-    return f"{head} ({profile.chipset})"
+    return head if profile.chipset == profile.device else f"{head} ({profile.chipset})"
 
 
-def _total(profile: Profile) -> str:
+def _total(profile: Profile, unit: str = "") -> str:
     spread = f" ± {profile.error_percent:.0f} %" if profile.error_percent is not None else ""
-    return number(profile.total_ms) + spread
+    return number(profile.total_ms) + unit * (profile.total_ms is not None) + spread
 
 
 def number(value: float | None) -> str:
