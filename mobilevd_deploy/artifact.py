@@ -24,7 +24,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Literal
 
@@ -506,9 +506,9 @@ class PartialArtifact:
     """The folder `.NAME.partial` beside the output, where an artifact is built; a context manager.
 
     `artifact` below it becomes the output; everything else there (`work` for whoever needs a place, stage
-    records) is thrown away in the end. The folder stays when the block ends without `finish`, so that a
-    later run can resume. Its lock file is both the sign that the folder is ours and what keeps a second
-    run out: the kernel drops the lock when the process dies, however it dies.
+    records) is thrown away in the end, or kept on request. The folder stays when the block ends without
+    `finish`, so that a later run can resume. Its lock file is both the sign that the folder is ours and what
+    keeps a second run out: the kernel drops the lock when the process dies, however it dies.
 
     Entering raises UsageError if the output exists and is not an intact artifact, if the partial folder is
     not ours, if another run holds it, or if it cannot be written.
@@ -559,8 +559,24 @@ class PartialArtifact:
         self.artifact.mkdir()
         self.work.mkdir()
 
-    def finish(self, manifest: Manifest) -> Artifact:
+    def borrow(self, path: str) -> None:
+        """Give a file of the partial folder that is not there what the finished output has for it.
+
+        It is the same file under two names, so it must be removed before anything else is written there.
+        """
+        parts = PurePosixPath(path).parts
+        source, wanted = self.output.joinpath(*parts[1:]), self.root / path
+        if parts[0] == self.artifact.name and source.is_file() and not wanted.exists():
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, wanted)
+            except OSError:  # a file system without links
+                shutil.copyfile(source, wanted)
+
+    def finish(self, manifest: Manifest, *, keep: bool = False) -> Artifact:
         """Write the manifest, make all of it durable, and give it its name in one rename.
+
+        `keep`: leave the rest of the partial folder, for an export that changes little.
 
         Files below `artifact` that the manifest does not list are removed. An artifact that lies at the
         output is replaced. Raises ArtifactError if files and manifest disagree, UsageError if the output is
@@ -586,6 +602,9 @@ class PartialArtifact:
             self._recover()
             raise UsageError(f"cannot write {self.output}: {error}", next_step="choose another -o") from error
         fsync(self.output.parent)
+        if keep:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            return Artifact.open(self.output)
         self._empty()
         self._lock_path.unlink()
         with contextlib.suppress(OSError):  # another run may be waiting in it by now

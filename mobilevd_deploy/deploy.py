@@ -89,7 +89,8 @@ def deploy(
     7. Run the file on onnxruntime and compare with the reference.
     8. Where the recipe asks for it: calibrate, quantise with AIMET, compile for the NPU, prove it on the
        simulator (npu_stages.py), again as resumable stages.
-    9. Write manifest and report, and give the artifact its name in one rename.
+    9. Write manifest and report, and give the artifact its name in one rename. What was calibrated and
+       compiled stays in the hidden folder, for an export to another chip.
 
     `calibration`: pictures, or folders of them; left out, they are drawn as the demo's training clips are.
 
@@ -140,7 +141,7 @@ def deploy(
             added = npu_stages.run(
                 recipe,
                 components,
-                partial(read_deploy_form, spec=spec, recipe=recipe, work=folder.work),
+                partial(_build_deploy_form, checkpoint=checkpoint, recipe=recipe, work=folder.work),
                 pictures,
                 folder,
                 stages,
@@ -168,7 +169,10 @@ def deploy(
         report = folder.artifact / REPORT
         report.write_text(render_report(manifest, checkpoint.importance(), sheet), encoding="utf-8")
         files = {"report": FileEntry.of(folder.artifact, report)}
-        return folder.finish(dataclasses.replace(manifest, files=files))
+        for name in COMPONENTS:
+            _weights_path(folder.work, name).unlink(missing_ok=True)
+        # Another chip for the same network then costs no more than its compilation.
+        return folder.finish(dataclasses.replace(manifest, files=files), keep=pictures is not None)
 
 
 def _export_component(
@@ -183,7 +187,7 @@ def _export_component(
     reports = steps.run("rewrite", _rewrite_component, name, checkpoint, recipe, work)
     graph = steps.run("write", _write_component, name, checkpoint.spec, recipe, folder, work)
     drift = steps.run("compare", _compare_component, name, checkpoint.spec, recipe, folder, work)
-    written = [folder / MODEL, folder / DATA, _probe_path(work, name), weights_path(work, name)]
+    written = [folder / MODEL, folder / DATA, _probe_path(work, name)]
     values = {
         "drift": None if drift == math.inf else drift,
         "passes": [dataclasses.asdict(report) for report in reports],
@@ -219,7 +223,7 @@ def _rewrite_component(
 ) -> tuple[PassReport, ...]:
     """Keep the weights of the deploy form; return what the rewrites did, each proven."""
     deployed, reports = deploy_form(name, checkpoint.load(name), checkpoint.spec, recipe, progress)
-    write_weights(weights_path(work, name), deployed)
+    write_weights(_weights_path(work, name), deployed)
     return reports
 
 
@@ -228,7 +232,7 @@ def _write_component(
 ) -> OnnxGraph:
     """Write the deploy form as ONNX, and read the graph back."""
     probe = _read_probe(work, name, spec)
-    deployed = read_deploy_form(name, spec, recipe, work)
+    deployed = _read_deploy_form(name, spec, recipe, work)
     for note in export_onnx(deployed, probe.inputs, [*probe.reference], folder, recipe.onnx):
         progress.say(note)
     return read_graph(folder / MODEL)
@@ -253,8 +257,7 @@ def _probe_path(work: Path, name: Component) -> Path:
     return work / f"{name}.npz"
 
 
-def weights_path(work: Path, name: Component) -> Path:
-    """Return where the weights of a component's deploy form lie in the work folder."""
+def _weights_path(work: Path, name: Component) -> Path:
     return work / f"{name}.safetensors"
 
 
@@ -264,11 +267,18 @@ def _read_probe(work: Path, name: Component, spec: ModelSpec) -> Probe:
     return Probe(inputs, outputs)
 
 
-def read_deploy_form(name: Component, spec: ModelSpec, recipe: Recipe, work: Path) -> nn.Module:
-    """Build a component's deploy form around the weights that its rewriting kept, memory-mapped."""
+def _read_deploy_form(name: Component, spec: ModelSpec, recipe: Recipe, work: Path) -> nn.Module:
+    """Build the deploy form around the weights that `_rewrite_component` kept, memory-mapped."""
     network = deploy_skeleton(name, spec, recipe)
-    read_weights(weights_path(work, name), network)
+    read_weights(_weights_path(work, name), network)
     return network
+
+
+def _build_deploy_form(name: Component, checkpoint: Checkpoint, recipe: Recipe, work: Path) -> nn.Module:
+    """Build the deploy form, rewriting anew where an earlier export threw the weights away in the end."""
+    if not _weights_path(work, name).exists():
+        _rewrite_component(name, checkpoint, recipe, work, Progress())
+    return _read_deploy_form(name, checkpoint.spec, recipe, work)
 
 
 def _component_entry(

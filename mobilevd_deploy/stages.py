@@ -8,6 +8,7 @@ files are intact.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -108,20 +109,28 @@ class Stages:
         self._progress.end(reused=reused)
         return record
 
-    def _find(self, name: str, expected: str) -> StageRecord | None:
+    def _read(self, name: str) -> StageRecord | None:
         try:
-            record = from_dict(StageRecord, json.loads(self._path(name).read_bytes()))
-            if record.digest == expected and all(self._is_intact(entry) for entry in record.files):
-                return record
+            return from_dict(StageRecord, json.loads(self._path(name).read_bytes()))
         except (OSError, ValueError, SpecError):
-            pass
+            return None
+
+    def _find(self, name: str, expected: str) -> StageRecord | None:
+        record = self._read(name)
+        with contextlib.suppress(OSError):
+            if record and record.digest == expected and all(self._is_intact(f) for f in record.files):
+                return record
         return None
 
     def _is_intact(self, entry: FileEntry) -> bool:
+        self._partial.borrow(entry.path)
         path = self._partial.root / entry.path
         return path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256
 
     def _run(self, name: str, expected: str, action: Callable[[], StageOutput]) -> StageRecord:
+        if earlier := self._read(name):
+            for entry in earlier.files:  # what is borrowed from the finished artifact must not be written to
+                (self._partial.root / entry.path).unlink(missing_ok=True)
         self._path(name).unlink(missing_ok=True)
         reset_peak()
         begun = time.monotonic()

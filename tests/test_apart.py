@@ -45,14 +45,14 @@ def refuse(progress: Progress) -> None:
     raise ParityError("too far", next_step="come closer")
 
 
-class Unspeakable(Exception):
+class UnspeakableError(Exception):
     def __init__(self) -> None:
         super().__init__("a lambda is in me")
         self.held = lambda: None
 
 
 def refuse_in_a_library(progress: Progress) -> None:
-    raise Unspeakable
+    raise UnspeakableError
 
 
 def die(number: int, progress: Progress) -> None:
@@ -95,13 +95,13 @@ def test_errors_come_through() -> None:
     with pytest.raises(ParityError, match="too far") as raised:
         steps.run("check", refuse)
     assert raised.value.next_step == "come closer"
-    with pytest.raises(ExportError, match="Unspeakable: a lambda is in me"):
+    with pytest.raises(ExportError, match="UnspeakableError: a lambda is in me"):
         steps.run("check", refuse_in_a_library)
 
 
 def test_a_death_is_named() -> None:
     steps = Steps(True, Progress())
-    with pytest.raises(ResourceError, match="fold: its process was killed, .* runs out of memory"):
+    with pytest.raises(ResourceError, match=r"fold: its process was killed, .* runs out of memory"):
         steps.run("fold", die, int(signal.SIGKILL))
     with pytest.raises(ExportError, match=f"fold: its process ended with status -{int(signal.SIGSEGV)}"):
         steps.run("fold", die, int(signal.SIGSEGV))

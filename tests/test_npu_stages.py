@@ -247,3 +247,42 @@ def test_what_float16_does_not_hold_is_said_before_the_compiler_is_asked(
         "image_encoder: blocks.0.conv: reaches 70000, float16 ends at 65504 [float16-range; IEEE 754]"
     ]
     assert (tmp_path / ".out.partial" / "stages" / "ranges unet.json").exists()
+
+
+# ---- another chip ----
+
+
+def test_another_chip_costs_its_compilation_alone(
+    artifact: Artifact, checkpoint: Path, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+
+    class Heard(Progress):
+        def begin(self, stage: str) -> None:
+            ran.append(stage)
+
+        def end(self, *, reused: bool = False) -> None:
+            if reused:
+                ran.pop()
+
+    # As the export left it.
+    output = tmp_path / "npu"
+    shutil.copytree(artifact.root, output)
+    shutil.copytree(artifact.root.with_name(".npu.partial"), tmp_path / ".npu.partial")
+    assert RECIPE.quant
+    assert RECIPE.npu
+    other = dataclasses.replace(RECIPE, npu=dataclasses.replace(RECIPE.npu, targets=("SM8750",)))
+    second = deploy(checkpoint, other, output, Heard())
+    names = [component.name for component in second.manifest.components]
+    assert ran == [f"{what} {name} SM8750" for name in names for what in ("compile", "simulate")]
+    assert [b.target for c in second.manifest.components for b in c.npu] == ["SM8750"] * len(names)
+    quantised = [c.files["quantised"].sha256 for c in artifact.manifest.components]
+    assert [c.files["quantised"].sha256 for c in second.manifest.components] == quantised
+    # What another export writes must not reach into the artifact that still stands there.
+    wider = dataclasses.replace(RECIPE.quant, headroom=2)
+    refused = dataclasses.replace(
+        other, quant=wider, floors=dataclasses.replace(RECIPE.floors, simulator_db=500)
+    )
+    with pytest.raises(ParityError, match="the simulator, seen from AIMET"):
+        deploy(checkpoint, refused, output)
+    second.verify()

@@ -133,6 +133,13 @@ def test_import_leaves_aimet_alone() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_bias_behind_padding_has_the_scale_of_its_sums(tmp_path: Path) -> None:
+    """SVD's encoder pads on two sides before it halves a map; its biases, here 0, got 2e-12 for a scale."""
+    conv = nn.Conv2d(8, 8, 3, 2)
+    nn.init.zeros_(conv.bias)
+    quantise_little(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)).export(tmp_path, little_sample(0), ["y"])
+
+
 def test_without_aimet_the_next_step_is_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aimet_torch", None)
     quantize._load_aimet.cache_clear()
