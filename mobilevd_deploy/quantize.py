@@ -439,7 +439,8 @@ def _restore(sim: Any, state: Path, key: str) -> bool:
         saved = torch.load(state, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         return False
-    if saved["key"] != key:
+    # Other quantisers: an older version of this toolkit, or of AIMET, made it.
+    if saved["key"] != key or saved["quantisers"].keys() != sim.quantizer_state_dict().keys():
         return False
     sim.model.load_state_dict(saved["quantisers"], strict=False)
     return True

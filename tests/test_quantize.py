@@ -208,7 +208,7 @@ def test_ranges_are_resumed(quantised: Quantised, state: Path) -> None:
     assert np.array_equal(resumed.run(sample(7)), quantised.run(sample(7)))
 
 
-@pytest.mark.parametrize("what", ["scheme", "weights", "sample", "damaged"])
+@pytest.mark.parametrize("what", ["scheme", "weights", "sample", "quantisers", "damaged"])
 def test_ranges_of_something_else_are_not_taken(what: str, tmp_path: Path) -> None:
     pytest.importorskip("aimet_torch")
     path = tmp_path / "encodings.pt"
@@ -221,6 +221,11 @@ def test_ranges_of_something_else_are_not_taken(what: str, tmp_path: Path) -> No
         network.last.weight.data *= 2
     elif what == "sample":
         seeds = (2, 0)
+    elif what == "quantisers":
+        saved = torch.load(path, weights_only=True)
+        saved["quantisers"].popitem()
+        torch.save(saved, path)
+        before = path.read_bytes()
     else:
         path.write_bytes(before[:100])
     seen: list[int] = []
