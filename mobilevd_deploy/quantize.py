@@ -287,8 +287,9 @@ def _bits(scheme: QuantScheme, path: str) -> tuple[int, int]:
 def _fill_gaps(sim: Any, aimet: _Aimet) -> None:
     # AIMET leaves a product with one positive number without a range, counting on the compiler to derive it,
     # and padding; the int32 bias of a convolution behind it then has a scale of its own, which no sum has.
+    bare: Any = (aimet.multiply, nn.ZeroPad2d)
     for module in sim.qmodules():
-        if isinstance(module, (aimet.multiply, nn.ZeroPad2d)) and module.output_quantizers[0] is None:
+        if isinstance(module, bare) and module.output_quantizers[0] is None:
             module.output_quantizers[0] = aimet.quantiser(shape=(), bitwidth=16, symmetric=False)
 
 

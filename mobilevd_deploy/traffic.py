@@ -52,6 +52,11 @@ class Block:
     inputs: Tensors
 
     @property
+    def structure(self) -> str:
+        """Everything that decides its schedule, as text."""
+        return f"{self.module} {[value.shape for value in self.inputs.values()]}"
+
+    @property
     def floor_bytes(self) -> int:
         """Least traffic in float16: inputs, outputs (as large as the first input) and weights once."""
         first = next(iter(self.inputs.values())).size
@@ -199,10 +204,13 @@ def _block_rows(
     progress: Progress | None = None,
 ) -> list[TrafficRow]:
     progress, target, rows = progress or Progress(), find_target(options.targets[0]), []
+    measured: dict[str, Traffic] = {}  # a level repeats its blocks
     for block in unet_blocks(spec, recipe, patterns):
         progress.begin(block.path)
-        rows.append(_row(block.path, measure_block(block, recipe, options, target), block.floor_bytes))
-        progress.end()
+        if not (known := block.structure in measured):
+            measured[block.structure] = measure_block(block, recipe, options, target)
+        rows.append(_row(block.path, measured[block.structure], block.floor_bytes))
+        progress.end(reused=known)
     return rows
 
 
