@@ -484,6 +484,7 @@ def profile(
     With --json one device gives an object, several give a list.
     """
     from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.spec import preset_names
 
     hub_only = bool(compile_on or check or image or no_wait)
     if resume and (device or components or hub_only or estimate or host or adb is not None):
@@ -502,6 +503,12 @@ def profile(
         )
     if estimate:
         _show_profiles(_estimate(artifact, device), as_json)
+        return
+    if artifact in preset_names() and not (hub_only or resume or host or adb is not None):
+        unmeasured = VendorError(
+            f"{artifact} is a preset", next_step="mobilevd-deploy export makes an artifact of a checkpoint"
+        )
+        _show_profiles(_estimate(artifact, device, unmeasured), as_json)
         return
     names = tuple(name.strip() for name in components.split(",")) if components else ()
     opened = Artifact.open(artifact) if artifact else find_newest(Path())

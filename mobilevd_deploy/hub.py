@@ -55,9 +55,7 @@ from mobilevd_deploy.host import run_on_host
 from mobilevd_deploy.pipeline import Array
 from mobilevd_deploy.probe import sqnr_db
 from mobilevd_deploy.profiles import (
-    SCHEMA_VERSION as PROFILE_VERSION,
-)
-from mobilevd_deploy.profiles import (
+    MADE_UP,
     Check,
     ComponentProfile,
     Latency,
@@ -71,6 +69,9 @@ from mobilevd_deploy.profiles import (
     total_ms,
     version,
     write_durably,
+)
+from mobilevd_deploy.profiles import (
+    SCHEMA_VERSION as PROFILE_VERSION,
 )
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.spec import from_dict
@@ -92,6 +93,7 @@ _COMPILE_OPTIONS = "--target_runtime qnn_context_binary"
 _FLOAT16_OPTIONS = f"{_COMPILE_OPTIONS} --qnn_options default_graph_htp_precision=FLOAT16"
 _PROFILE_OPTIONS = "--compute_unit npu --max_profiler_iterations {samples}"
 _INFERENCE_OPTIONS = "--compute_unit npu"
+_SUBMIT, _WAIT, _FETCH = "upload and submit", "wait for the jobs", "fetch the results"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -244,6 +246,7 @@ def profile_on_hub(
             progress.say(f"going on with the run of {run.begun}: {', '.join(run.request.devices)}")
         else:
             run = _begin(artifact, request, hub)
+        progress.plan(dict.fromkeys((_SUBMIT, _WAIT, _FETCH) if wait else (_SUBMIT,), 0.0))
         flow = _Flow(artifact, hub, book, run, progress)
         flow.submit()
         if not wait:
@@ -618,10 +621,11 @@ class _Flow:
         """Upload and submit whatever the ledger does not have."""
         self._book.put(self.run)
         self._hub.go_on = RESUME
+        self._progress.begin(_SUBMIT)
         for component in self._components:
-            self._progress.begin(f"upload and submit {component.name}")
+            self._progress.say(f"{component.name} ...")
             self._submit_ready(component)
-            self._progress.end()
+        self._progress.end()
 
     def _submit_ready(self, component: Component) -> None:
         """Submit the jobs of a component that the ledger does not have and whose inputs are there."""
@@ -669,7 +673,7 @@ class _Flow:
 
     def wait(self, poll_seconds: float) -> None:
         """Ask for the jobs until all have finished, and none is left that waits for another's outputs."""
-        self._progress.begin(f"wait for {len(self.run.jobs)} jobs on {self._hub.url}")
+        self._progress.begin(_WAIT)
         while True:
             left, known = self.look(), len(self.run.jobs)
             for component in self._components:
@@ -700,7 +704,7 @@ class _Flow:
 
     def fetch(self) -> Outcome:
         """Turn finished jobs into one profile per target, and store them."""
-        self._progress.begin("fetch the results")
+        self._progress.begin(_FETCH)
         profiles = []
         for target in self.run.targets:
             profile = self._profile(target)
@@ -737,7 +741,7 @@ class _Flow:
                         f"{component.name} is {count} binaries, profiled one by one: its times are their sums"
                     )
         if urlsplit(self._hub.url).hostname in _LOOPBACK:
-            notes.append(f"{self._hub.url} is a server on this computer, not AI Hub: the numbers are made up")
+            notes.append(f"{self._hub.url} is a server on this computer, not AI Hub: {MADE_UP}")
         missing = len(self._artifact.manifest.components) - len(components)
         if missing:
             notes.append(f"the total leaves {missing} of the artifact's components out")
@@ -837,11 +841,6 @@ class _Flow:
         roles = ("quantised", "quantised_data") if "quantised" in component.files else ("model", "data")
         files = {role: component.files[role] for role in roles if role in component.files}
         how, name = self.run.request.compile, f"{self._artifact.manifest.name} {component.name}"
-        if how == "aimet" and "quantised" not in files:
-            raise UsageError(
-                f"{component.name} is not quantised: there are no encodings",
-                next_step="--compile-on hub compiles the float graph",
-            )
         content = digest({role: entry.sha256 for role, entry in files.items()} | {"": how or ""})
 
         def upload() -> str:
@@ -1025,6 +1024,13 @@ def _begin(artifact: Artifact, request: Request, hub: Hub) -> Run:
             raise UsageError(
                 f"{artifact.root} has no context binary of {', '.join(without)}",
                 next_step="--compile-on hub lets the hub's compiler make one from the ONNX files",
+            )
+    if request.compile == "aimet":
+        floats = [name for name in chosen if "quantised" not in artifact.manifest.component(name).files]
+        if floats:
+            raise UsageError(
+                f"{', '.join(floats)}: not quantised, so there are no encodings",
+                next_step="--compile-on hub compiles the float graph",
             )
     hosted = hub.devices()
     targets = tuple(choose_hosted(name, hosted) for name in request.devices)

@@ -46,6 +46,7 @@ HOW: dict[str, str] = {
     "estimate": "estimated, not measured",
     "host": "measured on this computer: good for comparing, not for a phone",
 }
+MADE_UP = "the numbers are made up"
 _BAR = 30
 
 
@@ -156,6 +157,16 @@ class Profile:
     def errors(self) -> tuple[str, ...]:
         """What went wrong, component by component."""
         return tuple(f"{c.name}: {c.error}" for c in self.components if c.error is not None)
+
+    @property
+    def made_up(self) -> bool:
+        """Whether a server that stands in for AI Hub gave the numbers."""
+        return any(MADE_UP in note for note in self.notes)
+
+    @property
+    def how(self) -> str:
+        """How it came about, in words."""
+        return "MADE UP by a server on this computer" if self.made_up else HOW[self.source]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; they go through JSON and back."""
@@ -474,7 +485,7 @@ def render_comparison(profiles: Sequence[Profile]) -> RenderableType:
     table = Table("component", title="median ms", title_justify="left", title_style="bold")
     for profile in profiles:
         table.add_column(
-            Text(f"{profile.asked_for}\n{profile.source}, {profile.created[:10]}"), justify="right"
+            Text(f"{profile.asked_for}\n{_source(profile)}, {profile.created[:10]}"), justify="right"
         )
     names = dict.fromkeys(component.name for profile in profiles for component in profile.components)
     for name in names:
@@ -488,13 +499,17 @@ def render_comparison(profiles: Sequence[Profile]) -> RenderableType:
         if profile.total_ms is not None:
             bar = "█" * max(1, round(_BAR * profile.total_ms / max(totals))) if max(totals) else ""
             bars.append(
-                Text(f"{bar:<{_BAR}} {_total(profile, ' ms')}  {profile.asked_for} ({profile.source})")
+                Text(f"{bar:<{_BAR}} {_total(profile, ' ms')}  {profile.asked_for} ({_source(profile)})")
             )
     return Group(table, *bars)
 
 
+def _source(profile: Profile) -> str:
+    return f"{profile.source}, MADE UP" if profile.made_up else profile.source
+
+
 def _head(profile: Profile) -> str:
-    head = f"{profile.asked_for}: {HOW[profile.source]}"
+    head = f"{profile.asked_for}: {profile.how}"
     if profile.device != profile.asked_for:
         head += f", on {profile.device}"
     return head if profile.chipset == profile.device else f"{head} ({profile.chipset})"

@@ -17,7 +17,7 @@ from string import Template
 from typing import Literal
 
 from mobilevd_deploy.artifact import Component, Manifest, NpuBinary, PassReport, TensorSpec
-from mobilevd_deploy.profiles import HOW, Profile, number
+from mobilevd_deploy.profiles import Profile, number
 from mobilevd_deploy.progress import duration
 from mobilevd_deploy.recipe import GraphForms, Recipe
 from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict
@@ -71,7 +71,7 @@ def render_profiles(name: str, profiles: Sequence[Profile]) -> str:
     lead = "How long one clip takes, by everything that was measured or estimated of this artifact."
     figures = "".join(
         f"<div><dt>{_text(p.asked_for)}</dt><dd>{number(p.total_ms)}\N{NO-BREAK SPACE}ms</dd>"
-        f"<dd>{_text(HOW[p.source].partition(':')[0])}</dd></div>"
+        f"<dd>{_text(p.how.partition(':')[0])}</dd></div>"
         for p in profiles
     )
     return _PAGE.substitute(
@@ -109,7 +109,7 @@ def _profile(profile: Profile) -> str:
     notes = "".join(f"<li>{_text(note)}</li>" for note in (*profile.notes, *profile.errors))
     tools = " ".join(f"<span>{_text(n)} <b>{_text(v)}</b></span>" for n, v in profile.tools.items())
     return (
-        f"<p>{_text(HOW[profile.source])}{device} ({_text(profile.chipset)}), {profile.created[:10]}: "
+        f"<p>{_text(profile.how)}{device} ({_text(profile.chipset)}), {profile.created[:10]}: "
         f"<b>{number(profile.total_ms)}{error} ms</b></p>"
         + _table(head, rows, kind="fall")
         + (f'<ul class="note">{notes}</ul>' if notes else "")

@@ -11,12 +11,14 @@ from tiny_artifact import write_artifact
 from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.errors import ArtifactError, SpecError
 from mobilevd_deploy.profiles import (
+    MADE_UP,
     Check,
     ComponentProfile,
     Latency,
     OpTime,
     Profile,
     diff_profiles,
+    draw_profile,
     join_parts,
     load_profile,
     load_profiles,
@@ -94,6 +96,7 @@ def test_a_profile_goes_through_its_file_unchanged_and_beside_the_artifact(tmp_p
     assert first.parent == tmp_path / "out.profiles"
     assert first != second
     assert load_profile(first) == PROFILE
+    assert first.with_suffix(".png").read_bytes() == draw_profile(PROFILE)
     assert [p.total_ms for p in load_profiles(artifact)] == [1320.0, 1.0]
     Artifact.open(artifact.root).verify()
     assert not list(first.parent.glob(".*"))
@@ -193,16 +196,19 @@ def test_profiles_beside_each_other_and_as_a_page(tmp_path):
     broken = (COMPONENTS[0], ComponentProfile("decoder", None, error="<b>no memory</b>"))
     saved(artifact, source="adb", asked_for="R&D phone", components=broken, total_ms=None)
     saved(artifact, source="estimate", total_ms=2640.0, error_percent=9.0)
+    saved(artifact, asked_for="Galaxy S24", notes=(f"a stand-in: {MADE_UP}",))
     console = Console(file=io.StringIO(), width=200)
     console.print(render_comparison(newest_profiles(artifact)))
     text = console.file.getvalue()
     assert "2,640 ± 9 %" in text
     bars = [line.count("█") for line in text.splitlines() if "█" in line]
-    assert sorted(bars) == [15, 30]
+    assert sorted(bars) == [15, 15, 30]
+    assert text.count("hub, MADE UP") == 2
     page = render_profiles("tiny", newest_profiles(artifact))
     assert "R&amp;D phone" in page
     assert "&lt;b&gt;no memory&lt;/b&gt;" in page
     assert "estimated, not measured" in page
+    assert page.count("MADE UP by a server") == 2
     assert "<script" not in page
 
 
