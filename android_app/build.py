@@ -45,6 +45,8 @@ PACKAGES = {
 EPOCH = (1980, 1, 1, 0, 0, 0)
 # A resource table must lie in the APK as it is from target 30 on; Java and the system map it.
 STORED = {"resources.arsc"}
+# Programs here end before the second compiler and parallel collectors have paid: a third less CPU time.
+JVM = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 DEBUG_PASSWORD = "android"  # as Android's own debug keys have it
 
 
@@ -266,7 +268,8 @@ def write_zip(path: Path, entries: Mapping[str, bytes | Path], *, stored: bool =
             info.create_system, info.external_attr = 3, 0o644 << 16
             plain = stored or name in STORED
             info.compress_type = zipfile.ZIP_STORED if plain else zipfile.ZIP_DEFLATED
-            archive.writestr(info, value if isinstance(value, bytes) else value.read_bytes(), compresslevel=9)
+            # Level 9 takes half as long again and saves a thousandth.
+            archive.writestr(info, value if isinstance(value, bytes) else value.read_bytes(), compresslevel=7)
 
 
 # 2. Compile.
@@ -294,7 +297,7 @@ def javac(sources: Iterable[Path], classpath: Iterable[Path], target: Path, *opt
     need("javac")
     target.mkdir(parents=True, exist_ok=True)
     checks = ["-Xlint:all,-processing,-classfile", "-Werror", "-proc:none"]
-    command = ["-encoding", "UTF-8", "-g:source,lines", *checks]
+    command = [*(f"-J{option}" for option in JVM), "-encoding", "UTF-8", "-g:source,lines", *checks]
     joined = os.pathsep.join(str(path) for path in classpath)
     run("javac", *command, *options, "-cp", joined or ".", "-d", target, *sources)
 
@@ -349,7 +352,7 @@ def dex(classes: Path, target: Path) -> None:
     level = min(dependencies()["app"]["min_sdk"].values())
     java_home = Path(shutil.which("javac") or "").resolve().parent.parent
     run(
-        "java", "-cp", d8, "com.android.tools.r8.D8", "--release", "--min-api", str(level),
+        "java", *JVM, "-cp", d8, "com.android.tools.r8.D8", "--release", "--min-api", str(level),
         "--lib", android, "--lib", java_home, "--output", target,
         *sorted(classes.rglob("*.class")), *fetch("app"), android_onnxruntime_classes(),
     )  # fmt: skip
@@ -573,7 +576,7 @@ def junit(classes: Path, classpath: Sequence[Path], only: Sequence[str], *option
         raise BuildError(f"no test is called {', '.join(only) or '*Test'}\n  next: one of {', '.join(names)}")
     joined = os.pathsep.join(str(path) for path in classpath)
     run(
-        "java", "-XX:+UseSerialGC", *test_properties(), *options, "-cp", joined,
+        "java", *JVM, *test_properties(), *options, "-cp", joined,
         "org.junit.runner.JUnitCore", *chosen, cwd=ROOT, quiet=False,
     )  # fmt: skip
 
@@ -654,7 +657,7 @@ def check_gradle() -> None:
             encoding="utf-8",
         )
         run(
-            "java", "-Xmx600m", "-cp", jars, "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-no-stdlib",
+            "java", *JVM, "-Xmx600m", "-cp", jars, "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-no-stdlib",
             "-no-reflect", "-cp", jars, "-d", Path(scratch) / "out", f"-Xplugin={receiver}", "-P",
             "plugin:org.jetbrains.kotlin.samWithReceiver:annotation=org.gradle.api.HasImplicitReceiver",
             source,

@@ -233,7 +233,7 @@ def test_every_call_is_there_at_the_lowest_level(apks: dict[str, Apk], tmp_path:
     dex.write_bytes(apks["cpu"].entries()["classes.dex"])
     (r8,) = [path for path in build.fetch("build") if path.name.startswith("r8-")]
     shown = _run(
-        "java", "-cp", r8, "com.android.tools.r8.tracereferences.TraceReferences", "--check",
+        "java", *build.JVM, "-cp", r8, "com.android.tools.r8.tracereferences.TraceReferences", "--check",
         "--lib", android, "--lib", java, "--source", dex, ok=False,
     )  # fmt: skip
     missing = re.findall(r"Missing (?:field|method|class) (?:\S+ )?(\S+)(?= \(referenced)", shown)
