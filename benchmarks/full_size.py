@@ -7,6 +7,7 @@ No weights of MobileVD are public, so they are drawn (`mobilevd-deploy init`): s
 and times do not depend on training. One picture calibrates and one judges. Stages that an interrupted run
 finished are not repeated, and keep the cost that they had; without --keep the work folder is removed at last.
 Writes results/full_size.json (another name with --result).
+--second-target exports once more, for another chip: what was calibrated and quantised is not made again.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint and artifact")
     parser.add_argument("--result", default="full_size")
     parser.add_argument("--note", default="", help="what else the machine did")
+    parser.add_argument("--second-target", help="another chip, such as SM8750")
     parser.add_argument("--keep", action="store_true", help="leave the work folder")
     options = parser.parse_args()
     folder: Path = options.work
@@ -117,19 +119,22 @@ def main() -> None:
     export = run(
         folder, "export", "export", str(checkpoint), "--recipe", str(chosen), "--output", str(output)
     )
-    written = write_result(
-        options.result,
-        {
-            "preset": options.preset,
-            "recipe": options.recipe,
-            "weights": "drawn, not trained",
-            "note": options.note,
-            "init": init | {"bytes": checkpoint.stat().st_size},
-            "export": export,
-            **describe(Artifact.open(output), checkpoint),
-        },
-    )
-    print(written)
+    values = {
+        "preset": options.preset,
+        "recipe": options.recipe,
+        "weights": "drawn, not trained",
+        "note": options.note,
+        "init": init | {"bytes": checkpoint.stat().st_size},
+        "export": export,
+        **describe(Artifact.open(output), checkpoint),
+    }
+    if options.second_target:
+        arguments = ["export", str(checkpoint), "--recipe", str(chosen), "--output", str(output)]
+        again = run(folder, "second", *arguments, "--target", options.second_target)
+        made = describe(Artifact.open(output), checkpoint)["stages"]
+        anew = [name for name, cost in made.items() if values["stages"].get(name) != cost]
+        values["second_target"] = {"target": options.second_target, **again, "stages_made_anew": anew}
+    print(write_result(options.result, values))
     if not options.keep:
         shutil.rmtree(folder)
 
