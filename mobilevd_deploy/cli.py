@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -143,6 +144,83 @@ def export(
         simulated = [v for v in manifest.drift.get(f"npu.{binary.target}", {}).values() if v is not None]
         print(f", on the simulator {min(simulated):.1f} dB at worst" if simulated else ", not simulated")
     print(f"look at {artifact.root / 'report.html'}")
+
+
+@app.command(
+    epilog="Example: [bold]mobilevd-deploy tune ckpt.pt --target-sqnr 28 -o my.toml[/] and then "
+    "[bold]mobilevd-deploy export ckpt.pt --recipe my.toml[/]",
+)
+def tune(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="As for export. Left out: the demo.", show_default=False),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write, a TOML file.")] = Path(
+        "tuned.toml"
+    ),
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="What to begin with: all of it but the UNet's bits stays.")
+    ] = "xiaomi-14-pro",
+    target_sqnr: Annotated[
+        float | None,
+        typer.Option(
+            help="The UNet's SQNR against float in dB, which is reached as cheaply as can be found.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Bit operations of the UNet, 1 for W8A16 throughout, about 0.5 for W8A8: the best is found "
+            "that costs no more.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option("--calibration", "-c", help="As for export, which needs the same.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search which blocks of the UNet do with 8-bit activations and which need more bits, and write a recipe.
+
+    What was measured stays in OUTPUT.work: interrupted at any moment, the same command goes on, and another
+    goal begins with what is known.
+    """
+    from rich.table import Table
+
+    from mobilevd_deploy.data import data_dir
+    from mobilevd_deploy.recipe import load_recipe
+
+    chosen = load_recipe(recipe)
+    with _progress(quiet or as_json) as progress:
+        from mobilevd_deploy.tune import tune as search
+
+        found = search(
+            checkpoint or data_dir("models") / "demo.safetensors",
+            chosen,
+            output,
+            progress,
+            target_sqnr=target_sqnr,
+            budget=budget,
+            calibration=calibration or (),
+        )
+    if as_json:
+        _print_json({"recipe": str(output), **found.to_dict()})
+        return
+    table = Table("bit operations", "predicted, dB", "simulated, dB", "changed")
+    for step in found.steps:
+        changed = f"{step.block} to w{step.weights}a{step.activations}" if step.block else "w8a8 throughout"
+        figures = (_number(math.inf if db is None else db) for db in (step.predicted_db, step.measured_db))
+        table.add_row(f"{step.bit_operations:.3f}", *figures, changed)
+    _print_rich(table)
+    counts = Counter(f"w{weights}a{activations}" for weights, activations in found.bits.values())
+    blocks = ", ".join(f"{count} at {bits}" for bits, count in sorted(counts.items()))
+    print(
+        f"{output}: {found.sqnr_db:.1f} dB at {found.bit_operations:.2f} of W8A16's bit operations; {blocks}"
+    )
+    print(f"go on with: mobilevd-deploy export {checkpoint or ''} --recipe {output}".replace("  ", " "))
 
 
 @app.command(
@@ -566,22 +644,34 @@ def report(
     Also written as a page, ARTIFACT.profiles/report.html. What the export did stands in the artifact's own.
     """
     from mobilevd_deploy.artifact import Artifact, find_newest
-    from mobilevd_deploy.profiles import newest_profiles, profiles_dir, render_comparison, write_durably
+    from mobilevd_deploy.profiles import (
+        load_traffic,
+        newest_profiles,
+        profiles_dir,
+        render_comparison,
+        write_durably,
+    )
     from mobilevd_deploy.report import render_profiles
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
-    profiles = newest_profiles(opened)
-    if not profiles:
+    profiles, traffic = newest_profiles(opened), load_traffic(opened)
+    if not (profiles or traffic):
         raise UsageError(
             f"{opened.root}: nothing was measured or estimated of it yet",
-            next_step=f"mobilevd-deploy profile {opened.root} --device NAME, --adb, --host or --estimate",
+            next_step=f"mobilevd-deploy profile {opened.root} --device NAME, --adb, --host or --estimate; "
+            f"or mobilevd-deploy traffic {opened.root}",
         )
     page = profiles_dir(opened) / "report.html"
-    write_durably(page, render_profiles(opened.manifest.name, profiles))
+    write_durably(page, render_profiles(opened.manifest.name, profiles, traffic))
     if as_json:
-        _print_json({"page": page, "profiles": [profile.to_dict() for profile in profiles]})
+        values = {"page": page, "profiles": [profile.to_dict() for profile in profiles]}
+        _print_json(values | {"traffic": [report.to_dict() for report in traffic]})
         return
-    _print_rich(render_comparison(profiles))
+    if profiles:
+        _print_rich(render_comparison(profiles))
+    for planned in traffic:
+        read, written = planned.read / 1e6, planned.written / 1e6
+        print(f"DRAM traffic planned for {planned.target}: {read:,.1f} MB read, {written:,.1f} MB written")
     print(f"look at {page}, and at {opened.root / 'report.html'}")
 
 

@@ -14,7 +14,7 @@ noise_aug_strength is above 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import TemporalDecoder
@@ -24,10 +24,9 @@ from torch.nn import functional as F
 
 from mobilevd_deploy.autoencoder import PixelShuffleDecoder, PixelUnshuffleEncoder
 from mobilevd_deploy.errors import MobileVDError, SpecError
+from mobilevd_deploy.spec import Component as Component
 from mobilevd_deploy.spec import DecoderSpec, ImageEncoderSpec, ModelSpec, VaeEncoderSpec
 from mobilevd_deploy.unet import MobileVDUNet
-
-Component = Literal["image_encoder", "vae_encoder", "unet", "decoder"]
 
 # In running order: each reads the picture, the noise, or what an earlier one returned.
 COMPONENTS: tuple[Component, ...] = ("image_encoder", "vae_encoder", "unet", "decoder")

@@ -195,7 +195,10 @@ class _Flow:
         state = self.folder.work / name / _ENCODINGS
         state.parent.mkdir(parents=True, exist_ok=True)
         quantised = quantise(
-            self.build(cast(ComponentName, name)), self._feeds(component), self.recipe.quant, state=state
+            self.build(cast(ComponentName, name)),
+            self._feeds(component),
+            self.recipe.quant.of(name),
+            state=state,
         )
         judges, large = self._judges(), component.flops > JUDGE_ALL_UP_TO_FLOPS
         feeds = [job.feeds(component) for job in judges]
@@ -264,7 +267,7 @@ class _Flow:
         for finding in lint(model / MODEL, float16=not quantised, vtcm_mb=vtcm, peaks=peaks):
             progress.say(f"{component.name}: {finding}")
         # What a rule leaves in floats is an island on purpose.
-        rules = self.recipe.quant.rules if self.recipe.quant else ()
+        rules = self.recipe.quant.of(component.name).rules if self.recipe.quant else ()
         floats = [f"{rule.modules}/*" for rule in rules if 32 in (rule.weights, rule.activations)]
         root = self.folder.artifact / component.name / target
         files: list[Path] = []
@@ -318,11 +321,11 @@ class _Flow:
         judge, output = self._judges()[0], component.outputs[0].name
         chain = PartsRunner(cut.parts, lambda part: OnnxRunner(files[cut.parts.index(part)]))
         given = chain.run(judge.feeds(component))[output]
-        expected, floor = judge.outputs[component.name], self.recipe.floors.onnx_sqnr_db
-        if self.recipe.quant is not None:
-            with np.load(self._expected_path(component.name)) as simulated:
-                expected, floor = simulated["given"], self.recipe.floors.simulator_db
-        self._require(component.name, "the row of its parts", sqnr_db(expected, given), floor)
+        drift, what = sqnr_db(judge.outputs[component.name], given), "the row of its parts"
+        if self.recipe.quant is None:
+            self._require(component.name, what, drift, self.recipe.floors.onnx_sqnr_db)
+        else:
+            self._require_agreement(component, what, given, drift)
 
     def simulate(self, component: Component, target: str, progress: Progress) -> StageOutput:
         """Run one binary on the simulator, on the first judge; compare with AIMET and with the float run."""
@@ -336,18 +339,13 @@ class _Flow:
         runner = PartsRunner(binary.parts, lambda part: NpuSimRunner(root / part.files["wrapper"].path))
         given = runner.run(judge.feeds(component))[output]
         drift = sqnr_db(judge.outputs[component.name], given)
-        floors, scheme = self.recipe.floors, self.recipe.quant
-        if scheme is None:
-            self._require(component.name, "the simulator's float16", drift, floors.float16_sqnr_db)
-            return StageOutput((), {"simulated": True, "drift": _plain(drift), "agreement": None})
-        with np.load(self._expected_path(component.name)) as expected:
-            agreement = sqnr_db(expected["given"], given)
-        # At 8 bit rounding flips spread, so that only the distance to the float run means something.
-        if scheme.activations == 16:
-            self._require(component.name, "the simulator, seen from AIMET,", agreement, floors.simulator_db)
+        agreement = None
+        if self.recipe.quant is None:
+            floor = self.recipe.floors.float16_sqnr_db
+            self._require(component.name, "the simulator's float16", drift, floor)
         else:
-            self._require(component.name, "the simulator", drift, floors.quantised_sqnr_db)
-        return StageOutput((), {"simulated": True, "drift": _plain(drift), "agreement": _plain(agreement)})
+            agreement = _plain(self._require_agreement(component, "the simulator", given, drift))
+        return StageOutput((), {"simulated": True, "drift": _plain(drift), "agreement": agreement})
 
     # ---- entries ----
 
@@ -377,8 +375,7 @@ class _Flow:
 
     @property
     def _precision(self) -> str:
-        scheme = self.recipe.quant
-        return f"w{scheme.weights}a{scheme.activations}" if scheme else "float16"
+        return self.recipe.quant.precision if self.recipe.quant else "float16"
 
     def _float_runner(self, component: Component) -> OnnxRunner:
         return OnnxRunner(self.folder.artifact / component.name / MODEL)
@@ -410,6 +407,22 @@ class _Flow:
 
     def _judges(self) -> list[Job]:
         return [self._load(path) for path in self._jobs()[-JUDGES:]]
+
+    def _require_agreement(self, component: Component, what: str, given: Any, drift: float) -> float:
+        """Hold what `component` gave for the first judge against AIMET's simulation; return their SQNR in dB.
+
+        `drift`: its SQNR against the float run, which is all that means something at 8 bits, where rounding
+        flips spread.
+        """
+        assert self.recipe.quant is not None
+        floors = self.recipe.floors
+        with np.load(self._expected_path(component.name)) as expected:
+            agreement = sqnr_db(expected["given"], given)
+        if self.recipe.quant.of(component.name).narrowest >= 16:
+            self._require(component.name, f"{what}, seen from AIMET,", agreement, floors.simulator_db)
+        else:
+            self._require(component.name, what, drift, floors.quantised_sqnr_db)
+        return agreement
 
     def _require(self, name: str, what: str, value: float, floor: float) -> None:
         if not value >= floor:

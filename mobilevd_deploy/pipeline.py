@@ -194,7 +194,11 @@ class Job:
 
     def feeds(self, component: Component) -> dict[str, Array]:
         """Return a component's inputs, each from whoever its source names."""
-        return {tensor.name: self._feed(tensor) for tensor in component.inputs}
+        return self.gather(component.inputs)
+
+    def gather(self, inputs: Iterable[TensorSpec]) -> dict[str, Array]:
+        """Return these inputs by name."""
+        return {tensor.name: self._feed(tensor) for tensor in inputs}
 
     def _feed(self, tensor: TensorSpec) -> Array:
         kind, _, which = (tensor.source or "").partition(":")

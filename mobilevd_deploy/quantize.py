@@ -13,6 +13,7 @@ Rules of the hardware are in export/htp_quantsim.json, in AIMET's format.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import logging
@@ -60,7 +61,12 @@ _OPSET = 21
 
 
 def quantise(
-    network: nn.Module, samples: Iterable[Tensors], scheme: QuantScheme, *, state: Path | None = None
+    network: nn.Module,
+    samples: Iterable[Tensors],
+    scheme: QuantScheme,
+    *,
+    state: Path | None = None,
+    apart: bool = False,
 ) -> Quantised:
     """Turn a deploy-form network into its quantised simulation, calibrated on `samples`.
 
@@ -72,6 +78,7 @@ def quantise(
         scheme: bits, headroom and rules of the recipe.
         state: where the ranges are kept. If the file is there and was made with this scheme, network and
             first sample, no other sample is read. Otherwise it is written.
+        apart: every module has a range of its own, also those that AIMET lets share one.
 
     Raises:
         UsageError: AIMET is not installed, or there is no sample.
@@ -81,7 +88,7 @@ def quantise(
     stream = iter(samples)
     if (first := next(stream, None)) is None:
         raise UsageError("there is no sample to calibrate with")
-    key = _digest(network, first, scheme)
+    key = _digest(network, first, (scheme, apart))
     with _silence():
         _swap_arithmetic(network.eval().requires_grad_(False), aimet.arithmetic)
         sources = _sources(network, first)
@@ -95,6 +102,11 @@ def quantise(
                 in_place=True,
             )
         _fill_gaps(sim, aimet)
+        shared = _shared(sim)
+        if apart:
+            for path in chain.from_iterable(shared):
+                quantisers = sim.model.get_submodule(path).output_quantizers
+                quantisers[0] = copy.deepcopy(quantisers[0])
         _set_bits(sim, scheme)
         _convert_between(sim, sources, scheme, aimet)
         if state is None or not _restore(sim, state, key):
@@ -105,15 +117,19 @@ def quantise(
             if state is not None:
                 with _written_aside(state) as aside:
                     torch.save({"key": key, "quantisers": sim.quantizer_state_dict()}, aside)
-    return Quantised(sim, scheme)
+    return Quantised(sim, scheme, shared)
 
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """A calibrated simulation; made by `quantise`. `sim` is AIMET's QuantizationSimModel."""
+    """A calibrated simulation; made by `quantise`. `sim` is AIMET's QuantizationSimModel.
+
+    `shared`: modules whose outputs AIMET gives one range, as a concatenation and what it joins.
+    """
 
     sim: Any
     scheme: QuantScheme
+    shared: tuple[tuple[str, ...], ...] = ()
 
     @torch.no_grad()
     def run(self, inputs: Tensors) -> Array:
@@ -293,7 +309,17 @@ def _fill_gaps(sim: Any, aimet: _Aimet) -> None:
             module.output_quantizers[0] = aimet.quantiser(shape=(), bitwidth=16, symmetric=False)
 
 
+def _shared(sim: Any) -> tuple[tuple[str, ...], ...]:
+    paths: dict[int, list[str]] = {}
+    for path, module in sim.named_qmodules():
+        if (quantiser := module.output_quantizers[0]) is not None:
+            paths.setdefault(id(quantiser), []).append(path)
+    return tuple(tuple(group) for group in paths.values() if len(group) > 1)
+
+
 def _set_bits(sim: Any, scheme: QuantScheme) -> None:
+    # What shares a range goes on sharing it with those of the same bits.
+    narrow: dict[int, tuple[Any, Any]] = {}  # quantisers by id, each with its twin of 8 bits
     for path, module in sim.named_qmodules():
         weights, activations = _bits(scheme, path)
         parameters = module.param_quantizers
@@ -307,9 +333,11 @@ def _set_bits(sim: Any, scheme: QuantScheme) -> None:
                 if activations == FLOAT:
                     container[i] = None
                 elif quantiser is not None and activations == 8:
-                    quantiser.bitwidth = 8
-                    if quantiser.is_overwrite_allowed():
-                        quantiser.symmetric = False  # only 16-bit operands have to be
+                    _, twin = narrow.setdefault(id(quantiser), (quantiser, copy.deepcopy(quantiser)))
+                    twin.bitwidth = 8
+                    if twin.is_overwrite_allowed():
+                        twin.symmetric = False  # only 16-bit operands have to be
+                    container[i] = twin
 
 
 class _Traced(Tensor):
@@ -355,20 +383,39 @@ def _convert_between(
     The NPU's operations take and give integers of one width, and a Q and DQ in between converts.
     """
     modules = dict(sim.named_qmodules())
+    for path, i, _ in _borders(modules, sources, functools.partial(_bits, scheme)):
+        own = _bits(scheme, path)[1]
+        modules[path].input_quantizers[i] = aimet.quantiser(shape=(), bitwidth=own, symmetric=False)
 
-    def bits_of(path: str | None) -> int | None:
-        while path is not None and _bits(scheme, path)[1] != FLOAT:
+
+def _borders(
+    modules: Mapping[str, Any],
+    sources: Mapping[str, Sequence[str | None]],
+    bits: Callable[[str], tuple[int, int]],
+) -> Iterator[tuple[str, int, str]]:
+    """Yield each input (module, index) that comes with other bits than the module's, and what it comes from.
+
+    `modules`: AIMET's by path, with the quantisers that `bits` (weights, activations) of a path asks for. An
+    input with a quantiser of its own is no border.
+    """
+
+    def origin(path: str | None) -> tuple[str, int] | None:
+        while path is not None:
+            if bits(path)[1] == FLOAT:
+                return path, FLOAT
             if path in modules and (quantiser := modules[path].output_quantizers[0]) is not None:
-                return int(quantiser.bitwidth)
+                return path, int(quantiser.bitwidth)
             path = sources[path][0]  # it only moves values
-        return None if path is None else FLOAT
+        return None
 
     for path, module in modules.items():
-        own = _bits(scheme, path)[1]
+        own = bits(path)[1]
+        if own == FLOAT or path not in sources:
+            continue
         for i, quantiser in enumerate(module.input_quantizers):
-            before = bits_of(sources[path][i]) if path in sources else None
-            if quantiser is None and before not in (None, own) and own != FLOAT:
-                module.input_quantizers[i] = aimet.quantiser(shape=(), bitwidth=own, symmetric=False)
+            before = origin(sources[path][i]) if quantiser is None else None
+            if before is not None and before[1] != own:
+                yield path, i, before[0]
 
 
 def _slots(module: Any) -> Iterator[tuple[Any, Any]]:
@@ -425,8 +472,8 @@ def _stretch(sim: Any, headroom: float) -> None:
         quantiser.max.mul_(headroom)
 
 
-def _digest(network: nn.Module, first: Tensors, scheme: QuantScheme) -> str:
-    digest = hashlib.sha256(repr(scheme).encode())
+def _digest(network: nn.Module, first: Tensors, choices: tuple[QuantScheme, bool]) -> str:
+    digest = hashlib.sha256(repr(choices).encode())
     tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     for name, values in chain(tensors.items(), first.items()):
         digest.update(f"{name} {values.dtype} {values.shape}".encode())

@@ -12,13 +12,15 @@ Recipe                 one TOML file of export/, or of the user's
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.spec import from_dict, read_named_toml, shipped_names
+from mobilevd_deploy.spec import Component, from_dict, read_named_toml, shipped_names
 
 PassName = Literal[
     "fold-channel-funnels",
@@ -72,12 +74,14 @@ class OnnxOptions:
 class QuantRule:
     """Other bits for the modules whose path matches `modules` (shell wildcards); None: as the scheme says.
 
-    32 bits mean float. The first rule that matches a module decides.
+    32 bits mean float. The first rule that matches a module decides. `component`: the only one that the rule
+    is for; None: any, as "conv_in" may be a module of several.
     """
 
     modules: str
     weights: Literal[4, 8, 16, 32] | None = None
     activations: Literal[8, 16, 32] | None = None
+    component: Component | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,21 @@ class QuantScheme:
             raise SpecError(f"quant.headroom: {self.headroom} is not from 1 to 4")
         if self.samples < 1:
             raise SpecError(f"quant.samples: {self.samples} is less than 1")
+
+    def of(self, component: str) -> QuantScheme:
+        """Return the scheme without the rules of other components."""
+        rules = tuple(rule for rule in self.rules if rule.component in (None, component))
+        return dataclasses.replace(self, rules=rules)
+
+    @property
+    def precision(self) -> str:
+        """Like "w8a16", whatever the rules make of single modules."""
+        return f"w{self.weights}a{self.activations}"
+
+    @property
+    def narrowest(self) -> int:
+        """Fewest bits that the scheme or a rule of it gives to activations."""
+        return min([self.activations, *(rule.activations or 32 for rule in self.rules)])
 
 
 @dataclass(frozen=True)
@@ -196,3 +215,23 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """
     values = read_named_toml("export", "recipe", name_or_path)
     return from_dict(Recipe, {"name": Path(name_or_path).stem} | values)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Return the text of the file that `load_recipe` reads; the name is left to the file's."""
+    values = {key: value for key, value in recipe.to_dict().items() if key != "name"}
+    return "\n".join((*_toml_lines(values), ""))
+
+
+def _toml_lines(table: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    """Yield the plain values of a table first, as TOML wants it; JSON writes those as TOML does."""
+    below: list[tuple[str, Mapping[str, Any]]] = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            below.append((f"[{where}{key}]", value))
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
+            below += [(f"[[{where}{key}]]", item) for item in value]
+        elif value is not None:
+            yield f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    for heading, values in below:
+        yield from ("", heading, *_toml_lines(values, f"{heading.strip('[]')}."))

@@ -17,7 +17,7 @@ from string import Template
 from typing import Literal
 
 from mobilevd_deploy.artifact import Component, Manifest, NpuBinary, PassReport, TensorSpec
-from mobilevd_deploy.profiles import Profile, number
+from mobilevd_deploy.profiles import Profile, TrafficReport, TrafficRow, number
 from mobilevd_deploy.progress import duration
 from mobilevd_deploy.recipe import GraphForms, Recipe
 from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict
@@ -46,6 +46,7 @@ def render_report(manifest: Manifest, importance: Mapping[str, float], sheet: by
     sections = (
         *(() if sheet is None else (_section("What it makes", _picture(sheet)),)),
         _section("Components", _components(manifest, recipe)),
+        *((_section("Drift", _drift(manifest)),) if manifest.drift else ()),
         *(() if manifest.quality is None else (_section("Quantisation", _quantisation(manifest, recipe)),)),
         *((_section("Sensitivity", _sensitivity(manifest)),) if _noise(manifest) else ()),
         *((_section("For the NPU", _binaries(manifest)),) if manifest.components[0].npu else ()),
@@ -66,20 +67,33 @@ def render_report(manifest: Manifest, importance: Mapping[str, float], sheet: by
     )
 
 
-def render_profiles(name: str, profiles: Sequence[Profile]) -> str:
-    """Lay out the profiles of the artifact `name` as one self-contained HTML page, in the order given."""
-    lead = "How long one clip takes, by everything that was measured or estimated of this artifact."
+def render_profiles(name: str, profiles: Sequence[Profile], traffic: Sequence[TrafficReport] = ()) -> str:
+    """Lay out profiles and planned DRAM traffic of the artifact `name` as one self-contained HTML page.
+
+    Both in the order given.
+    """
+    lead = (
+        "How long one clip takes, and what it moves, by everything that was measured, planned or estimated."
+    )
     figures = "".join(
         f"<div><dt>{_text(p.asked_for)}</dt><dd>{number(p.total_ms)}\N{NO-BREAK SPACE}ms</dd>"
         f"<dd>{_text(p.how.partition(':')[0])}</dd></div>"
         for p in profiles
+    ) + "".join(
+        f"<div><dt>DRAM traffic</dt><dd>{_si(report.read + report.written, 'B')}</dd>"
+        f"<dd>planned for {_text(report.target)}</dd></div>"
+        for report in traffic
     )
+    sections = [
+        *(_section(_text(p.asked_for), _profile(p)) for p in profiles),
+        *(_section(f"DRAM traffic on {_text(report.target)}", _traffic(report)) for report in traffic),
+    ]
     return _PAGE.substitute(
         title=_text(f"{name}: profiles"),
         style=_STYLE,
         header=f'<h1>{_text(name)}</h1>\n<p class="lead">{lead}</p>',
         figures=f'<dl class="figures">\n{figures}\n</dl>',
-        sections="\n".join(_section(_text(p.asked_for), _profile(p)) for p in profiles),
+        sections="\n".join(sections),
     )
 
 
@@ -114,6 +128,41 @@ def _profile(profile: Profile) -> str:
         + _table(head, rows, kind="fall")
         + (f'<ul class="note">{notes}</ul>' if notes else "")
         + (f'<div class="chips">{tools}</div>' if tools else "")
+    )
+
+
+def _traffic(report: TrafficReport) -> str:
+    head = ("module", "read, written", "bytes")
+    most = max((row.read + row.written for row in report.rows), default=0)
+    parts = "".join(
+        f"<h3>{_text(row.path)}</h3>"
+        + _folded(head, [_moved(part, row.read + row.written) for part in row.parts])
+        + ("" if row.note is None else f'<p class="note">{_text(row.note)}</p>')
+        for row in report.rows
+        if row.parts or row.note
+    )
+    return (
+        '<p class="legend"><span><i class="left"></i>read</span><span><i class="added"></i>written</span></p>'
+        + _table(head, [_moved(row, most) for row in report.rows], kind="fall")
+        + '<p class="note">Bytes to and from DRAM in one run, as the compiler scheduled them for '
+        f"{_text(report.precision)} with optimisation mode {report.optimization_mode}: planned, not measured "
+        "on a phone. Weights and inputs are only read, so what is written, outputs aside, did not fit on the "
+        f"chip. In sum {_si(report.read, 'B')} read and {_si(report.written, 'B')} written.</p>" + parts
+    )
+
+
+def _moved(row: TrafficRow, most: int) -> tuple[str, str, str]:
+    whole = most or 1
+    read, written = row.read / whole, row.written / whole
+    floor = (
+        ""
+        if row.floor is None
+        else f" <small>inputs, outputs and weights once: {_si(row.floor, 'B')}</small>"
+    )
+    return (
+        _text(row.path),
+        _bars(_rect("left", 0, read), _rect("added", read, written)),
+        f"{_si(row.read, 'B')} + {_si(row.written, 'B')}{floor}",
     )
 
 
@@ -169,6 +218,11 @@ def _final_drift(manifest: Manifest, component: str) -> float | None:
     return math.inf if values[-1] is None else values[-1]
 
 
+def _final_words(manifest: Manifest, component: str) -> str:
+    final = _final_drift(manifest, component)
+    return "not measured" if final is None else _decibels(final)
+
+
 def _components(manifest: Manifest, recipe: Recipe) -> str:
     most = max(c.flops for c in manifest.components)
     rows = [
@@ -178,7 +232,7 @@ def _components(manifest: Manifest, recipe: Recipe) -> str:
             _si(c.bytes, "B"),
             _si(c.parameters),
             _si(c.flops, "FLOPs") + _bar("cost", c.flops, most),
-            _drift_history(manifest, c.name),
+            _final_words(manifest, c.name),
         )
         for c in manifest.components
     ]
@@ -242,11 +296,7 @@ def _sensitivity(manifest: Manifest) -> str:
             (_text(block), _bar("cost", share, most), f"{_share(share, 1)}, {_decibels(decibels[block])}")
             for block, share in ranked
         ]
-        first = _table(("block", "share of the noise", "SQNR alone"), rows[:_SHOWN_BLOCKS], kind="fall")
-        rest = rows[_SHOWN_BLOCKS:]
-        more = _table(("block", "share of the noise", "SQNR alone"), rest, kind="fall")
-        hidden = f"<details><summary>{len(rest)} more</summary>{more}</details>" if rest else ""
-        parts.append(f"<h3>{_text(name)}</h3>{first}{hidden}")
+        parts.append(f"<h3>{_text(name)}</h3>{_folded(('block', 'share of the noise', 'SQNR alone'), rows)}")
     return "".join(parts) + (
         '<p class="note">SQNR of the output with nothing but this block quantised, and its share of the sum '
         "of such noise. The blocks on top are those to give more bits by a rule.</p>"
@@ -300,13 +350,22 @@ def _provider(tensor: TensorSpec) -> str:
     return "the picture" if kind == "image" else f"noise stream {name}"
 
 
-def _drift_history(manifest: Manifest, component: str) -> str:
-    final = _final_drift(manifest, component)
-    if final is None:
-        return "not measured"
-    stages = [(name, values[component]) for name, values in manifest.drift.items() if component in values]
-    earlier = "".join(f"<small>{_text(name)} {_decibels(value)}</small>" for name, value in stages[:-1])
-    return _decibels(final) + earlier
+def _drift(manifest: Manifest) -> str:
+    stages = dict(manifest.drift)
+    if manifest.passes:
+        stages = {"rewritten": {"unet": manifest.passes[-1].sqnr_db}} | stages
+    rows = [
+        (
+            _text(c.name),
+            *(_decibels(values[c.name]) if c.name in values else "&ndash;" for values in stages.values()),
+        )
+        for c in manifest.components
+    ]
+    names = (_text(name.replace("npu.", "simulated ")) for name in stages)
+    return _table(("component", *names), rows, kind="fall") + (
+        '<p class="note">SQNR against the network in float32 behind each stage, every component by itself, '
+        "on what the float run gave.</p>"
+    )
 
 
 def _rewrites(manifest: Manifest, recipe: Recipe) -> str:
@@ -647,6 +706,13 @@ def _definitions(items: Iterable[tuple[str, str]]) -> str:
         + "".join(f"<div><dt>{n}</dt><dd>{text}</dd></div>" for n, text in items)
         + "</dl>"
     )
+
+
+def _folded(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out the first rows, and the others behind a line that a click opens."""
+    rest = rows[_SHOWN_BLOCKS:]
+    more = f"<details><summary>{len(rest)} more</summary>{_table(head, rest, kind='fall')}</details>"
+    return _table(head, rows[:_SHOWN_BLOCKS], kind="fall") + (more if rest else "")
 
 
 def _table(

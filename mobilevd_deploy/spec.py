@@ -24,6 +24,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from mobilevd_deploy.data import data_dir
 from mobilevd_deploy.errors import SpecError
 
+Component = Literal["image_encoder", "vae_encoder", "unet", "decoder"]
+
 T = TypeVar("T")
 
 

@@ -191,7 +191,7 @@ def _report(
     what: str, digest: str | None, recipe: Recipe, options: NpuOptions, rows: Sequence[TrafficRow]
 ) -> TrafficReport:
     scheme, target = recipe.quant, options.targets[0]
-    precision = f"w{scheme.weights}a{scheme.activations}" if scheme else "float16"
+    precision = scheme.precision if scheme else "float16"
     mode = options.optimization_mode
     return TrafficReport(SCHEMA_VERSION, what, digest, target, precision, mode, now(), _spills_first(rows))
 
@@ -203,6 +203,11 @@ def _block_rows(
     patterns: Sequence[str],
     progress: Progress | None = None,
 ) -> list[TrafficRow]:
+    if recipe.quant is not None and recipe.quant.of("unet").rules:
+        raise UsageError(
+            "block by block, the recipe's rules are not seen: a block does not know its own path",
+            next_step="choose a recipe without quant.rules",
+        )
     progress, target, rows = progress or Progress(), find_target(options.targets[0]), []
     measured: dict[str, Traffic] = {}  # a level repeats its blocks
     for block in unet_blocks(spec, recipe, patterns):

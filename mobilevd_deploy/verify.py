@@ -62,7 +62,7 @@ def verify(artifact: Artifact, *, simulate: bool = False, progress: Progress | N
             what, expected, floor = "float16 binary, simulated", exact, floors.float16_sqnr_db
             if scheme is not None:
                 what, floor = "binary, simulated", floors.quantised_sqnr_db
-            if scheme is not None and scheme.activations == 16:
+            if scheme is not None and scheme.of(c.name).narrowest >= 16:
                 expected = loader(artifact, "quantised")(c).run(feeds)[c.outputs[0].name]
                 what, floor = "binary, simulated, against the quantised graph", floors.simulator_db
             checks.append(_agrees(what, c, loader(artifact, "npu-sim"), feeds, expected, floor))

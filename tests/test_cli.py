@@ -35,7 +35,9 @@ from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.doctor import Finding
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
 from mobilevd_deploy.passes import PASSES
-from mobilevd_deploy.recipe import PassName
+from mobilevd_deploy.profiles import TrafficReport, TrafficRow, profiles_dir, save_traffic
+from mobilevd_deploy.recipe import PassName, load_recipe
+from mobilevd_deploy.tune import Step, Tuned
 
 VERBS = (
     "init",
@@ -43,6 +45,7 @@ VERBS = (
     "generate",
     "verify",
     "traffic",
+    "tune",
     "inspect",
     "diff",
     "train-demo",
@@ -735,9 +738,47 @@ def test_profiles_on_this_computer_are_reported_and_compared(tiny: Artifact, run
     assert "report.html" in ended.out
     page = Path(run("report", tiny.root, "--json").json["page"])
     assert "measured on this computer" in page.read_text()
+    rows = (TrafficRow("unet", 3_000_000, 1_000_000),)
+    planned = TrafficReport(1, "tiny", tiny.digest, "SM8650", "w8a16", 0, "2025-01-31T12:00:00Z", rows)
+    save_traffic(planned, profiles_dir(tiny))
+    ended = run("report", tiny.root)
+    assert "DRAM traffic planned for SM8650: 3.0 MB read, 1.0 MB written" in ended.out
+    assert "DRAM traffic on SM8650" in page.read_text()
+    assert len(run("report", tiny.root, "--json").json["traffic"]) == 1
     rows = run("diff", tiny.root, tiny.root, "--json").json
     assert any(row["quantity"] == "ms.host.this computer" and row["component"] == "unet" for row in rows)
     Artifact.open(tiny.root).verify()
+
+
+def test_tune_refuses_what_does_not_fit_together(run: Run) -> None:
+    for options, message in (
+        ((), "one goal is needed"),
+        (("--budget", 1, "--target-sqnr", 30), "one goal is needed"),
+        (("--budget", 1, "--recipe", "onnx"), "quantises nothing"),
+        (("--budget", 1, "-o", "my.json"), "not a TOML file"),
+    ):
+        ended = run("tune", *options)
+        assert ended.code == 2
+        assert message in ended.err
+    assert not list(Path().iterdir())
+
+
+def test_tune_shows_the_way_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = (
+        Step("", 8, 8, 0.48, 20.04, 20.6),
+        Step("conv_out", 8, 16, 0.484, 21.5, None),
+    )
+    bits = {"conv_in": (8, 8), "conv_out": (8, 16), "mid_block.resnets.0": (8, 8)}
+    found = Tuned(load_recipe("xiaomi-14-pro"), 0.484, 21.3, bits, steps)
+    monkeypatch.setattr("mobilevd_deploy.tune.tune", lambda *_, **__: found)
+    ended = run("tune", "ckpt.pt", "--target-sqnr", 21, "-o", "my.toml")
+    assert re.search(r"0\.480 .* 20\.0 .* 20\.6 .* w8a8 throughout", ended.out)
+    assert re.search(r"0\.484 .* 21\.5 .* identical .* conv_out to w8a16", ended.out)
+    assert "my.toml: 21.3 dB at 0.48 of W8A16's bit operations; 1 at w8a16, 2 at w8a8" in ended.out
+    assert ended.out.endswith("mobilevd-deploy export ckpt.pt --recipe my.toml\n")
+    values = run("tune", "ckpt.pt", "--target-sqnr", 21, "-o", "my.toml", "--json").json
+    assert (values["sqnr_db"], values["steps"][1]["measured_db"]) == (21.3, None)
+    assert values["bits"]["conv_out"] == [8, 16]
 
 
 @pytest.mark.parametrize(

@@ -427,6 +427,23 @@ def test_integers_of_other_bits_are_converted(inside: Literal[8, 16], tmp_path: 
     assert len({graph.dtype(readers[conv.output[0]]) for conv in convs}) == 2
 
 
+def test_what_shares_a_range_parts_where_bits_differ(tmp_path: Path) -> None:
+    """A concatenation has the range of what it joins; with other bits, each has its own."""
+    pytest.importorskip("aimet_torch")
+    scheme = QuantScheme(rules=(QuantRule("down_blocks.*", activations=8),))
+    mixed = quantise(tiny_unet(), map(sample, range(2)), scheme)
+    widths = {path: module.output_quantizers[0].bitwidth for path, module in mixed.sim.named_qmodules()}
+    joins = [path for path in widths if ".joins." in path]
+    assert joins
+    assert all(widths[path] == (8 if path.startswith("down_blocks") else 16) for path in widths)
+    mixed.export(tmp_path, sample(0), ["latents"])
+    graph = quantize._Graph(onnx.load(tmp_path / MODEL))
+    readers = {name: node for node in graph.graph.node for name in node.input}
+    for join in (node for node in graph.graph.node if node.name in [f"{path}/Concat" for path in joins]):
+        types = {graph.dtype(graph.producers[name]) for name in join.input}
+        assert types == {graph.dtype(readers[join.output[0]])} == {TensorProto.UINT16}, join.name
+
+
 class Functional(nn.Module):
     def __init__(self) -> None:
         super().__init__()

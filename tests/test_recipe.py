@@ -7,7 +7,17 @@ import typing
 import pytest
 
 from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.recipe import Floors, GraphForms, PassName, Recipe, load_recipe, recipe_names
+from mobilevd_deploy.recipe import (
+    Floors,
+    GraphForms,
+    PassName,
+    QuantRule,
+    QuantScheme,
+    Recipe,
+    load_recipe,
+    recipe_names,
+    to_toml,
+)
 from mobilevd_deploy.spec import from_dict
 
 
@@ -37,6 +47,26 @@ def test_defaults_are_written_out_and_read_back():
     assert values["floors"] == dataclasses.asdict(Floors())
     assert values["quant"] is values["npu"] is None
     assert from_dict(Recipe, values) == recipe
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_what_is_written_is_read(name, tmp_path):
+    recipe = dataclasses.replace(load_recipe(name), description='a "b" \\ ä')
+    if recipe.quant:
+        rules = (QuantRule("a.*", activations=8, component="unet"), QuantRule("b", weights=32))
+        recipe = dataclasses.replace(recipe, quant=dataclasses.replace(recipe.quant, rules=rules))
+    path = tmp_path / f"{name}.toml"
+    path.write_text(to_toml(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+def test_rules_of_other_components_do_not_count():
+    rules = (QuantRule("*", activations=8, component="unet"), QuantRule("b", weights=32))
+    scheme = QuantScheme(rules=rules)
+    assert scheme.of("unet") == scheme
+    assert scheme.of("decoder").rules == rules[1:]
+    assert (scheme.of("unet").narrowest, scheme.of("decoder").narrowest) == (8, 16)
+    assert QuantScheme(activations=8, rules=(QuantRule("a", activations=16),)).narrowest == 8
 
 
 def test_a_file_by_path(tmp_path):

@@ -14,8 +14,14 @@ from tiny_artifact import build
 
 from mobilevd_deploy.artifact import Manifest, PassReport, Source, StageCost
 from mobilevd_deploy.errors import SpecError
+from mobilevd_deploy.profiles import TrafficReport, TrafficRow
 from mobilevd_deploy.recipe import GraphForms, load_recipe
-from mobilevd_deploy.report import graph_form_words, render_report, temporal_block_groups
+from mobilevd_deploy.report import (
+    graph_form_words,
+    render_profiles,
+    render_report,
+    temporal_block_groups,
+)
 from mobilevd_deploy.spec import StepSpec, UNetSpec, load_preset
 from mobilevd_deploy.unet import MobileVDUNet
 
@@ -117,9 +123,9 @@ def test_components_table_names_tensors_and_drift(manifest):
     text = Page(render_report(manifest, {})).text
     assert "noise 2x4x2x3 noise stream 0 image_latents 1x4x2x3 from vae_encoder" in text
     assert "image 1x3x16x24 the picture" in text
-    assert "110.0 dB rewrite 120.5 dB" in text
+    assert "unet 118.0 dB 120.5 dB 110.0 dB" in text, "behind each stage"
     assert text.count("not measured") == 2  # both encoders
-    assert text.count("identical") == 2  # decoder, drop-temporal-blocks
+    assert text.count("identical") == 3  # decoder, twice, and drop-temporal-blocks
 
 
 def test_drift_that_is_identical_everywhere_or_absent(manifest):
@@ -236,6 +242,39 @@ def test_every_graph_form_has_words():
     mixed = graph_form_words(GraphForms(attention="heads", query_tile=64, whole_up_to=128))["Attention"]
     assert "64 query positions" in mixed
     assert "whole on maps of up to 128 tokens" in mixed
+
+
+def test_every_stage_of_a_component_is_in_its_drift(manifest):
+    drift = manifest.drift | {"quantised": {"unet": 32.0}, "npu.SM8650": {"unet": 31.5}}
+    text = Page(render_report(dataclasses.replace(manifest, drift=drift), {})).text
+    assert "component rewritten rewrite onnx quantised simulated SM8650" in text
+    assert "unet 118.0 dB 120.5 dB 110.0 dB 32.0 dB 31.5 dB" in text
+    assert "vae_encoder - - - - -" in text
+
+
+def planned(parts: int = 10) -> TrafficReport:
+    blocks = tuple(TrafficRow(f"down_blocks.{i}", 2_000_000, 1_000_000) for i in range(parts))
+    rows = (
+        TrafficRow("unet", 30_000_000, 10_000_000, None, blocks),
+        TrafficRow("decoder", 10_000_000, 0, 5_000_000, (), "with random weights"),
+    )
+    return TrafficReport(1, "walk", "0" * 64, "SM8650", "w8a16", 0, "2025-01-31T12:00:00Z", rows)
+
+
+def test_planned_traffic_is_a_table_with_bars_and_its_blocks():
+    page = Page(render_profiles("walk", (), [planned()]))
+    assert "DRAM traffic 50.0 MB planned for SM8650" in page.text
+    assert "unet 30.0 MB + 10.0 MB" in page.text
+    assert "decoder 10.0 MB + 0 B inputs, outputs and weights once: 5.00 MB" in page.text
+    assert "In sum 40.0 MB read and 10.0 MB written." in page.text
+    assert "2 more" in page.text
+    assert "with random weights" in page.text
+    read, written = (page.of_class("rect", kind) for kind in ("left", "added"))
+    assert [percent(bar["width"]) for bar in read[:3]] == [75, 25, 5]
+    assert [percent(bar["width"]) for bar in written[:3]] == [25, 0, 2.5]
+    assert [percent(bar["x"]) for bar in written[:2]] == [75, 25]
+    assert len(read) == len(written) == 12
+    assert "more" not in Page(render_profiles("walk", (), [planned(8)])).text
 
 
 def test_hostile_names_are_only_text(manifest):
