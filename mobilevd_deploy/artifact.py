@@ -105,12 +105,15 @@ class NpuPart:
     """A context binary and the ONNX wrapper that loads it: a whole component, or a part of one.
 
     Files by role: "wrapper", "context". `inputs` and `outputs` name values in the order of the wrapper's, all
-    float32; their shapes stand in the wrapper.
+    float32; their shapes stand in the wrapper. `dram_read` and `dram_written` are the bytes that a run moves
+    from and to DRAM by the compiler's plan, None where it did not say.
     """
 
     files: dict[str, FileEntry]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    dram_read: int | None = None
+    dram_written: int | None = None
 
     def __post_init__(self) -> None:
         if set(self.files) != {"wrapper", "context"}:
@@ -141,6 +144,12 @@ class NpuBinary:
     def bytes(self) -> int:
         """Size of wrappers and contexts."""
         return sum(entry.bytes for entry in self.all_files())
+
+    @property
+    def dram_bytes(self) -> int | None:
+        """Bytes that one run moves from and to DRAM, by the compiler's plan; None if it did not say."""
+        moved = [value for part in self.parts for value in (part.dram_read, part.dram_written)]
+        return None if None in moved else sum(value for value in moved if value is not None)
 
     def all_files(self) -> Iterator[FileEntry]:
         """Every file, part by part."""

@@ -288,7 +288,15 @@ class _Flow:
                 part = f" part {number} of {len(cut)}" if len(cut) > 1 else ""
                 steps["compiler" + part] = StageCost(round(made.seconds, 3), made.peak_bytes)
                 folder = made.context.parent.relative_to(self.folder.artifact).as_posix()
-                parts.append({"folder": folder, "inputs": inputs, "outputs": outputs})
+                parts.append(
+                    {
+                        "folder": folder,
+                        "inputs": inputs,
+                        "outputs": outputs,
+                        "dram_read": made.dram.read if made.dram else None,
+                        "dram_written": made.dram.written if made.dram else None,
+                    }
+                )
         values = {"arch": made.arch, "qnn_api": made.qnn_api, "sdk": made.sdk, "parts": parts}
         return StageOutput(tuple(files), values, steps)
 
@@ -366,7 +374,8 @@ class _Flow:
         for part in values["parts"]:
             roles = {"wrapper": f"{target}.onnx", "context": f"{target}.bin"}
             files = {role: FileEntry.of(root, root / part["folder"] / name) for role, name in roles.items()}
-            parts.append(NpuPart(files, tuple(part["inputs"]), tuple(part["outputs"])))
+            wiring = tuple(part["inputs"]), tuple(part["outputs"])
+            parts.append(NpuPart(files, *wiring, part["dram_read"], part["dram_written"]))
         return NpuBinary(
             target, values["arch"], self._precision, values["qnn_api"], values["sdk"], tuple(parts)
         )

@@ -37,7 +37,7 @@ from mobilevd_deploy.apart import die_with_parent, own_python, peak_bytes
 from mobilevd_deploy.devices import table
 from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError
 from mobilevd_deploy.progress import Progress, duration
-from mobilevd_deploy.qnn_graph import QnnGraph, Traffic, origin, read_qnn_graph, read_traffic
+from mobilevd_deploy.qnn_graph import DramBytes, QnnGraph, Traffic, origin, read_qnn_graph, read_traffic
 from mobilevd_deploy.recipe import NpuOptions
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class ContextBinary:
 
     `soc` and `arch` are read back from the binary. `qnn_api` is the version of the QNN interface and `sdk`
     that of the SDK that wrote it; a phone needs a runtime at least as new. `graph` is what was compiled.
+    `dram` is what a run will move, by the compiler's own sum; None where it gave none.
     """
 
     wrapper: Path
@@ -100,6 +101,7 @@ class ContextBinary:
     seconds: float
     peak_bytes: int
     graph: QnnGraph
+    dram: DramBytes | None
 
 
 def compile_context(
@@ -152,6 +154,7 @@ def compile_context(
         ran.seconds,
         ran.peak_bytes,
         graph,
+        ran.log.dram,
     )
 
 
@@ -166,18 +169,25 @@ def measure_traffic(
 ) -> Traffic:
     """Compile `model` and sum the DRAM traffic that the compiler scheduled; nothing is kept.
 
-    The schedule takes some 200 MB of disk per large block while it is read. Errors as in `compile_context`.
+    The schedule takes some 200 MB of disk per large block while it is read. Errors as in `compile_context`;
+    VendorError too for a sum that is not the compiler's own.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = _compile_job(model, target, options, float16)
         job["options"] |= {"profiling_level": "optrace", "profiling_file_path": str(folder / "profile.csv")}
-        _run_child(f"compiling {model} for {target.name}", job, folder, memory_bytes, timeout_s)
+        ran = _run_child(f"compiling {model} for {target.name}", job, folder, memory_bytes, timeout_s)
         graph = read_qnn_graph(_graph_json(folder), model)
         schedules = [*folder.glob("*_schematic.bin")]
         if len(schedules) != 1:
             raise VendorError(f"the compiler wrote {len(schedules)} schedules for {model}, not one")
-        return read_traffic(schedules[0], graph)
+        traffic = read_traffic(schedules[0], graph)
+    if ran.log.dram not in (None, traffic.total):
+        raise VendorError(
+            f"{model}: the schedule adds up to {traffic.total}, the compiler's own sum is {ran.log.dram}",
+            next_step="its schedules are not understood: install the onnxruntime-qnn of pyproject.toml",
+        )
+    return traffic
 
 
 def read_target(context: Path) -> tuple[str, int]:
@@ -434,6 +444,7 @@ class _Log:
         self.stage = ""
         self.refused: dict[str, tuple[str, str]] = {}
         self.is_refused = False
+        self.dram: DramBytes | None = None
         self.errors: deque[str] = deque(maxlen=5)
         self._progress = progress
         self._half = b""
@@ -461,6 +472,10 @@ class _Log:
             self.stage = line.rpartition("Starting stage: ")[2].strip()
             if self.stage in _STAGES:
                 self._progress.advance(_STAGES[self.stage])
+        elif match := re.search(r"\b(read|write)_total_bytes=(\d+)", line):
+            known, count = self.dram or DramBytes(), int(match[2])
+            reading = match[1] == "read"
+            self.dram = DramBytes(count, known.written) if reading else DramBytes(known.read, count)
         elif match := re.search(r"Found valid interface, version: (\S+)", line):
             self.qnn_api = match[1]
         elif any(sign in line for sign in self._ERRORS) and not any(text in line for text in self._HARMLESS):

@@ -312,13 +312,15 @@ def _binaries(manifest: Manifest) -> str:
             _si(binary.bytes, "B")
             + (f" in {len(binary.parts)} parts" if len(binary.parts) > 1 else "")
             + f" <small>{_simulated(manifest, component, binary)}</small>",
+            "unknown" if binary.dram_bytes is None else _si(binary.dram_bytes, "B"),
         )
         for component in manifest.components
         for binary in component.npu
     ]
     return (
-        _table(("component", "target", "context binary"), rows, kind="fall")
-        + '<p class="note">Target and Hexagon version were read back from each binary. SQNR is that of the '
+        _table(("component", "target", "context binary", "DRAM traffic"), rows, kind="fall")
+        + '<p class="note">Target and Hexagon version were read back from each binary. DRAM traffic is what '
+        "one run moves both ways, by the compiler&rsquo;s plan. SQNR is that of the "
         "binary on Qualcomm&rsquo;s x86 simulator of the NPU against the float graph; no number here was "
         "measured on a phone.</p>"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_qnn_graph import write_convs, write_matmul
 
+from mobilevd_deploy import qnn
 from mobilevd_deploy.errors import ExportError, ResourceError, UsageError, VendorError
 from mobilevd_deploy.pipeline import OnnxRunner
 from mobilevd_deploy.probe import sqnr_db
@@ -32,6 +34,7 @@ from mobilevd_deploy.qnn import (
     read_target,
     targets,
 )
+from mobilevd_deploy.qnn_graph import DramBytes
 from mobilevd_deploy.recipe import NpuOptions
 
 SM8650 = find_target("SM8650")
@@ -451,6 +454,24 @@ def test_another_machine(model, tmp_path, monkeypatch):
 
 
 # ---- traffic ----
+
+
+def test_the_compilers_own_sum_goes_with_the_binary(tmp_path):
+    model = write_convs(tmp_path / "m.onnx")
+    made = compile_context(model, tmp_path / "out", SM8650, NpuOptions(), float16=False)
+    assert made.dram == measure_traffic(model, SM8650, NpuOptions(), float16=False).total
+
+
+def test_a_schedule_that_adds_up_to_something_else_is_not_believed(tmp_path, monkeypatch):
+    model, read = write_convs(tmp_path / "m.onnx"), qnn.read_traffic
+
+    def forgetful(*arguments):
+        traffic = read(*arguments)
+        return dataclasses.replace(traffic, edges=DramBytes(traffic.edges.read, 0))
+
+    monkeypatch.setattr(qnn, "read_traffic", forgetful)
+    with pytest.raises(VendorError, match="the compiler's own sum is"):
+        measure_traffic(model, SM8650, NpuOptions(), float16=False)
 
 
 def test_traffic_of_a_small_graph(tmp_path, monkeypatch):

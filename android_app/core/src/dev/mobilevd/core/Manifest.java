@@ -114,6 +114,11 @@ public record Manifest(
             if (!files.keySet().equals(Set.of("wrapper", "context"))) {
                 throw Fields.invalid(fields.at("files") + " are not wrapper and context");
             }
+            for (String notForUs : List.of("dram_read", "dram_written")) {
+                if (fields.has(notForUs)) {
+                    fields.any(notForUs);
+                }
+            }
             return new Part(files, fields.strings("inputs"), fields.strings("outputs"));
         }
     }
