@@ -1,0 +1,132 @@
+"""MobileVD's network at 1024x576, which the paper could not fit on the phone: writes results/hd.json.
+
+    python benchmarks/hd.py --work build/hd [--parts 8] [--compile 8]
+
+Drawn weights, float16 for SM8650, attention one head at a time in tiles of 256 queries. The UNet is
+rewritten, written as ONNX, linted and cut into parts of about equal weights; the parts named by --compile
+(numbers from 1, in running order) are compiled. Mapped memory is counted as the context binary and what goes
+in and out; a part that was not compiled is counted with its weights, in float16, in the binary's place.
+Parity is not run at this size (25 TFLOPs a pass); it is at 512x256, and no form depends on the size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+from _common import write_result
+from cost_growth import rewrite, write
+from full_size import run
+
+from mobilevd_deploy.apart import Steps
+from mobilevd_deploy.checkpoint import open_checkpoint
+from mobilevd_deploy.errors import MobileVDError
+from mobilevd_deploy.onnx_export import MODEL
+from mobilevd_deploy.progress import make_progress
+from mobilevd_deploy.qnn import compile_context, find_target, lint
+from mobilevd_deploy.recipe import Recipe, load_recipe
+from mobilevd_deploy.split import plan_cut, weight_bytes, write_parts
+
+PRESET, TARGET = "mobilevd-hd", "SM8650"
+MAPPED_LIMIT = 3.5e9
+"""Bytes that a process may map for the NPU; source: the compiler's setting memory_alloc_limit = 3584 MB."""
+
+
+def hd_recipe() -> Recipe:
+    """Return the float16 recipe with smaller tiles, since a row of the map is 4.5 times as long."""
+    recipe = load_recipe("xiaomi-14-pro-float16")
+    return dataclasses.replace(
+        recipe, graph=dataclasses.replace(recipe.graph, query_tile=256, whole_up_to=1024)
+    )
+
+
+def values_bytes(model: Path) -> int:
+    """Bytes of a graph's inputs and outputs, as float32."""
+    graph = onnx.load(model, load_external_data=False).graph
+    sizes = 0
+    for value in (*graph.input, *graph.output):
+        count = 4
+        for dimension in value.type.tensor_type.shape.dim:
+            count *= dimension.dim_value
+        sizes += count
+    return sizes
+
+
+def compile_part(part: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Compile one part; return what it takes and moves, or why it does not compile."""
+    assert recipe.npu is not None
+    try:
+        made = compile_context(part, folder, find_target(TARGET), recipe.npu, float16=True)
+    except MobileVDError as error:
+        return {"error": error.what.replace(str(folder), "")}
+    return {
+        "seconds": round(made.seconds, 1),
+        "peak_bytes": made.peak_bytes,
+        "binary_bytes": made.bytes,
+        "dram_read": made.dram.read if made.dram else None,
+        "dram_written": made.dram.written if made.dram else None,
+    }
+
+
+def main() -> None:
+    """Measure, and write the result after each compiled part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint and graphs; it stays")
+    parser.add_argument("--parts", type=int, default=8)
+    parser.add_argument("--compile", type=int, nargs="*", default=[], metavar="PART")
+    parser.add_argument("--note", default="", help="what else the machine did")
+    options = parser.parse_args()
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    drawn, recipe = work / "drawn.safetensors", hd_recipe()
+    run(work, "init", "init", "--preset", PRESET, "-o", str(drawn))
+    model = work / "float" / MODEL
+    with make_progress() as progress:
+        steps = Steps(True, progress)
+        checkpoint = open_checkpoint(drawn)
+        if not (work / "unet.safetensors").exists():
+            steps.run("rewrite", rewrite, checkpoint, recipe, work)
+        progress.begin("write")
+        parameters, flops, nodes = steps.run("write", write, checkpoint.spec, recipe, work)
+        progress.end()
+        whole = onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
+        cut = plan_cut(whole, options.parts)
+        files = write_parts(model, cut)
+        rows: list[dict[str, Any]] = []
+        for file, part in zip(files, cut.parts, strict=True):
+            weights = weight_bytes(onnx.load(file, load_external_data=False), float_bytes=2)
+            rows.append(
+                {"nodes": len(part.nodes), "weights_bytes": weights, "values_bytes": values_bytes(file)}
+            )
+        findings = Counter(finding.rule for finding in lint(model, float16=True))
+        result = {
+            "preset": PRESET,
+            "target": TARGET,
+            "precision": "float16",
+            "forms": dataclasses.asdict(recipe.graph),
+            "weights": "drawn, not trained",
+            "note": options.note,
+            "steps": {name: dataclasses.asdict(cost) for name, cost in steps.costs.items()},
+            "parameters": parameters,
+            "tflops": round(flops / 1e12, 3),
+            "nodes": nodes,
+            "lint": dict(findings),
+            "crossing_bytes": cut.crossing_bytes,
+            "parts": rows,
+        }
+        for number in options.compile:
+            progress.begin(f"compile part {number}")
+            rows[number - 1] |= compile_part(files[number - 1], work / f"part{number}", recipe)
+            progress.end()
+            mapped = [row.get("binary_bytes", row["weights_bytes"]) + row["values_bytes"] for row in rows]
+            result["mapped"] = {"largest_part": max(mapped), "whole": sum(mapped), "limit": MAPPED_LIMIT}
+            write_result("hd", result)
+        print(write_result("hd", result))
+
+
+if __name__ == "__main__":
+    main()
