@@ -7,25 +7,31 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import jsonschema
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import write_checkpoint
-from torch import nn
+from onnx import TensorProto
+from torch import Tensor, nn
 
 pytest.importorskip("aimet_torch")
 pytest.importorskip("onnxruntime_qnn")
 
 from mobilevd_deploy import npu_stages, verify
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact import Artifact, Component, FileEntry, TensorSpec
 from mobilevd_deploy.deploy import deploy
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError, VendorError
-from mobilevd_deploy.pipeline import Pipeline
+from mobilevd_deploy.npu import ops
+from mobilevd_deploy.pipeline import Job, Pipeline
 from mobilevd_deploy.probe import psnr_db
 from mobilevd_deploy.progress import Progress
-from mobilevd_deploy.recipe import Floors, Recipe, load_recipe
+from mobilevd_deploy.quantize import _Graph
+from mobilevd_deploy.recipe import Floors, QuantRule, Recipe, load_recipe, to_toml
 from mobilevd_deploy.report import render_report
 from mobilevd_deploy.spec import ModelSpec, load_preset
 
@@ -57,8 +63,41 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artifact(checkpoint: Path) -> Artifact:
-    return deploy(checkpoint, RECIPE, checkpoint.parent / "npu")
+def halted(checkpoint: Path) -> Path:
+    """The partial folder of an export that the compiler stopped: all that was quantised is there."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise VendorError("the compiler was asked")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(npu_stages, "compile_context", stop)
+        with pytest.raises(VendorError, match="the compiler was asked"):
+            deploy(checkpoint, RECIPE, checkpoint.parent / "halted")
+    return checkpoint.parent / ".halted.partial"
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Path, halted: Path) -> Artifact:
+    return go_on(halted, checkpoint, checkpoint.parent / "npu")
+
+
+def go_on(halted: Path, checkpoint: Path, output: Path, recipe: Recipe = RECIPE) -> Artifact:
+    """Finish the export elsewhere; what is stopped stays as it is."""
+    shutil.copytree(halted, output.with_name(f".{output.name}.partial"))
+    return deploy(checkpoint, recipe, output)
+
+
+def spoil(model: Path, factor: float) -> None:
+    """Make a quantised graph believe that its output has another scale."""
+    graph = onnx.load(model)
+    last = next(node for node in graph.graph.node if node.output[0] == graph.graph.output[0].name)
+    assert last.op_type == "DequantizeLinear"
+    scale = next(tensor for tensor in graph.graph.initializer if tensor.name == last.input[1])
+    value = onnx.numpy_helper.to_array(scale)
+    name = f"{scale.name}_spoilt"
+    graph.graph.initializer.append(onnx.numpy_helper.from_array((value * factor).astype(np.float32), name))
+    last.input[1] = name
+    onnx.save(graph, model, save_as_external_data=True, location=f"spoilt-{model.name}.data")
 
 
 def test_every_component_has_a_binary_that_names_its_chip(artifact: Artifact) -> None:
@@ -182,6 +221,139 @@ def test_a_dead_input_is_refused_even_where_the_outputs_are_close(
     monkeypatch.setattr(npu_stages, "conditioning", lambda *_: {"image": 0.01})
     with pytest.raises(ParityError, match=r"0\.01 times as far"):
         deploy(checkpoint, RECIPE, tmp_path / "out")
+
+
+class QuietInput(nn.Module):
+    """Two inputs join and meet a convolution; the second says next to nothing beside the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.concat = ops.Concat(1)
+        loud, quiet = torch.eye(4), 4 * torch.eye(4)
+        self.conv = ops.conv2d(torch.cat((loud, quiet), 1)[:, :, None, None], torch.full((4,), 0.1))
+
+    def forward(self, noise: Tensor, image_latents: Tensor) -> Tensor:
+        return self.conv(self.concat(noise, image_latents))
+
+
+@pytest.mark.parametrize("activations", [16, 8])
+def test_an_input_that_eight_bits_kill_is_refused(activations: Literal[8, 16], tmp_path: Path) -> None:
+    """At the joined range a step is larger than all that the quiet input ever says, and nobody misses it."""
+    shape, size = (1, 4, 4, 4), 0.004
+    inputs = (
+        TensorSpec("noise", shape, "float32", "NCHW", None, "noise:0"),
+        TensorSpec("image_latents", shape, "float32", "NCHW", None, "component:vae_encoder"),
+    )
+    network, rng = QuietInput().eval().requires_grad_(False), np.random.default_rng(0)
+    folder = SimpleNamespace(artifact=tmp_path / "artifact", work=tmp_path / "work")
+    (folder.work / "calibration").mkdir(parents=True)
+    for i in range(6):
+        quiet = rng.uniform(-size, size, shape).astype(np.float32)
+        job = Job(np.zeros((1, 3, 32, 32), np.float32), i, {"vae_encoder": quiet})
+        given = network(*(torch.from_numpy(value) for value in job.gather(inputs).values())).numpy()
+        np.savez(folder.work / "calibration" / f"{i}.npz", image=job.image, vae_encoder=quiet, unet=given)
+    files = {"model": FileEntry("unet/model.onnx", "0" * 64, 0)}
+    outputs = (TensorSpec("latents", shape, "float32", "NCHW"),)
+    component = Component("unet", "onnx", files, inputs, outputs, 0, 0, {})
+    recipe = dataclasses.replace(RECIPE, quant=dataclasses.replace(RECIPE.quant, activations=activations))
+    flow = npu_stages._Flow(recipe, (component,), lambda _: network, folder)  # type: ignore[arg-type]
+    if activations == 16:
+        answers = flow.quantise(component, Progress()).values["conditioning"]
+        assert answers["image_latents"] == pytest.approx(1, abs=0.1)
+        return
+    with pytest.raises(ParityError, match=r"when image_latents changes, .* moves 0\.00 times as far"):
+        flow.quantise(component, Progress())
+
+
+def test_a_clip_below_its_floor_fails(artifact: Artifact, halted: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(halted, tmp_path / "copy"))
+    folder = SimpleNamespace(artifact=copied / "artifact", work=copied / "work")
+    flow = npu_stages._Flow(RECIPE, artifact.manifest.components, lambda _: None, folder)  # type: ignore[arg-type]
+    quality = artifact.manifest.quality
+    assert quality is not None
+    assert flow.judge_clip(Progress()).values["psnr_db"] == pytest.approx(quality.clip_psnr_db)
+    spoil(copied / "artifact" / "decoder" / "quantised" / "model.onnx", 4)
+    with pytest.raises(ParityError, match=r"clip is -?\d+\.\d dB PSNR .*, the floor is 15 dB"):
+        flow.judge_clip(Progress())
+
+
+def test_a_binary_that_computes_something_else_fails(
+    checkpoint: Path, halted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler is given a graph that is a little wrong; only the simulator can tell."""
+    real = npu_stages.compile_context
+
+    def compile_wrongly(model: Path, *arguments: Any, **options: Any) -> Any:
+        spoil(model, 1.1)
+        return real(model, *arguments, **options)
+
+    monkeypatch.setattr(npu_stages, "compile_context", compile_wrongly)
+    with pytest.raises(
+        ParityError, match=r"image_encoder: the simulator, seen from AIMET, .* the floor is 35 dB"
+    ):
+        go_on(halted, checkpoint, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+# ---- other recipes, to the end ----
+
+
+def test_blocks_of_eight_bits_compile_and_agree(checkpoint: Path, halted: Path, tmp_path: Path) -> None:
+    """What `tune` writes: rules for blocks of the UNet, in a file; the other components are as they were."""
+    rules = (
+        QuantRule("down_blocks.0.*", activations=8, component="unet"),
+        QuantRule("mid_block.resnets.0.*", weights=16, component="unet"),
+    )
+    floors = dataclasses.replace(RECIPE.floors, quantised_sqnr_db=8, clip_psnr_db=8)
+    recipe = dataclasses.replace(RECIPE, floors=floors, quant=dataclasses.replace(RECIPE.quant, rules=rules))
+    path = tmp_path / "mixed.toml"
+    path.write_text(to_toml(recipe), encoding="utf-8")
+    artifact = deploy(checkpoint, load_recipe(path), tmp_path / "out")
+    simulated = artifact.manifest.drift["npu.SM8650"]["unet"]
+    assert simulated == pytest.approx(artifact.manifest.drift["quantised"]["unet"], abs=2)
+    unet = onnx.load(artifact.root / "unet" / "quantised" / "model.onnx")
+    graph = _Graph(unet)
+    kinds = {
+        graph.dtype(node)
+        for node in unet.graph.node
+        if node.op_type == "QuantizeLinear" and node.name.startswith("down_blocks.0.resnets")
+    }
+    assert kinds == {TensorProto.UINT8}
+    decoder = onnx.load(artifact.root / "decoder" / "quantised" / "model.onnx")
+    assert TensorProto.UINT8 not in {tensor.data_type for tensor in decoder.graph.initializer}
+    failed = [check for check in verify.verify(artifact, simulate=True) if not check.ok]
+    assert failed == []
+
+
+def test_w8a8_goes_all_the_way(checkpoint: Path, tmp_path: Path) -> None:
+    shipped = load_recipe("xiaomi-14-pro-w8a8")
+    recipe = dataclasses.replace(
+        shipped,
+        quant=dataclasses.replace(shipped.quant, samples=2),
+        floors=dataclasses.replace(shipped.floors, quantised_sqnr_db=5, clip_psnr_db=5, conditioning=0.5),
+    )
+    artifact = deploy(checkpoint, recipe, tmp_path / "out")
+    for component in artifact.manifest.components:
+        assert component.npu[0].precision == "w8a8"
+        quantised, simulated = (
+            artifact.manifest.drift[stage][component.name] for stage in ("quantised", "npu.SM8650")
+        )
+        assert simulated == pytest.approx(quantised, abs=3), component.name
+
+
+def test_two_parts_are_compiled_and_run_in_a_row(
+    checkpoint: Path, halted: Path, artifact: Artifact, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(RECIPE, npu=dataclasses.replace(RECIPE.npu, parts=2))
+    cut = go_on(halted, checkpoint, tmp_path / "cut", recipe)
+    (binary,) = cut.manifest.components[2].npu
+    assert len(binary.parts) == 2
+    assert binary.parts[0].inputs[0] == "noise"
+    assert set(binary.parts[1].inputs) & set(binary.parts[0].outputs)
+    whole, parts = (a.manifest.drift["npu.SM8650"]["unet"] for a in (artifact, cut))
+    assert parts == pytest.approx(whole, abs=0.5)
+    assert not [*(cut.root / "unet" / "quantised").glob("*of2*")]
+    assert [check for check in verify.verify(cut, simulate=True) if not check.ok] == []
 
 
 def test_plan_names_every_stage_that_runs(artifact: Artifact) -> None:
