@@ -170,6 +170,7 @@ class Quantised:
                 )
             model = _load_folded(raw)
         _name_nodes(model)
+        convert_before_moves(model)
         _name_pairs(model)
         relabel(model)
         check_quantised(model, self._is_float)
@@ -574,6 +575,59 @@ class _Graph:
         """Whether a DQ yields weights."""
         stored = dequantise.input[0]
         return stored in self.constants or self.producers[stored].input[0] in self.constants
+
+
+def convert_before_moves(model: onnx.ModelProto) -> None:
+    """Let values change their width before they are moved, in place.
+
+    before  uint16 -> DQ -> Reshape -> Q -> uint8      three operations in float for the compiler
+    after   uint16 -> DQ -> Q -> uint8 -> DQ -> Reshape    one Convert
+
+    A move takes every value where it was, so the result is the same.
+    """
+    graph = _Graph(model)
+    replaced: dict[int, list[NodeProto]] = {}
+    renamed: dict[str, str] = {}
+    for index, node in enumerate(model.graph.node):
+        if node.op_type != "QuantizeLinear":
+            continue
+        moves, before = list[NodeProto](), graph.producers.get(node.input[0])
+        while before is not None and before.op_type in _MOVES - {"Concat", "Split"}:
+            moves.insert(0, before)
+            before = graph.producers.get(before.input[0])
+        if not moves or before is None or before.op_type != "DequantizeLinear":
+            continue
+        if graph.dtype(before) == graph.dtype(node):
+            continue
+        dequantise = next(n for n in model.graph.node if n.input[:1] == node.output[:1])
+        narrow, wide = f"{node.output[0]}_before", f"{dequantise.output[0]}_before"
+        chain = [
+            onnx.helper.make_node(node.op_type, [before.output[0], *node.input[1:]], [narrow], node.name),
+            onnx.helper.make_node(
+                dequantise.op_type, [narrow, *dequantise.input[1:]], [wide], dequantise.name
+            ),
+        ]
+        for move in moves:
+            copied = NodeProto()
+            copied.CopyFrom(move)
+            copied.input[0] = chain[-1].output[0]
+            copied.output[0] = f"{move.output[0]}_{node.output[0]}"
+            chain.append(copied)
+        replaced[index] = chain
+        renamed[dequantise.output[0]] = chain[-1].output[0]
+    if not replaced:
+        return
+    nodes = [n for i, node in enumerate(model.graph.node) for n in replaced.get(i, [node])]
+    for node in nodes:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    read = {value.name for value in model.graph.output}
+    kept: list[NodeProto] = []
+    for node in reversed(nodes):
+        if any(name in read for name in node.output):
+            read.update(node.input)
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(kept))
 
 
 def relabel(model: onnx.ModelProto) -> None:

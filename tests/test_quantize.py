@@ -133,6 +133,26 @@ def test_import_leaves_aimet_alone() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_values_change_their_width_before_they_are_moved(tmp_path: Path) -> None:
+    """A norm begins with a reshape; with the conversion behind it the compiler runs it in floats."""
+    norm = ops.group_norm(nn.GroupNorm(2, 8), GraphForms(group_norm="instance"))
+    little = quantise_little(norm, QuantScheme(rules=(QuantRule("middle.*", activations=8),)))
+    little.export(tmp_path, little_sample(0), ["y"])
+    model = onnx.load(tmp_path / MODEL)
+    graph, conversions = quantize._Graph(model), 0
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in graph.producers:
+            before = graph.producers[node.input[0]]
+            conversions += before.op_type == "DequantizeLinear" and graph.dtype(before) != graph.dtype(node)
+            if before.op_type == "Reshape" and (dq := graph.producers[before.input[0]]).op_type.startswith(
+                "D"
+            ):
+                assert graph.dtype(dq) == graph.dtype(node), node.name
+    assert conversions == 2  # into the norm, and out of it
+    exact, written = little.run(little_sample(3)), OnnxRunner(tmp_path / MODEL).run(little_sample(3))["y"]
+    assert sqnr_db(exact, written) > 40
+
+
 def test_a_bias_behind_padding_has_the_scale_of_its_sums(tmp_path: Path) -> None:
     """SVD's encoder pads on two sides before it halves a map; its biases, here 0, got 2e-12 for a scale."""
     conv = nn.Conv2d(8, 8, 3, 2)
