@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from _common import write_result
-from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
+from sd15_traffic import sd15_on_meta
 
 import mobilevd_deploy
 from mobilevd_deploy.devices import table
@@ -53,6 +52,7 @@ def main() -> None:
     """Count, fit, compare, write and print."""
     rows = tuple(_row(name) for name in ROWS)
     model = load_preset(ROWS[0]).model
+    unet, inputs = sd15_on_meta()
     calibration = Calibration(
         chip="Snapdragon 8 Gen 3",
         frames=model.frames,
@@ -60,7 +60,7 @@ def main() -> None:
         height=model.height,
         source="arXiv 2412.07583, ablation: phone latency of one evaluation, Xiaomi 14 Pro",
         rows=rows,
-        sd15=_sd15(),
+        sd15=count_module(unet, unet, *inputs),
     )
     path = Path(mobilevd_deploy.__file__).with_name("latency.json")
     path.write_text(json.dumps(dataclasses.asdict(calibration), indent=2) + "\n", encoding="utf-8")
@@ -104,14 +104,6 @@ def _row(name: str) -> Row:
     preset = load_preset(name)
     assert preset.ladder is not None
     return Row(name, preset.ladder.phone_ms, count_operations(preset.model, preset_rewrites(preset)))
-
-
-def _sd15() -> Counts:
-    """Count the UNet of Stable Diffusion 1.5, diffusers' default but for the width of the text embedding."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64).eval()
-        inputs = (torch.empty(1, 4, 64, 64), torch.ones(1), torch.empty(1, 77, 768))
-    return count_module(unet, unet, *inputs)
 
 
 def _compare_forms(rows: tuple[Row, ...]) -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ def unet_blocks(spec: ModelSpec, recipe: Recipe, patterns: Sequence[str] = ("*",
     for path in chosen:
         rng = np.random.default_rng(len(path))
         values: Tensors = {n: rng.standard_normal(s, np.float32) for n, s in shapes[path].items()}
-        yield Block(path, _randomised(unet.get_submodule(path)), values)
+        yield Block(path, randomised(unet.get_submodule(path)), values)
 
 
 def measure_preset(
@@ -264,7 +264,7 @@ def _input_shapes(unet: nn.Module, inputs: Sequence[Tensor]) -> Mapping[str, dic
 
 
 @torch.no_grad()
-def _randomised(module: nn.Module) -> nn.Module:
+def randomised(module: nn.Module) -> nn.Module:
     """Copy a module from the meta device to memory, with weights that keep the signal's size.
 
     What shares a weight goes on sharing it (`Module.to_empty` would part them).

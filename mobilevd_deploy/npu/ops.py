@@ -226,9 +226,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens to tokens."""
+        return self.attend(tokens, tokens)
+
+    def attend(self, tokens: Tensor, source: Tensor) -> Tensor:
+        """Map tokens to tokens, with keys and values from the tokens `source`."""
         query = self._split(self.to_q(tokens))
-        key = self._split(self.to_k(tokens), transposed=True)
-        value = self._split(self.to_v(tokens))
+        key = self._split(self.to_k(source), transposed=True)
+        value = self._split(self.to_v(source))
         groups = []
         for g, (first, last) in enumerate(self.groups):
             one = (
