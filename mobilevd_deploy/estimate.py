@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING
 
 from mobilevd_deploy.devices import Chip, find, table
 from mobilevd_deploy.errors import UsageError
+from mobilevd_deploy.qnn_graph import DramBytes
 from mobilevd_deploy.spec import ModelSpec, Preset, from_dict
 
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact import Artifact
-    from mobilevd_deploy.profiles import Profile
+    from mobilevd_deploy.profiles import Profile, TrafficRow
 
 # Passes per operation of a product of two 16-bit activations, over those of one with 8-bit weights.
 ATTENTION_WEIGHT = 2
@@ -85,8 +86,8 @@ class Row:
 class Calibration:
     """What latency.json holds: the published rows, and where and how they were measured.
 
-    `sd15` are the operations of Stable Diffusion 1.5's UNet, whose latency the vendor publishes per chip:
-    a well-built graph's rate.
+    `sd15` are the operations of Stable Diffusion 1.5's UNet, whose latency the vendor publishes per chip: a
+    well-built graph's rate. `sd15_moved` is its DRAM traffic on `chip` in our forms, block by block.
     """
 
     chip: str
@@ -96,6 +97,7 @@ class Calibration:
     source: str
     rows: tuple[Row, ...]
     sd15: Counts
+    sd15_moved: DramBytes
 
     def rate(self, rows: Sequence[Row] | None = None) -> float:
         """Fit milliseconds per weighted operation to `rows` (all): least squares of the relative errors."""
@@ -204,24 +206,53 @@ def floor(counts: Counts, chip: Chip, dram_bytes: int) -> Floor | None:
     return Floor(dram_bytes, dram_bytes / chip.dram_gb_s / 1e6, arithmetic)
 
 
-def _floor_notes(counts: Counts, chip: Chip, artifact: Artifact, ms: float) -> tuple[str, ...]:
-    """Say what binds, where `traffic` has measured the artifact for this chip, and how to measure it else."""
+def _planned(artifact: Artifact, chip: Chip) -> TrafficRow | None:
+    """Return the UNet's DRAM traffic where `traffic` has counted it for this chip."""
     from mobilevd_deploy.profiles import load_traffic
 
-    planned = [
-        row.read + row.written
-        for report in load_traffic(artifact)
-        if report.target.lower() in chip.sm
-        for row in report.rows
-        if row.path == "unet"
-    ]
-    if not planned:
+    rows = (row for r in load_traffic(artifact) if r.target.lower() in chip.sm for row in r.rows)
+    return next((row for row in rows if row.path == "unet"), None)
+
+
+def _bracket(counts: Counts, result: Estimate, calibration: Calibration, planned: TrafficRow | None) -> str:
+    """Say between which rates the network lies, and where: as far above its floor as the vendor's network."""
+    ends = (
+        f"bracket: {result.ms:,.0f} ms at the rate of the paper's networks, {result.well_built_ms:,.0f} ms "
+        f"at the {result.ms / result.well_built_ms:.1f} times faster one that the vendor publishes for "
+        "Stable Diffusion 1.5's UNet (W8A16, same chip)"
+    )
+    other = calibration.sd15_moved
+    own = floor(counts, result.chip, planned.read + planned.written) if planned else None
+    its = floor(calibration.sd15, result.chip, other.total)
+    if planned is None or own is None or its is None:
+        return f"{ends}; where between them it lies is not known without its DRAM traffic"
+    ratio = result.chip.published_ms["sd15_unet"] / its.ms
+    if own.ms * ratio > result.well_built_ms:
+        place = f"at {own.ms * ratio:,.0f} ms, {ratio:.1f} times its floor, as that UNet does"
+    else:
+        place = "at the faster end"
+    each, others = 1000 / counts.total, 1000 / calibration.sd15.total
+    reason = (
+        f"per thousand operations it moves {each * own.dram_bytes:.2f} bytes, of which it writes "
+        f"{each * planned.written:.2f}; that UNet in our forms {others * other.total:.2f} and "
+        f"{others * other.written:.2f}"
+    )
+    if planned.parts:
+        heaviest = max(planned.parts, key=lambda part: part.read + part.written)
+        share = (heaviest.read + heaviest.written) / own.dram_bytes
+        reason += f". The part that moves most is {heaviest.path} ({share:.0%})"
+    return f"{ends}. By its own traffic it lies {place}: {reason}"
+
+
+def _floor_note(counts: Counts, chip: Chip, planned: TrafficRow | None, ms: float) -> str:
+    """Say what binds, where the traffic was counted, and how to count it else."""
+    if planned is None:
         return (
-            f"no floor: its DRAM traffic on {chip.name} was not counted (mobilevd-deploy traffic counts it)",
+            f"no floor: its DRAM traffic on {chip.name} was not counted (mobilevd-deploy traffic counts it)"
         )
-    found = floor(counts, chip, planned[0])
+    found = floor(counts, chip, planned.read + planned.written)
     if found is None:
-        return (f"no floor: there is no sourced figure of {chip.name}'s memory bandwidth",)
+        return f"no floor: there is no sourced figure of {chip.name}'s memory bandwidth"
     if found.arithmetic_ms is None:
         binds, arithmetic = "of DRAM traffic alone", f"for arithmetic {chip.name} has no sourced peak"
     else:
@@ -233,8 +264,7 @@ def _floor_notes(counts: Counts, chip: Chip, artifact: Artifact, ms: float) -> t
     return (
         f"floor: {found.ms:,.0f} ms, {binds}. DRAM traffic takes {found.dram_ms:,.0f} ms "
         f"({found.dram_bytes / 1e9:.2f} GB as the compiler planned, at {chip.dram_gb_s:g} GB/s), "
-        f"{arithmetic}; the estimate is {ms / found.ms:.1f} times the floor",
-        f"it moves {1000 * found.dram_bytes / counts.total:.2f} bytes per thousand operations",
+        f"{arithmetic}; the estimate is {ms / found.ms:.1f} times the floor"
     )
 
 
@@ -369,6 +399,7 @@ def estimate_profile(
     _require_calibrated_size(spec, calibration)
     counts = count_operations(spec, rewrites)
     result = estimate_counts(counts, chip, calibration)
+    planned = _planned(what, chip) if isinstance(what, Artifact) else None
     shares = sorted(result.shares.items(), key=lambda item: -item[1])
     notes = [
         *notes,
@@ -380,10 +411,8 @@ def estimate_profile(
         f"calibrated on four published latencies; leaving one out, the others predict it within "
         f"{result.mean_error_percent:.1f} % in the mean. Their precision is not published: 8-bit weights "
         "and 16-bit activations are assumed",
-        f"bracket: {result.ms:,.0f} ms at the rate of the paper's networks, {result.well_built_ms:,.0f} ms "
-        f"at the {result.ms / result.well_built_ms:.1f} times faster one that the vendor publishes for "
-        "Stable Diffusion 1.5's UNet (W8A16, same chip), which a graph can reach that keeps its data on chip",
-        *(_floor_notes(counts, chip, what, result.ms) if isinstance(what, Artifact) else ()),
+        _bracket(counts, result, calibration, planned),
+        *((_floor_note(counts, chip, planned, result.ms),) if isinstance(what, Artifact) else ()),
         *result.notes,
     ]
     unet = ComponentProfile("unet", Latency(result.ms))

@@ -14,6 +14,7 @@ from conftest import FULL
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from mobilevd_deploy import estimate as estimate_module
 from mobilevd_deploy.artifact import PartialArtifact
 from mobilevd_deploy.devices import find
 from mobilevd_deploy.errors import SpecError, UsageError
@@ -39,6 +40,7 @@ from mobilevd_deploy.profiles import (
     render_profile,
     save_traffic,
 )
+from mobilevd_deploy.qnn_graph import DramBytes
 from mobilevd_deploy.spec import ModelSpec, load_preset
 
 CHIP = "Snapdragon 8 Gen 3"
@@ -49,7 +51,7 @@ TINY = ModelSpec(
 
 def calibration(*rows: tuple[float, Counts]) -> Calibration:
     named = tuple(Row(f"row{i}", ms, counts) for i, (ms, counts) in enumerate(rows))
-    return Calibration(CHIP, 4, 64, 64, "by hand", named, Counts(spatial_linear=762))
+    return Calibration(CHIP, 4, 64, 64, "by hand", named, Counts(spatial_linear=762), DramBytes(5, 5))
 
 
 def test_rate_by_hand() -> None:
@@ -232,7 +234,9 @@ def test_an_artifact_whose_traffic_was_counted_gets_its_floor(tmp_path: Path) ->
         passes = tuple(dataclasses.replace(manifest.passes[0], name=name) for name in STRUCTURAL_REWRITES)
         artifact = partial.finish(dataclasses.replace(manifest, model=TINY.to_dict(), passes=passes))
     shipped = dataclasses.replace(load_calibration(), frames=4, width=64, height=64)
-    assert any("no floor" in note for note in estimate_profile(artifact, CHIP, shipped).notes)
+    notes = estimate_profile(artifact, CHIP, shipped).notes
+    assert any("no floor" in note for note in notes)
+    assert any(n.startswith("bracket") and "not known without its DRAM traffic" in n for n in notes)
     rows = (TrafficRow("decoder", 1, 1), TrafficRow("unet", 10**11, 10**11))
     report = TrafficReport(1, "clip", artifact.digest, "SM8650", "w8a16", 0, "2025-01-31T12:00:00Z", rows)
     for target in ("SM8650", "SM8750"):
@@ -241,11 +245,34 @@ def test_an_artifact_whose_traffic_was_counted_gets_its_floor(tmp_path: Path) ->
     (said,) = (note for note in notes if note.startswith("floor"))
     assert "floor: 2,604 ms, and DRAM traffic binds" in said
     assert "(200.00 GB as the compiler planned, at 76.8 GB/s)" in said
-    assert any("bytes per thousand operations" in note for note in notes)
     (said,) = (n for n in estimate_profile(artifact, "S25", shipped).notes if n.startswith("floor"))
     assert "floor: 2,358 ms, of DRAM traffic alone" in said
     assert "for arithmetic Snapdragon 8 Elite has no sourced peak" in said
     assert any("no floor" in note for note in estimate_profile(artifact, "S26", shipped).notes)
+
+
+def test_where_in_the_bracket_a_network_lies_by_its_own_traffic() -> None:
+    """The vendor's network: 762 Mops in 76.2 ms, far above its arithmetic floor."""
+    chip, mega = find(CHIP).chip, 10**6
+    made = dataclasses.replace(
+        calibration(*2 * ((400, Counts(spatial_linear=1000 * mega)),)),
+        sd15=Counts(spatial_linear=762 * mega),
+        sd15_moved=DramBytes(1_900_000_000, 1_026_080_000),  # 38.1 ms: it takes twice its floor
+    )
+    counts = Counts(spatial_linear=1000 * mega)
+    result = estimate_counts(counts, chip, made)
+    assert result.well_built_ms == pytest.approx(100)
+    parts = (TrafficRow("a", 7_000_000_000, 0), TrafficRow("b", 0, 1_000_000_000))
+    said = estimate_module._bracket(
+        counts, result, made, TrafficRow("unet", *2 * (3_840_000_000,), None, parts)
+    )
+    assert "at 200 ms, 2.0 times its floor" in said  # 100 ms of traffic
+    assert "moves 7680.00 bytes, of which it writes 3840.00" in said
+    assert "in our forms 3840.00 and 1346.56" in said
+    assert "moves most is a (91%)" in said
+    said = estimate_module._bracket(counts, result, made, TrafficRow("unet", 768_000_000, 0))
+    assert "at the faster end" in said
+    assert "moves most" not in said
 
 
 def test_profile_of_what_is_neither(tmp_path: Path) -> None:
