@@ -227,10 +227,10 @@ def _bracket(counts: Counts, result: Estimate, calibration: Calibration, planned
     if planned is None or own is None or its is None:
         return f"{ends}; where between them it lies is not known without its DRAM traffic"
     ratio = result.chip.published_ms["sd15_unet"] / its.ms
-    if own.ms * ratio > result.well_built_ms:
-        place = f"at {own.ms * ratio:,.0f} ms, {ratio:.1f} times its floor, as that UNet does"
+    if own.dram_ms * ratio > result.well_built_ms:
+        place = f"lies at {own.dram_ms * ratio:,.0f} ms, {ratio:.1f} times its floor, as that UNet does"
     else:
-        place = "at the faster end"
+        place = "could reach the faster end"
     each, others = 1000 / counts.total, 1000 / calibration.sd15.total
     reason = (
         f"per thousand operations it moves {each * own.dram_bytes:.2f} bytes, of which it writes "
@@ -241,7 +241,7 @@ def _bracket(counts: Counts, result: Estimate, calibration: Calibration, planned
         heaviest = max(planned.parts, key=lambda part: part.read + part.written)
         share = (heaviest.read + heaviest.written) / own.dram_bytes
         reason += f". The part that moves most is {heaviest.path} ({share:.0%})"
-    return f"{ends}. By its own traffic it lies {place}: {reason}"
+    return f"{ends}. By its own traffic it {place}: {reason}"
 
 
 def _floor_note(counts: Counts, chip: Chip, planned: TrafficRow | None, ms: float) -> str:

@@ -266,12 +266,12 @@ def test_where_in_the_bracket_a_network_lies_by_its_own_traffic() -> None:
     said = estimate_module._bracket(
         counts, result, made, TrafficRow("unet", *2 * (3_840_000_000,), None, parts)
     )
-    assert "at 200 ms, 2.0 times its floor" in said  # 100 ms of traffic
+    assert "it lies at 200 ms, 2.0 times its floor" in said  # 100 ms of traffic
     assert "moves 7680.00 bytes, of which it writes 3840.00" in said
     assert "in our forms 3840.00 and 1346.56" in said
     assert "moves most is a (91%)" in said
     said = estimate_module._bracket(counts, result, made, TrafficRow("unet", 768_000_000, 0))
-    assert "at the faster end" in said
+    assert "it could reach the faster end" in said
     assert "moves most" not in said
 
 
