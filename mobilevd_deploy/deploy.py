@@ -54,7 +54,7 @@ APART_ABOVE_PARAMETERS = 300_000_000
 
 # Shares of the time, for the estimate of the rest: the UNet has most of the nodes.
 _WEIGHTS: dict[str, float] = {"image_encoder": 2, "vae_encoder": 1, "unet": 12, "decoder": 1}
-# The rewrites do not depend on the map's size; a large network is proven on a cut of this many pixels.
+# The rewrites do not depend on the map's size; a larger one is proven on about this many pixels.
 _PROBE_PIXELS = 128
 _LATER = ("quant", "npu")  # parts of a recipe that the float export does not depend on
 _TOOLS = (
@@ -325,11 +325,10 @@ def _rewrite(
     unet: MobileVDUNet, spec: ModelSpec, recipe: Recipe, progress: Progress
 ) -> tuple[PassReport, ...]:
     height, width = spec.latent_size
-    # Halves have to be legal sizes too.
-    multiple = 2 * spec.unet.size_multiple
-    while height * width > _PROBE_PIXELS and not (height % multiple or width % multiple):
-        height, width = height // 2, width // 2
-    if (height, width) != spec.latent_size:
+    least = spec.unet.size_multiple
+    side = least * max(1, math.isqrt(_PROBE_PIXELS // (2 * least * least)))
+    if height * width > 2 * side * side:
+        height, width = side, 2 * side
         progress.say(f"unet: rewrites are proven on latents of {width}x{height}, the export at full size")
     probe = UNetProbe.make(unet, height, width)
     return run_passes(unet, select_passes(rewrites(recipe)), probe, recipe.floors.rewrite_sqnr_db)

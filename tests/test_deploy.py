@@ -49,6 +49,7 @@ from mobilevd_deploy.pipeline import Pipeline
 from mobilevd_deploy.probe import sqnr_db
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.recipe import Floors, Recipe, load_recipe
+from mobilevd_deploy.spec import load_preset
 from mobilevd_deploy.unet import MobileVDUNet
 
 RECIPE = load_recipe("onnx")
@@ -240,7 +241,7 @@ def test_clips_are_the_trained_networks(exported: dict[str, Artifact], tiny_chec
 
 
 def test_rewrites_are_proven_on_sizes_that_the_network_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Latents of 32x6: cut in half once too often, three columns would go into a network of two levels.
+    # Latents of 32x6 and 32x8 are no multiples of one another; both are larger than the probe.
     narrow = dataclasses.replace(TINY_MODEL, height=256, width=48)
     unet = build_component(narrow, "unet")
     assert isinstance(unet, MobileVDUNet)
@@ -251,8 +252,9 @@ def test_rewrites_are_proven_on_sizes_that_the_network_takes(monkeypatch: pytest
     flow._rewrite(unet, narrow, RECIPE, heard)
     flow._rewrite(unet, dataclasses.replace(narrow, width=64), RECIPE, heard)
     flow._rewrite(unet, TINY_MODEL, RECIPE, heard)
-    assert [shape[-2:] for shape in seen] == [(32, 6), (16, 4), (6, 10)]
-    assert heard.said == ["unet: rewrites are proven on latents of 4x16, the export at full size"]
+    flow._rewrite(unet, load_preset("mobilevd-hd").model, RECIPE, heard)  # 72 rows are not to be halved to 9
+    assert [shape[-2:] for shape in seen] == [(8, 16), (8, 16), (6, 10), (8, 16)]
+    assert heard.said == ["unet: rewrites are proven on latents of 16x8, the export at full size"] * 3
 
 
 # ---- again ----
