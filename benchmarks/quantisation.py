@@ -64,7 +64,6 @@ SETTINGS = (
     Setting("W8A16, headroom 2", QuantScheme(headroom=2)),
     Setting("W8A16, SQNR ranges", W8A16, ranges="sqnr"),
     Setting("W8A16, percentile 99.99", W8A16, ranges="percentile"),
-    Setting("W8A16, sequential MSE", W8A16, weights="sequential mse"),
     Setting("W8A16, 4 samples", QuantScheme(samples=4)),
     Setting("W8A16, 16 samples", QuantScheme(samples=16)),
     Setting("W8A16, 16 samples, headroom 1", QuantScheme(samples=16, headroom=1)),
