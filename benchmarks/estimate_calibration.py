@@ -4,7 +4,8 @@
 
 Counts the operations of the published structures on module trees without weights (a minute, no downloads)
 and compares forms of the estimate by their leave-one-out error: every row predicted by the other three. The
-traffic of Stable Diffusion's UNet is the least that sd15_traffic.py found.
+traffic of Stable Diffusion's UNet is the least that sd15_traffic.py found, that of `mobilevd` is from
+unet_traffic.py.
 Rows of the ablation that are one structure (with other weights) count once, or a row would predict itself.
 """
 
@@ -15,11 +16,12 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import sd15_traffic
+import unet_traffic
 from _common import RESULTS, write_result
 from rich.console import Console
 from rich.table import Table
@@ -55,7 +57,7 @@ def main() -> None:
     rows = tuple(_row(name) for name in ROWS)
     model = load_preset(ROWS[0]).model
     unet, inputs = sd15_traffic.sd15_on_meta()
-    plans = json.loads((RESULTS / f"{sd15_traffic.NAME}.json").read_text())["query_tiles"].values()
+    plans = _result(sd15_traffic.NAME)["query_tiles"].values()
     moved = min((plan["sum"] for plan in plans), key=lambda total: total["read"] + total["written"])
     calibration = Calibration(
         chip="Snapdragon 8 Gen 3",
@@ -108,7 +110,17 @@ def main() -> None:
 def _row(name: str) -> Row:
     preset = load_preset(name)
     assert preset.ladder is not None
-    return Row(name, preset.ladder.phone_ms, count_operations(preset.model, preset_rewrites(preset)))
+    counted = _result(unet_traffic.NAME)
+    moved = None
+    if name == counted["preset"]:
+        blocks = counted["blocks"]["w8a16"]["ours"].values()
+        moved = sum((DramBytes(block["read"], block["written"]) for block in blocks), DramBytes())
+    return Row(name, preset.ladder.phone_ms, count_operations(preset.model, preset_rewrites(preset)), moved)
+
+
+def _result(name: str) -> dict[str, Any]:
+    """Read what another benchmark has written."""
+    return cast(dict[str, Any], json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def _compare_forms(rows: tuple[Row, ...]) -> list[dict[str, Any]]:

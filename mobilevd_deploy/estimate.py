@@ -75,11 +75,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Row:
-    """A structure whose latency is published, as the calibration sees it."""
+    """A structure whose latency is published, as the calibration sees it.
+
+    `moved`: its DRAM traffic on the calibrated chip by the shipped recipe, where the benchmarks counted it.
+    """
 
     preset: str
     published_ms: float
     counts: Counts
+    moved: DramBytes | None = None
 
 
 @dataclass(frozen=True)
@@ -206,12 +210,23 @@ def floor(counts: Counts, chip: Chip, dram_bytes: int) -> Floor | None:
     return Floor(dram_bytes, dram_bytes / chip.dram_gb_s / 1e6, arithmetic)
 
 
-def _planned(artifact: Artifact, chip: Chip) -> TrafficRow | None:
-    """Return the UNet's DRAM traffic where `traffic` has counted it for this chip."""
-    from mobilevd_deploy.profiles import load_traffic
+def _planned(
+    artifact: Artifact | None, counts: Counts, chip: Chip, calibration: Calibration
+) -> TrafficRow | None:
+    """Return the UNet's DRAM traffic where `traffic` has counted the artifact for this chip.
 
-    rows = (row for r in load_traffic(artifact) if r.target.lower() in chip.sm for row in r.rows)
-    return next((row for row in rows if row.path == "unet"), None)
+    Without an artifact, that of the calibrated structure with these counts.
+    """
+    from mobilevd_deploy.profiles import TrafficRow, load_traffic
+
+    if artifact is not None:
+        rows = (row for r in load_traffic(artifact) if r.target.lower() in chip.sm for row in r.rows)
+        return next((row for row in rows if row.path == "unet"), None)
+    moved = next((row.moved for row in calibration.rows if row.counts == counts), None)
+    if moved is None or chip.name != calibration.chip:
+        return None
+    note = "in the shipped recipe, block by block"
+    return TrafficRow("unet", moved.read, moved.written, note=note)
 
 
 def _bracket(counts: Counts, result: Estimate, calibration: Calibration, planned: TrafficRow | None) -> str:
@@ -251,6 +266,7 @@ def _floor_note(counts: Counts, chip: Chip, planned: TrafficRow | None, ms: floa
             f"no floor: its DRAM traffic on {chip.name} was not counted (mobilevd-deploy traffic counts it)"
         )
     found = floor(counts, chip, planned.read + planned.written)
+    note = f", {planned.note}" if planned.note else ""
     if found is None:
         return f"no floor: there is no sourced figure of {chip.name}'s memory bandwidth"
     if found.arithmetic_ms is None:
@@ -263,7 +279,7 @@ def _floor_note(counts: Counts, chip: Chip, planned: TrafficRow | None, ms: floa
         )
     return (
         f"floor: {found.ms:,.0f} ms, {binds}. DRAM traffic takes {found.dram_ms:,.0f} ms "
-        f"({found.dram_bytes / 1e9:.2f} GB as the compiler planned, at {chip.dram_gb_s:g} GB/s), "
+        f"({found.dram_bytes / 1e9:.2f} GB as the compiler planned{note}, at {chip.dram_gb_s:g} GB/s), "
         f"{arithmetic}; the estimate is {ms / found.ms:.1f} times the floor"
     )
 
@@ -399,7 +415,7 @@ def estimate_profile(
     _require_calibrated_size(spec, calibration)
     counts = count_operations(spec, rewrites)
     result = estimate_counts(counts, chip, calibration)
-    planned = _planned(what, chip) if isinstance(what, Artifact) else None
+    planned = _planned(what if isinstance(what, Artifact) else None, counts, chip, calibration)
     shares = sorted(result.shares.items(), key=lambda item: -item[1])
     notes = [
         *notes,
@@ -412,7 +428,7 @@ def estimate_profile(
         f"{result.mean_error_percent:.1f} % in the mean. Their precision is not published: 8-bit weights "
         "and 16-bit activations are assumed",
         _bracket(counts, result, calibration, planned),
-        *((_floor_note(counts, chip, planned, result.ms),) if isinstance(what, Artifact) else ()),
+        *((_floor_note(counts, chip, planned, result.ms),) if planned or isinstance(what, Artifact) else ()),
         *result.notes,
     ]
     unet = ComponentProfile("unet", Latency(result.ms))

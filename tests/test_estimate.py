@@ -275,6 +275,17 @@ def test_where_in_the_bracket_a_network_lies_by_its_own_traffic() -> None:
     assert "moves most" not in said
 
 
+def test_a_preset_whose_traffic_the_benchmarks_counted_is_placed_too() -> None:
+    (row,) = (row for row in load_calibration().rows if row.moved)
+    assert row.preset == "mobilevd"
+    notes = estimate_profile("mobilevd", CHIP).notes
+    assert any(f"{row.moved.total / 1e9:.2f} GB as the compiler planned, in the shipped" in n for n in notes)
+    assert any(n.startswith("bracket") and "By its own traffic it" in n for n in notes)
+    for others in (estimate_profile("mobilevd", "S25"), estimate_profile("mobilevd-pruned", CHIP)):
+        assert any("not known without its DRAM traffic" in note for note in others.notes)
+        assert not any("floor" in note for note in others.notes)
+
+
 def test_profile_of_what_is_neither(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no preset"):
         estimate_profile("nothing", CHIP)
