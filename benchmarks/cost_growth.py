@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -137,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Child processes find the steps by the name of their module.
+    importlib.import_module("cost_growth").main()
