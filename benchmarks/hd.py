@@ -56,6 +56,12 @@ def values_bytes(model: Path) -> int:
     return sizes
 
 
+def mapped(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a phone has to map for the largest part, and for all at once."""
+    sizes = [row.get("binary_bytes", row["weights_bytes"]) + row["values_bytes"] for row in rows]
+    return {"mapped": {"largest_part": max(sizes), "whole": sum(sizes), "limit": MAPPED_LIMIT}}
+
+
 def compile_part(part: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Compile one part; return what it takes and moves, or why it does not compile."""
     assert recipe.npu is not None
@@ -122,10 +128,8 @@ def main() -> None:
             progress.begin(f"compile part {number}")
             rows[number - 1] |= compile_part(files[number - 1], work / f"part{number}", recipe)
             progress.end()
-            mapped = [row.get("binary_bytes", row["weights_bytes"]) + row["values_bytes"] for row in rows]
-            result["mapped"] = {"largest_part": max(mapped), "whole": sum(mapped), "limit": MAPPED_LIMIT}
-            write_result("hd", result)
-        print(write_result("hd", result))
+            write_result("hd", result | mapped(rows))
+        print(write_result("hd", result | mapped(rows)))
 
 
 if __name__ == "__main__":
