@@ -364,7 +364,7 @@ def _drift(manifest: Manifest) -> str:
         for c in manifest.components
     ]
     names = (_text(name.replace("npu.", "simulated ")) for name in stages)
-    return _table(("component", *names), rows, kind="fall") + (
+    return _table(("component", *names), rows, kind="fall even") + (
         '<p class="note">SQNR against the network in float32 behind each stage, every component by itself, '
         "on what the float run gave.</p>"
     )
@@ -793,6 +793,8 @@ table.plain th.wide { width: 39%; }
 table.plain th:nth-child(n+3), table.plain td:nth-child(n+3) { text-align: right; }
 table.fall th:first-child { width: 34%; }
 table.fall th, table.fall td { width: 33%; }
+table.even { table-layout: fixed; }
+table.even th, table.even td { width: auto; }
 table.fall small { display: inline; }
 table.fall th small { display: block; }
 table.fall tbody tr:last-child > * { border-bottom: 1px solid var(--line); }
