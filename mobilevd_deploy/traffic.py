@@ -11,6 +11,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import filter as matching
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
@@ -203,14 +204,16 @@ def _block_rows(
     patterns: Sequence[str],
     progress: Progress | None = None,
 ) -> list[TrafficRow]:
-    if recipe.quant is not None and recipe.quant.of("unet").rules:
-        raise UsageError(
-            "block by block, the recipe's rules are not seen: a block does not know its own path",
-            next_step="choose a recipe without quant.rules",
-        )
+    rules = recipe.quant.of("unet").rules if recipe.quant else ()
     progress, target, rows = progress or Progress(), find_target(options.targets[0]), []
     measured: dict[str, Traffic] = {}  # a level repeats its blocks
     for block in unet_blocks(spec, recipe, patterns):
+        modules = [f"{block.path}.{name}" for name, _ in block.module.named_modules()]
+        if ruled := [rule.modules for rule in rules if matching(modules, rule.modules)]:
+            raise UsageError(
+                f"{block.path}: the recipe's rule for {ruled[0]!r} is not seen block by block",
+                next_step="choose a recipe without rules for the blocks that are measured",
+            )
         progress.begin(block.path)
         if not (known := block.structure in measured):
             measured[block.structure] = measure_block(block, recipe, options, target)
