@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 from typing import Any, cast
 
 from _common import RESULTS, write_result
@@ -40,8 +39,9 @@ LEVELS = {"down_blocks": (0, 1, 2, 3), "up_blocks": (3, 2, 1, 0), "mid_block": (
 
 def place(path: str) -> tuple[int, str]:
     """Return level and kind of a block."""
-    side, index = re.match(r"(\w+?)(?:\.(\d))?\.(?:resnets|attentions)", path).groups()  # type: ignore[union-attr]
-    return LEVELS[side][int(index or 0)], "transformer" if ".attentions." in path else "resblock"
+    side, index, *_ = path.split(".")
+    level = LEVELS[side][int(index) if index.isdigit() else 0]
+    return level, "transformer" if ".attentions." in path else "resblock"
 
 
 def measure(recipe: Recipe, mode: int, rows: dict[str, Any], keep: Any) -> None:

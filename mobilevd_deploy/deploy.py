@@ -183,9 +183,13 @@ def _export_component(
     steps: Steps,
 ) -> StageOutput:
     folder, work = partial_artifact.artifact / name, partial_artifact.work
+    # 4.
     steps.run("answer", _answer, name, checkpoint, work)
+    # 5.
     reports = steps.run("rewrite", _rewrite_component, name, checkpoint, recipe, work)
+    # 6.
     graph = steps.run("write", _write_component, name, checkpoint.spec, recipe, folder, work)
+    # 7.
     drift = steps.run("compare", _compare_component, name, checkpoint.spec, recipe, folder, work)
     written = [folder / MODEL, folder / DATA, _probe_path(work, name)]
     values = {

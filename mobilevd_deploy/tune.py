@@ -154,9 +154,11 @@ def tune(
         work,
         progress,
     )
-    choice, steps, reached = (
-        search.reach(target_sqnr) if budget is None else search.best(budget)  # type: ignore[arg-type]
-    )
+    if target_sqnr is not None:
+        choice, steps, reached = search.reach(target_sqnr)
+    else:
+        assert budget is not None  # there is one goal
+        choice, steps, reached = search.best(budget)
     price = search.price(choice)
     scheme = dataclasses.replace(recipe.quant, rules=(*recipe.quant.rules, *search.rules(choice)))
     floors = recipe.floors
