@@ -588,6 +588,7 @@ def convert_before_moves(model: onnx.ModelProto) -> None:
     graph = _Graph(model)
     replaced: dict[int, list[NodeProto]] = {}
     renamed: dict[str, str] = {}
+    outputs = {value.name for value in model.graph.output}  # they keep their names
     for index, node in enumerate(model.graph.node):
         if node.op_type != "QuantizeLinear":
             continue
@@ -600,6 +601,8 @@ def convert_before_moves(model: onnx.ModelProto) -> None:
         if graph.dtype(before) == graph.dtype(node):
             continue
         dequantise = next(n for n in model.graph.node if n.input[:1] == node.output[:1])
+        if dequantise.output[0] in outputs:
+            continue
         narrow, wide = f"{node.output[0]}_before", f"{dequantise.output[0]}_before"
         chain = [
             onnx.helper.make_node(node.op_type, [before.output[0], *node.input[1:]], [narrow], node.name),
@@ -620,7 +623,7 @@ def convert_before_moves(model: onnx.ModelProto) -> None:
     nodes = [n for i, node in enumerate(model.graph.node) for n in replaced.get(i, [node])]
     for node in nodes:
         node.input[:] = [renamed.get(name, name) for name in node.input]
-    read = {value.name for value in model.graph.output}
+    read = set(outputs)
     kept: list[NodeProto] = []
     for node in reversed(nodes):
         if any(name in read for name in node.output):
