@@ -26,6 +26,11 @@ final class Gate implements ComponentRuntime {
         door.open();
     }
 
+    /** Whether the run stands before the component: past the check of its files, which a cancellation ends too. */
+    boolean isReached() {
+        return door.isReached();
+    }
+
     Runtimes runtimes() {
         return Runtimes.withoutNpu(this, new MobileVdException(Problem.NPU_NOT_IN_APP, Device.PLUGIN));
     }

@@ -445,7 +445,8 @@ public final class MainActivityTest {
         phone.open();
         phone.choosePicture();
         phone.click(R.id.go);
-        phone.untilLoading("unet");
+        phone.until("the run is at the gate", gate::isReached);
+        phone.settle();
         return phone;
     }
 
