@@ -79,6 +79,10 @@ def steps() -> list[Step]:
     return [
         *(Step(subject, precision, 1, plain[precision]) for subject, precision in pairs),
         *(Step(subject, precision, 0, HEADS) for subject, precision in pairs),
+        *(
+            Step("spatio-temporal", precision, 0, change(HEADS, temporal_conv="columns"))
+            for precision in RECIPES
+        ),
         Step("spatial", "w8a16", 1, change(PLAIN, group_norm="instance")),  # does not compile
         *(Step(subject, precision, 0, change(HEADS, query_tile=256)) for subject, precision in pairs),
         Step("spatial", "float16", 0, change(HEADS, query_tile=256, linear="matmul")),

@@ -40,7 +40,8 @@ class GraphForms:
     whole in any case. `frames`: as the batch axis, or one frame after the other.
     `linear`: matrix products or 1x1 convolutions. `group_norm`: as such, or as instance norm over the
     reshaped map and a per-channel affine. `upsample`: nearest neighbour and a 3x3 convolution, or four
-    2x2 convolutions on the small map ("subpixel").
+    2x2 convolutions on the small map ("subpixel"). `temporal_conv`: in temporal resblocks frames are the rows
+    of (1, C, T, H W), or the columns of (1, C, H W, T).
     """
 
     attention: Literal["whole", "tiles", "heads"] = "whole"
@@ -50,6 +51,7 @@ class GraphForms:
     group_norm: Literal["group", "instance"] = "group"
     upsample: Literal["nearest", "subpixel"] = "nearest"
     whole_up_to: int = 0
+    temporal_conv: Literal["rows", "columns"] = "rows"
 
     def __post_init__(self) -> None:
         if self.query_tile < 1:

@@ -584,6 +584,10 @@ _FORMS: dict[str, dict[str, str]] = {
         "nearest": "nearest neighbour, then a 3&times;3 convolution",
         "subpixel": "four 2&times;2 convolutions on the small map, interleaved",
     },
+    "temporal_conv": {
+        "rows": "frames as rows of the map",
+        "columns": "frames as columns of the map",
+    },
 }
 _FORM_NAMES = {
     "attention": "Attention",
@@ -591,6 +595,7 @@ _FORM_NAMES = {
     "linear": "Linear layers",
     "group_norm": "Group norm",
     "upsample": "Upsampling",
+    "temporal_conv": "Convolutions over time",
 }
 
 

@@ -30,7 +30,9 @@ SUBPIXEL = NAMES[-1]
 # Narrow maps make every axis distinguishable: 4 frames of 4x6, so 24 tokens in tiles of 7.
 FRAMES, HEIGHT, WIDTH, TILE = 4, 4, 6, 7
 FORMS = [
-    GraphForms(attention, TILE, frames, linear, norm)
+    GraphForms(
+        attention, TILE, frames, linear, norm, temporal_conv="columns" if norm == "instance" else "rows"
+    )
     for attention, frames, linear, norm in itertools.product(
         ("whole", "tiles", "heads"), ("batch", "sequential"), ("matmul", "conv"), ("group", "instance")
     )
@@ -183,11 +185,12 @@ def test_weights_are_shared_with_the_source(forms: GraphForms, subpixel: bool) -
         for name, t in (*network.named_parameters(), *network.named_buffers())
         if t.untyped_storage().data_ptr() not in owned and t.numel() > 64
     }
-    # Only what a constant is folded into: the softmax scale, the mean over pairs; and the phases' order.
+    # Only what a constant is folded into: the softmax scale, the blend, the mean over pairs; and the phases' order.
     allowed = {"downsamplers.0.weight", "downsamplers.0.bias"}
     allowed |= {"upsamplers.0.conv.weight", "upsamplers.0.conv.bias"} if subpixel else set()
-    assert {name for name in copied if not name.endswith("attn1.to_q.weight")} <= allowed
-    assert {name for name in copied if name.endswith("attn1.to_q.weight")}
+    scaled = ("attn1.to_q.weight", "temporal.blended_positions.value")
+    assert {name for name in copied if not name.endswith(scaled)} <= allowed
+    assert all(any(name.endswith(end) for name in copied) for end in scaled)
     assert all(torch.equal(before[name], t) for name, t in unet.state_dict().items())
 
 

@@ -190,8 +190,9 @@ class TokenNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention over space (per frame) or over time (per pixel).
 
-    The softmax scale is folded into the query. Over space, the recipe's form decides how much of
-    the similarity map exists at once: the whole, a tile of queries, or a tile of one head.
+    Channels-first tokens are (T, C, H, W) over space, and (1, C, H W, T) over time. The softmax scale is
+    folded into the query. Over space, the recipe's form decides how much of the similarity map exists at
+    once: the whole, a tile of queries, or a tile of one head.
     """
 
     def __init__(
@@ -252,23 +253,28 @@ class SelfAttention(nn.Module):
 
     def _split(self, x: Tensor, transposed: bool = False) -> Tensor:
         """Bring tokens to (batch, heads, length, d), or (batch, heads, d, length) if transposed."""
-        if self.channels_first:  # (T, heads, d, N)
-            x = x.reshape(x.shape[0], self.heads, -1, x.shape[2] * x.shape[3])
-            time, space = (3, 1, 0, 2), (0, 1, 3, 2)
-        else:  # (T, N, heads, d)
+        b, h, n, d = 0, 2, 1, 3
+        if not self.channels_first:  # (T, N, heads, d)
             x = x.reshape(x.shape[0], x.shape[1], self.heads, -1)
-            time, space = (1, 2, 0, 3), (0, 2, 1, 3)
-        b, h, n, d = time if self.over == "time" else space
+            if self.over == "time":
+                b, n = 1, 0
+        elif self.over == "time":  # (1, C, N, T) to (N, T, heads, d), the NPU's own order
+            x = x.permute(0, 2, 3, 1).reshape(x.shape[2], x.shape[3], self.heads, -1)
+        else:  # (T, heads, d, N)
+            x = x.reshape(x.shape[0], self.heads, -1, x.shape[2] * x.shape[3])
+            h, n, d = 1, 3, 2
         return x.permute(b, h, d, n) if transposed else x.permute(b, h, n, d)
 
     def _merge(self, x: Tensor, like: Tensor) -> Tensor:
         """Bring (batch, heads, length, d) back to the layout of `like`."""
         channels = x.shape[1] * x.shape[3]
-        if self.channels_first:
-            x = x.permute(2, 1, 3, 0) if self.over == "time" else x.permute(0, 1, 3, 2)
-            return x.reshape(like.shape[0], channels, like.shape[2], like.shape[3])
-        x = x.permute(2, 0, 1, 3) if self.over == "time" else x.permute(0, 2, 1, 3)
-        return x.reshape(like.shape[0], like.shape[1], channels)
+        if not self.channels_first:
+            x = x.permute(2, 0, 1, 3) if self.over == "time" else x.permute(0, 2, 1, 3)
+            return x.reshape(like.shape[0], like.shape[1], channels)
+        if self.over == "time":
+            rows = x.permute(0, 2, 1, 3).reshape(1, like.shape[2], like.shape[3], channels)
+            return rows.permute(0, 3, 1, 2)
+        return x.permute(0, 1, 3, 2).reshape(like.shape[0], channels, like.shape[2], like.shape[3])
 
 
 class MapAttention(nn.Module):
@@ -331,24 +337,38 @@ class ResBlock(nn.Module):
 
 
 class TemporalResBlock(nn.Module):
-    """diffusers' TemporalResnetBlock without embedding, on (1, C, T, H W); `weight` scales its residual."""
+    """diffusers' TemporalResnetBlock without embedding; `weight` scales its residual.
+
+    Frames are rows of (1, C, T, H W) or columns of (1, C, H W, T), as the recipe says.
+    """
 
     def __init__(self, block: Any, forms: GraphForms, weight: float = 1.0) -> None:
         super().__init__()
+        self.columns = forms.temporal_conv == "columns"
         self.norm1, self.norm2 = group_norm(block.norm1, forms), group_norm(block.norm2, forms)
         self.act1, self.act2 = SiLU(), SiLU()
         self.conv1, self.conv2 = temporal_conv(block.conv1), temporal_conv(block.conv2)
         if weight != 1.0:
             assert self.conv2.bias is not None
             self.conv2 = conv2d(weight * self.conv2.weight, weight * self.conv2.bias, padding=(1, 0))
+        if self.columns:
+            self.conv1, self.conv2 = (
+                conv2d(conv.weight.transpose(2, 3), conv.bias, padding=(0, 1))
+                for conv in (self.conv1, self.conv2)
+            )
         self.add = Add()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, C, H, W) to itself."""
         frames, channels, height, width = x.shape
-        video = x.transpose(0, 1).reshape(1, channels, frames, height * width)
+        if self.columns:
+            video = x.permute(1, 2, 3, 0).reshape(1, channels, height * width, frames)
+        else:
+            video = x.transpose(0, 1).reshape(1, channels, frames, height * width)
         hidden = self.conv1(self.act1(self.norm1(video)))
         hidden = self.conv2(self.act2(self.norm2(hidden)))
+        if self.columns:
+            return self.add(x, hidden.reshape(channels, height, width, frames).permute(3, 0, 1, 2))
         return self.add(x, hidden.reshape(channels, frames, height, width).transpose(0, 1))
 
 

@@ -135,25 +135,43 @@ class SpatialStage(nn.Module):
 
 
 class TemporalStage(nn.Module):
-    """One temporal block of a transformer with its frame positions and blend: alpha x_s + (1 - alpha) x_t."""
+    """One temporal block of a transformer with its frame positions and blend: alpha x_s + (1 - alpha) x_t.
+
+    Channels-first tokens are turned to (1, C, H W, T) once: nothing in the block looks at another pixel, so
+    with the pixels in rows the compiler takes a few rows through all of it, on chip. The blend does without
+    x_s, which would have to be kept beside the x_s + positions that the block begins with: alpha x_s is alpha
+    of that sum, less alpha times the positions.
+    """
 
     def __init__(
         self, block: nn.Module, positions: Tensor, weight: Tensor, tokens: int, forms: GraphForms
     ) -> None:
         super().__init__()
-        self.positions = Constant(per_channel(positions, forms))
-        self.add_positions = Add()
+        self.channels_first = forms.linear == "conv"
+        by_frame = positions.t()[None, :, None] if self.channels_first else per_channel(positions, forms)
+        self.positions, self.blended_positions = Constant(by_frame), Constant((weight - 1) * by_frame)
+        self.add_positions, self.remove_positions = Add(), Add()
         self.block = TransformerBlock(block, tokens, forms)
         self.temporal_weight, self.spatial_weight = Constant(weight), Constant(1 - weight)
         self.multiply_temporal, self.multiply_spatial, self.blend = Multiply(), Multiply(), Add()
 
     def forward(self, tokens: Tensor, image_embeds: Tensor) -> Tensor:
         """Map tokens to tokens, across frames."""
-        mixed = self.block(self.add_positions(tokens, self.positions()), image_embeds)
-        return self.blend(
-            self.multiply_spatial(tokens, self.spatial_weight()),
-            self.multiply_temporal(mixed, self.temporal_weight()),
+        if not self.channels_first:
+            return self.mix(tokens, image_embeds)
+        frames, channels, height, width = tokens.shape
+        rows = tokens.permute(1, 2, 3, 0).reshape(1, channels, height * width, frames)
+        mixed = self.mix(rows, image_embeds)
+        return mixed.reshape(channels, height, width, frames).permute(3, 0, 1, 2)
+
+    def mix(self, tokens: Tensor, image_embeds: Tensor) -> Tensor:
+        """Map tokens in the block's layout to tokens."""
+        placed = self.add_positions(tokens, self.positions())
+        mixed = self.blend(
+            self.multiply_spatial(placed, self.spatial_weight()),
+            self.multiply_temporal(self.block(placed, image_embeds), self.temporal_weight()),
         )
+        return self.remove_positions(mixed, self.blended_positions())
 
 
 class Transformer(nn.Module):
