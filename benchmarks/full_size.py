@@ -7,7 +7,8 @@ No weights of MobileVD are public, so they are drawn (`mobilevd-deploy init`): s
 and times do not depend on training. One picture calibrates and one judges. Stages that an interrupted run
 finished are not repeated, and keep the cost that they had; without --keep the work folder is removed at last.
 Writes results/full_size.json (another name with --result).
---second-target exports once more, for another chip: what was calibrated and quantised is not made again.
+--parts N cuts the UNet into N context binaries. --second-target exports once more, for another chip: what was
+calibrated and quantised is not made again.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def describe(artifact: Artifact, checkpoint: Path) -> dict[str, Any]:
                         "precision": b.precision,
                         "sdk": b.sdk,
                         "parts_bytes": [part.files["context"].bytes for part in b.parts],
+                        "parts_dram_bytes": [[part.dram_read, part.dram_written] for part in b.parts],
                     }
                     for b in c.npu
                 ],
@@ -108,6 +110,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint and artifact")
     parser.add_argument("--result", default="full_size")
     parser.add_argument("--note", default="", help="what else the machine did")
+    parser.add_argument("--parts", type=int, help="context binaries of the UNet")
     parser.add_argument("--second-target", help="another chip, such as SM8750")
     parser.add_argument("--keep", action="store_true", help="leave the work folder")
     options = parser.parse_args()
@@ -116,20 +119,20 @@ def main() -> None:
     checkpoint, output = folder / CHECKPOINT, folder / "artifact"
     init = run(folder, "init", "init", "--preset", options.preset, "-o", str(checkpoint))
     chosen = recipe(folder, options.recipe)
-    export = run(
-        folder, "export", "export", str(checkpoint), "--recipe", str(chosen), "--output", str(output)
-    )
+    arguments = ["export", str(checkpoint), "--recipe", str(chosen), "--output", str(output)]
+    arguments += ["--parts", str(options.parts)] if options.parts else []
+    export = run(folder, "export", *arguments)
     values = {
         "preset": options.preset,
         "recipe": options.recipe,
         "weights": "drawn, not trained",
         "note": options.note,
+        "parts": options.parts,
         "init": init | {"bytes": checkpoint.stat().st_size},
         "export": export,
         **describe(Artifact.open(output), checkpoint),
     }
     if options.second_target:
-        arguments = ["export", str(checkpoint), "--recipe", str(chosen), "--output", str(output)]
         again = run(folder, "second", *arguments, "--target", options.second_target)
         made = describe(Artifact.open(output), checkpoint)["stages"]
         anew = [name for name, cost in made.items() if values["stages"].get(name) != cost]

@@ -66,7 +66,7 @@ def compile_part(part: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Compile one part; return what it takes and moves, or why it does not compile."""
     assert recipe.npu is not None
     try:
-        made = compile_context(part, folder, find_target(TARGET), recipe.npu, float16=True)
+        made = compile_context(part, folder, find_target(TARGET), recipe.npu, float16=recipe.quant is None)
     except MobileVDError as error:
         return {"error": error.what.replace(str(folder), "")}
     return {

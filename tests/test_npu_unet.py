@@ -185,7 +185,7 @@ def test_weights_are_shared_with_the_source(forms: GraphForms, subpixel: bool) -
         for name, t in (*network.named_parameters(), *network.named_buffers())
         if t.untyped_storage().data_ptr() not in owned and t.numel() > 64
     }
-    # Only what a constant is folded into: the softmax scale, the blend, the mean over pairs; the phases' order.
+    # Only what a constant is folded into (softmax scale, blend, mean over pairs), and the phases' order.
     allowed = {"downsamplers.0.weight", "downsamplers.0.bias"}
     allowed |= {"upsamplers.0.conv.weight", "upsamplers.0.conv.bias"} if subpixel else set()
     scaled = ("attn1.to_q.weight", "temporal.blended_positions.value")

@@ -1,0 +1,99 @@
+"""SVD's temporal decoder, 14 frames of 512x256, as a context binary: adds to results/temporal_decoder.json.
+
+    python benchmarks/temporal_decoder.py --precision float16 [--parts 4] [--only 1] [--frames 14]
+
+MobileVD's presets end with a TAESD-type decoder; whoever keeps SVD's own has to bring this one to the chip.
+Weights are random, in the size that keeps the signal. The ranges of W8A16 come from two frames of a small
+map, since no schedule depends on them. `--only`: compile these parts (numbers from 1). Mapped memory as in
+hd.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from _common import RESULTS, write_result
+from hd import TARGET, compile_part, mapped, values_bytes
+
+from mobilevd_deploy.components import input_shapes
+from mobilevd_deploy.onnx_export import MODEL, export_onnx, read_graph
+from mobilevd_deploy.probe import Tensors
+from mobilevd_deploy.progress import make_progress
+from mobilevd_deploy.qnn import lint
+from mobilevd_deploy.quantize import quantise
+from mobilevd_deploy.recipe import load_recipe
+from mobilevd_deploy.skeleton import deploy_skeleton
+from mobilevd_deploy.spec import load_preset
+from mobilevd_deploy.split import plan_cut, weight_bytes, write_parts
+from mobilevd_deploy.traffic import randomised
+
+NAME, PRESET = "temporal_decoder", "svd-lowres"
+RECIPES = {"float16": "xiaomi-14-pro-float16", "w8a16": "xiaomi-14-pro"}
+
+
+def main() -> None:
+    """Write the graph, cut and compile it, and add a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--precision", choices=RECIPES, default="float16")
+    parser.add_argument("--frames", type=int, default=14)
+    parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument("--only", type=int, nargs="*", metavar="PART")
+    parser.add_argument("--note", default="", help="what else the machine did")
+    options = parser.parse_args()
+    recipe = load_recipe(RECIPES[options.precision])
+    spec = dataclasses.replace(load_preset(PRESET).model, frames=options.frames)
+    with tempfile.TemporaryDirectory() as name, make_progress() as progress:
+        folder = Path(name)
+        progress.begin("write")
+        network = randomised(deploy_skeleton("decoder", spec, recipe))
+        shapes, rng = input_shapes(spec, "decoder"), np.random.default_rng(0)
+        inputs: Tensors = {n: rng.standard_normal(shape, np.float32) for n, shape in shapes.items()}
+        if recipe.quant is None:
+            export_onnx(network, inputs, ["frames"], folder, recipe.onnx)
+        else:
+            small = {n: value[:2, :, :8, :8] for n, value in inputs.items()}
+            quantise(network, [small], recipe.quant.of("decoder")).export(folder, inputs, ["frames"])
+        del network
+        model = folder / MODEL
+        graph = read_graph(model)
+        progress.end()
+        files = [model]
+        if options.parts > 1:
+            whole = onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
+            files = list(write_parts(model, plan_cut(whole, options.parts)))
+        rows: list[dict[str, Any]] = []
+        for file in files:
+            weights = weight_bytes(onnx.load(file, load_external_data=False), 1 if recipe.quant else 2)
+            rows.append({"weights_bytes": weights, "values_bytes": values_bytes(file)})
+        found = {
+            "precision": options.precision,
+            "frames": options.frames,
+            "forms": dataclasses.asdict(recipe.graph),
+            "note": options.note,
+            "parameters": graph.parameters,
+            "tflops": round(graph.flops / 1e12, 3),
+            "nodes": sum(graph.ops.values()),
+            "lint": dict(Counter(finding.rule for finding in lint(model, float16=recipe.quant is None))),
+            "parts": rows,
+        }
+        path = RESULTS / f"{NAME}.json"
+        kept = json.loads(path.read_bytes())["rows"] if path.exists() else {}
+        key = f"{options.precision}, {options.frames} frames, {options.parts} parts"
+        for number in options.only or range(1, len(files) + 1):
+            progress.begin(f"compile part {number}")
+            rows[number - 1] |= compile_part(files[number - 1], folder / f"part{number}", recipe)
+            progress.end()
+            kept[key] = found | mapped(rows)
+            write_result(NAME, {"preset": PRESET, "target": TARGET, "weights": "random", "rows": kept})
+
+
+if __name__ == "__main__":
+    main()
