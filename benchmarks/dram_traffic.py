@@ -11,7 +11,8 @@ A subject is a resblock and the transformer behind it, in one graph, as `mobilev
 
 `of_plain` compares with the plain export: attention whole, frames as a batch, matrix products, optimisation
 mode 1. At W8A16 its matrix products are 1x1 convolutions and its group norms instance norms, because as they
-stand the one does not compile and the other runs in float32.
+stand the one does not compile and the other runs in float32. The plain rows were measured before temporal
+transformers and feed-forwards had their present maps (2026-11-26), which `linear = "conv"` now always gives.
 
 Every row is kept as soon as it is finished, so that a run that was stopped goes on where it was. Bytes are
 what the compiler scheduled, not what a chip was seen to move. Seconds are for compiling and reading the
