@@ -5,9 +5,9 @@
 
 Ours is the recipe as it is shipped; beside it stands the plain export of the same network: attention whole,
 matrix products, optimisation mode 1. (At W8A16 with 1x1 convolutions and instance norms, because the plain
-forms do not compile or run in float32; and as measured before temporal transformers and feed-forwards had their
-present maps, on 2026-11-26.) Blocks are compiled one by one with random weights, equal ones once;
-what stands between them (convolutions in and out, resampling) is not counted. The floor is inputs, outputs
+forms do not compile or run in float32; and as measured before temporal transformers and feed-forwards had
+their present maps, on 2026-11-26.) Blocks are compiled one by one with random weights, equal ones once; what
+stands between them (convolutions in and out, resampling) is not counted. The floor is inputs, outputs
 and weights once, each as wide as the precision has it. Every block is kept as soon as it is measured.
 """
 
