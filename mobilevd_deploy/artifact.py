@@ -569,18 +569,19 @@ class PartialArtifact:
         self.work.mkdir()
 
     def borrow(self, path: str) -> None:
-        """Give a file of the partial folder that is not there what the finished output has for it.
+        """Give a file of the partial folder that is not there a copy of what the finished output has for it.
 
-        It is the same file under two names, so it must be removed before anything else is written there.
+        No second name for the same file: onnx reads no weights from a file that has two. Raises OSError,
+        ResourceError on a full disk.
         """
         parts = PurePosixPath(path).parts
         source, wanted = self.output.joinpath(*parts[1:]), self.root / path
         if parts[0] == self.artifact.name and source.is_file() and not wanted.exists():
             wanted.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, wanted)
-            except OSError:  # a file system without links
-                shutil.copyfile(source, wanted)
+            aside = wanted.with_name(wanted.name + ".new")
+            with disk_guard(wanted.parent, source.stat().st_size):
+                shutil.copyfile(source, aside)
+            aside.replace(wanted)
 
     def finish(self, manifest: Manifest, *, keep: bool = False) -> Artifact:
         """Write the manifest, make all of it durable, and give it its name in one rename.

@@ -37,7 +37,7 @@ from mobilevd_deploy.artifact import (
 )
 from mobilevd_deploy.calibration import JUDGES, Pictures
 from mobilevd_deploy.components import Component as ComponentName
-from mobilevd_deploy.errors import ParityError
+from mobilevd_deploy.errors import ExportError, ParityError
 from mobilevd_deploy.media import to_uint8, write_sheet
 from mobilevd_deploy.onnx_export import DATA, MODEL
 from mobilevd_deploy.pipeline import Job, OnnxRunner, PartsRunner, run_component
@@ -265,6 +265,8 @@ class _Flow:
         model = self._quantised(component.name) if quantised else self.folder.artifact / component.name
         vtcm = self.recipe.npu.vtcm_mb
         for finding in lint(model / MODEL, float16=not quantised, vtcm_mb=vtcm, peaks=peaks):
+            if finding.next_step:
+                raise ExportError(f"{component.name}: {finding}", next_step=finding.next_step)
             progress.say(f"{component.name}: {finding}")
         # What a rule leaves in floats is an island on purpose.
         rules = self.recipe.quant.of(component.name).rules if self.recipe.quant else ()

@@ -254,12 +254,16 @@ class NpuSimRunner:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a model that is known to go wrong: where, what, and who says so."""
+    """Something about a model that is known to go wrong: where, what, and who says so.
+
+    `next_step`: what to do instead, where the result would be wrong; None where it would be slow or refused.
+    """
 
     rule: str
     where: str
     what: str
     source: str
+    next_step: str | None = None
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what} [{self.rule}; {self.source}]"
@@ -275,7 +279,7 @@ def lint(
     """Look for what the compiler or the NPU is known to stumble over; the weights are read for float16 only.
 
     `peaks`: the largest magnitudes of values, by module path or ONNX name, where they were measured. Rules:
-    "shape", "rank", "io-type", "data-file", "vtcm", "allocation", "float16-range".
+    "shape", "rank", "io-type", "data-file", "vtcm", "allocation", "silu", "float16-range".
     """
     import onnx
 
@@ -288,11 +292,17 @@ def lint(
         *_lint_data_files(graph, model.parent),
         *_lint_norms(graph, shapes, vtcm_mb or 8),
         *_lint_allocation(graph, float16),
+        *(() if float16 else _lint_silu(graph, shapes)),
         *(_lint_range(graph, model.parent, peaks or {}) if float16 else ()),
     )
 
 
 # ---- lint rules ----
+
+# Seen on SM8650 in integers: maps of 16x8, 16x4, 64x4, 128x7 and 512x8 give 0 dB; 12x4, 8x8 and 16x9 are
+# right, and so are 64 channels.
+_GROUPS, _NARROW, _NARROW_ABOVE = 32, 8, 12
+_BETWEEN_NORM_AND_SILU = ("Sigmoid", "Reshape", "Add", "Mul", "QuantizeLinear", "DequantizeLinear")
 
 
 def _lint_shapes(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
@@ -352,6 +362,30 @@ def _lint_allocation(graph: onnx.GraphProto, float16: bool) -> Iterator[Finding]
     if size >= 2**31:
         what = f"{size / 2**30:.2f} GiB of weights; a graph may allocate 2 GiB"
         yield Finding("allocation", graph.name or "graph", what, "ai-hub-models #129, #274")
+
+
+def _lint_silu(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
+    """A norm with a channel per group and a SiLU behind it, on narrow maps: the result is noise."""
+    producers = {name: node for node in graph.node for name in node.output}
+    for sigmoid in graph.node:
+        if sigmoid.op_type != "Sigmoid":
+            continue
+        node, narrow = sigmoid, False
+        while node.op_type in _BETWEEN_NORM_AND_SILU and node.input[0] in producers:
+            value = node.input[0]
+            node = producers[value]
+            if node.op_type == "Add":  # the norm's shift, on the map as it was
+                _, channels, height, width = (0, 0, 0, 0, *shapes.get(value, ()))[-4:]
+                narrow = channels == _GROUPS and height > _NARROW_ABOVE and width <= _NARROW
+        if narrow and node.op_type == "InstanceNormalization":
+            yield Finding(
+                "silu",
+                sigmoid.name,
+                f"SiLU behind a norm of {_GROUPS} groups of one channel, on maps at most {_NARROW} wide and "
+                f"more than {_NARROW_ABOVE} high, is computed wrongly",
+                "measured, onnxruntime-qnn 2.7",
+                'turn the map (graph.temporal_conv = "rows" for time), or give the block more channels',
+            )
 
 
 def _lint_range(graph: onnx.GraphProto, folder: Path, peaks: Mapping[str, float]) -> Iterator[Finding]:

@@ -128,9 +128,6 @@ class Stages:
         return path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256
 
     def _run(self, name: str, expected: str, action: Callable[[], StageOutput]) -> StageRecord:
-        if earlier := self._read(name):
-            for entry in earlier.files:  # what is borrowed from the finished artifact must not be written to
-                (self._partial.root / entry.path).unlink(missing_ok=True)
         self._path(name).unlink(missing_ok=True)
         reset_peak()
         begun = time.monotonic()

@@ -360,6 +360,10 @@ def test_two_parts_are_compiled_and_run_in_a_row(
     assert parts == pytest.approx(whole, abs=0.5)
     assert not [*(cut.root / "unet" / "quantised").glob("*of2*")]
     assert [check for check in verify.verify(cut, simulate=True) if not check.ok] == []
+    # Once more over the finished artifact, whose graphs are taken over.
+    recipe = dataclasses.replace(recipe, npu=dataclasses.replace(RECIPE.npu, parts=3))
+    (again,) = deploy(checkpoint, recipe, cut.root).manifest.components[2].npu
+    assert len(again.parts) == 3
 
 
 def test_plan_names_every_stage_that_runs(artifact: Artifact) -> None:

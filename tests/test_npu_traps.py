@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.resnet import TemporalResnetBlock
 from torch import Tensor, nn
 
 pytest.importorskip("aimet_torch")
@@ -17,7 +19,7 @@ from mobilevd_deploy import quantize
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.onnx_export import MODEL
 from mobilevd_deploy.probe import sqnr_db
-from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target
+from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target, lint
 from mobilevd_deploy.quantize import quantise
 from mobilevd_deploy.recipe import NpuOptions, QuantRule, load_recipe
 
@@ -64,6 +66,36 @@ def norm(channels: int) -> nn.Module:
 @pytest.mark.parametrize("shape", [(14, 64, 8, 16), (7, 192, 2, 4), (7, 160, 4, 8)])
 def test_silu_behind_a_group_norm_is_right(shape: Shape, tmp_path: Path) -> None:
     assert agreement(tmp_path, nn.Sequential(norm(shape[1]), ops.SiLU()), shape) > 60
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 16, 8), (1, 32, 64, 4), (1, 32, 128, 7)])
+def test_silu_behind_groups_of_one_channel_is_still_wrong_on_narrow_maps(
+    shape: Shape, tmp_path: Path
+) -> None:
+    """If this fails, the compiler was mended: lint's rule can go, and the rows of `TemporalResBlock`."""
+    assert agreement(tmp_path, nn.Sequential(norm(32), ops.SiLU()), shape) < 20
+    (finding,) = lint(tmp_path / MODEL, float16=False)
+    assert (finding.rule, finding.where) == ("silu", "1.sigmoid/Sigmoid")
+    assert finding.next_step
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 16, 9), (4, 32, 8, 8), (4, 32, 12, 4), (4, 64, 16, 8)])
+def test_silu_is_right_beside_that(shape: Shape, tmp_path: Path) -> None:
+    assert agreement(tmp_path, nn.Sequential(norm(shape[1]), ops.SiLU()), shape) > 60
+    assert lint(tmp_path / MODEL, float16=False) == ()
+
+
+@pytest.mark.parametrize("channels", [32, 64])
+@pytest.mark.parametrize("temporal_conv", ["rows", "columns"])
+def test_temporal_resblocks_are_right(
+    channels: int, temporal_conv: Literal["rows", "columns"], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    block = TemporalResnetBlock(channels, channels, temb_channels=None)
+    module = ops.TemporalResBlock(
+        block, dataclasses.replace(RECIPE.graph, temporal_conv=temporal_conv)
+    ).eval()
+    assert agreement(tmp_path, module, (7, channels, 8, 16), 0) > 60
 
 
 def test_the_plain_product_is_still_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

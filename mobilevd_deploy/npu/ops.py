@@ -339,12 +339,14 @@ class ResBlock(nn.Module):
 class TemporalResBlock(nn.Module):
     """diffusers' TemporalResnetBlock without embedding; `weight` scales its residual.
 
-    Frames are rows of (1, C, T, H W) or columns of (1, C, H W, T), as the recipe says.
+    Frames are rows of (1, C, T, H W) or columns of (1, C, H W, T), as the recipe says. They are rows where a
+    group of the norms has one channel: with up to 8 columns the compiler gets the SiLU wrong (lint's "silu").
     """
 
     def __init__(self, block: Any, forms: GraphForms, weight: float = 1.0) -> None:
         super().__init__()
-        self.columns = forms.temporal_conv == "columns"
+        grouped = block.norm1.num_channels > block.norm1.num_groups
+        self.columns = forms.temporal_conv == "columns" and grouped
         self.norm1, self.norm2 = group_norm(block.norm1, forms), group_norm(block.norm2, forms)
         self.act1, self.act2 = SiLU(), SiLU()
         self.conv1, self.conv2 = temporal_conv(block.conv1), temporal_conv(block.conv2)
