@@ -22,8 +22,17 @@ from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.npu.encoders import Resize
 from mobilevd_deploy.passes import PASSES, SubPixelUpsampling
 from mobilevd_deploy.probe import sqnr_db
-from mobilevd_deploy.recipe import GraphForms
-from mobilevd_deploy.spec import DecoderSpec, ImageEncoderSpec, ModelSpec, StepSpec, UNetSpec, VaeEncoderSpec
+from mobilevd_deploy.recipe import GraphForms, load_recipe
+from mobilevd_deploy.skeleton import deploy_skeleton
+from mobilevd_deploy.spec import (
+    DecoderSpec,
+    ImageEncoderSpec,
+    ModelSpec,
+    StepSpec,
+    UNetSpec,
+    VaeEncoderSpec,
+    load_preset,
+)
 
 # What may stand between two modules of the deploy form: values pass through these unchanged.
 MOVES = {"view", "reshape", "flatten", "permute", "transpose", "slice", "clone"}
@@ -250,3 +259,9 @@ def test_unet_needs_its_passes_and_is_then_exact(wrapped: bool) -> None:
             step.apply(unet)
     built = build_npu("unet", deploy_contract(unet) if wrapped else unet, SVD, EXTREMES[0])
     assert sqnr_db(wanted, built(*feed)) >= 200
+
+
+def test_a_temporal_decoder_has_a_skeleton() -> None:
+    """A large network's steps build every component without weights first."""
+    network = deploy_skeleton("decoder", load_preset("svd-lowres").model, load_recipe("xiaomi-14-pro"))
+    assert all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))

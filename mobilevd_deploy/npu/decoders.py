@@ -132,7 +132,7 @@ def _up_block(block: UpBlockTemporalDecoder, frames: int, forms: GraphForms) -> 
 def _video_res_block(block: SpatioTemporalResBlock, frames: int, forms: GraphForms) -> nn.Sequential:
     # The blend is x_s + w r_t; asked for a blend of 0 and 1, diffusers' own module tells w.
     zero = torch.zeros_like(block.time_mixer.mix_factor)
-    weight = float(block.time_mixer(zero, zero + 1))
+    weight = block.time_mixer(zero, zero + 1).reshape(())
     layers: dict[str, nn.Module] = {
         "spatial_res_block": over_frames(ResBlock(block.spatial_res_block, forms), frames, forms),
         "temporal_res_block": TemporalResBlock(block.temporal_res_block, forms, weight),

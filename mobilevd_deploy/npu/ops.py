@@ -343,14 +343,14 @@ class TemporalResBlock(nn.Module):
     group of the norms has one channel: with up to 8 columns the compiler gets the SiLU wrong (lint's "silu").
     """
 
-    def __init__(self, block: Any, forms: GraphForms, weight: float = 1.0) -> None:
+    def __init__(self, block: Any, forms: GraphForms, weight: Tensor | None = None) -> None:
         super().__init__()
         grouped = block.norm1.num_channels > block.norm1.num_groups
         self.columns = forms.temporal_conv == "columns" and grouped
         self.norm1, self.norm2 = group_norm(block.norm1, forms), group_norm(block.norm2, forms)
         self.act1, self.act2 = SiLU(), SiLU()
         self.conv1, self.conv2 = temporal_conv(block.conv1), temporal_conv(block.conv2)
-        if weight != 1.0:
+        if weight is not None:
             assert self.conv2.bias is not None
             self.conv2 = conv2d(weight * self.conv2.weight, weight * self.conv2.bias, padding=(1, 0))
         if self.columns:
