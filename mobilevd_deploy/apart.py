@@ -60,7 +60,7 @@ def _run_apart(
     name: str, function: Callable[..., Any], arguments: tuple[Any, ...], progress: Progress
 ) -> tuple[Any, int]:
     ours, theirs = Pipe()
-    code = f"from mobilevd_deploy.apart import _child_main; _child_main({theirs.fileno()})"
+    code = f"from mobilevd_deploy.apart import _child_main; _child_main({theirs.fileno()}, {os.getpid()})"
     with (
         ours,
         subprocess.Popen(
@@ -108,9 +108,9 @@ class _Teller(Progress):
         self._parent.send(("say", sentence, 0))
 
 
-def _child_main(descriptor: int) -> None:
+def _child_main(descriptor: int, parent_pid: int) -> None:
     """Receive a function and its arguments, send back what it tells and returns."""
-    die_with_parent()
+    die_with_parent(parent_pid)
     parent = Connection(descriptor)
     kind: Literal["result", "error"]
     try:
@@ -132,10 +132,12 @@ def own_python(code: str) -> list[str]:
     return [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {path!r}\n{code}"]
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent_pid: int) -> None:
     """Linux: have this process killed when its parent ends, since nobody waits for an orphan's gigabytes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:  # it ended before it was asked for
+            os._exit(1)
 
 
 def reset_peak() -> None:

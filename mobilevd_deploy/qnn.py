@@ -573,7 +573,7 @@ def _run_child(
 ) -> _Ran:
     """Run a job with `folder` as its working folder; `what` begins every error."""
     _check_installed()
-    code = "from mobilevd_deploy.qnn import _child_main; _child_main(sys.argv[1])"
+    code = f"from mobilevd_deploy.qnn import _child_main; _child_main(sys.argv[1], {os.getpid()})"
     begun, log = time.monotonic(), _Log(progress or Progress())
     with subprocess.Popen(
         [*own_python(code), json.dumps(job)],
@@ -678,9 +678,9 @@ def _during(log: _Log) -> str:
 # ---- the child process, from inside ----
 
 
-def _child_main(job: str) -> None:
+def _child_main(job: str, parent_pid: int) -> None:
     """Do a job and write result.json into the working folder."""
-    die_with_parent()
+    die_with_parent(parent_pid)
     try:
         result = _do(json.loads(job))
     except BaseException as error:  # reported by the parent, in its own words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,8 +64,26 @@ def fill(megabytes: int, progress: Progress) -> float:
     return float(np.ones(megabytes * 2**17).sum())
 
 
-def sleep(progress: Progress) -> None:
+def sleep(begun: Path, progress: Progress) -> None:
+    begun.touch()
     time.sleep(600)
+
+
+def child_of(pid: int) -> int | None:
+    """The process of a step that runs; what torch's import starts for a moment is none."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if "_child_main" in Path(f"/proc/{child}/cmdline").read_text():
+                return int(child)
+    return None
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; where nobody collects orphans, what is left of one is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def test_here_and_apart_give_the_same(capfd: pytest.CaptureFixture[str]) -> None:
@@ -108,22 +127,34 @@ def test_a_death_is_named() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
-def test_a_step_does_not_outlive_its_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["as the child starts", "as the step runs"])
+def test_a_step_does_not_outlive_its_parent(tmp_path: Path, killed: str) -> None:
+    begun = tmp_path / "begun"
     code = (
-        "from tests.test_apart import sleep\nfrom mobilevd_deploy.apart import Steps\n"
-        "from mobilevd_deploy.progress import Progress\nSteps(True, Progress()).run('sleep', sleep)"
+        "from pathlib import Path\nfrom tests.test_apart import sleep\n"
+        "from mobilevd_deploy.apart import Steps\nfrom mobilevd_deploy.progress import Progress\n"
+        f"Steps(True, Progress()).run('sleep', sleep, Path({str(begun)!r}))"
     )
     root = Path(__file__).parents[1]
-    with subprocess.Popen([*own_python(f"import sys; sys.path.insert(0, {str(root)!r})\n{code}")]) as parent:
-        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-        until = time.monotonic() + 60
-        while not (found := children.read_text().split()) and time.monotonic() < until:
-            time.sleep(0.05)
+    until = time.monotonic() + 120
+    parent = subprocess.Popen([*own_python(f"import sys; sys.path.insert(0, {str(root)!r})\n{code}")])
+    try:
+        while (child := child_of(parent.pid)) is None and time.monotonic() < until:
+            time.sleep(0.001)
+        assert child is not None
+        if killed == "as the child starts":
+            os.kill(child, signal.SIGSTOP)  # before it asks for the promise
+            time.sleep(0.5)  # the parent sends it the step meanwhile
+        while killed == "as the step runs" and not begun.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+    finally:
         parent.kill()
-    (child,) = found
-    while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        parent.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGCONT)
+    while not is_gone(child) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not Path(f"/proc/{child}").exists()
+    assert is_gone(child)
 
 
 def test_a_large_network_is_exported_step_by_step(
