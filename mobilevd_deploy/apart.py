@@ -1,8 +1,10 @@
 """Work in a process of its own, whose memory goes when it ends and whose peak is known.
 
 Steps          runs the steps of a stage: here, or, for a large network, each in a child process
+side_by_side   runs tasks that wait for such a process, as many at a time as memory allows
 own_python     command line of a child that finds the modules that this process would
 peak_bytes     peak resident memory of a process
+memory_bytes   memory of the machine, and what is free of it
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -126,6 +131,43 @@ def _child_main(descriptor: int, parent_pid: int) -> None:
     os._exit(0)
 
 
+def side_by_side(
+    tasks: Sequence[Callable[[threading.Event], T]],
+    peaks: Sequence[float],
+    *,
+    budget: float,
+    workers: int,
+) -> list[T]:
+    """Run tasks in threads, each of which waits for a process of its own; return their results in order.
+
+    Args:
+        tasks: called with an event that asks to end at once; what they raise then does not matter.
+        peaks: bytes that each will take at most. The largest begin.
+        budget: bytes that those which run at a time may take together; one alone runs whatever it takes.
+        workers: how many run at a time, at most.
+
+    Raises what the first task to fail raised, or KeyboardInterrupt, after the others have ended.
+    """
+    stop, results = threading.Event(), dict[int, T]()
+    waiting = sorted(range(len(tasks)), key=lambda i: peaks[i], reverse=True)
+    running: dict[Future[T], int] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while waiting or running:
+                left = budget - sum(peaks[i] for i in running.values())
+                fitting = [i for i in waiting if peaks[i] <= left or not running]
+                if fitting and len(running) < workers:
+                    waiting.remove(fitting[0])
+                    running[pool.submit(tasks[fitting[0]], stop)] = fitting[0]
+                    continue
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    results[running.pop(future)] = future.result()
+        except BaseException:
+            stop.set()
+            raise
+    return [results[i] for i in range(len(tasks))]
+
+
 def own_python(code: str) -> list[str]:
     """Return the command that runs Python code in a child with this process's modules, wherever it works."""
     path = [str(Path(entry).resolve()) for entry in sys.path]
@@ -163,3 +205,17 @@ def peak_bytes(pid: int | None = None) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Return all memory that this process may use, and what is free of it; a container's limit counts."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    there = page * os.sysconf("SC_PHYS_PAGES")
+    free = there
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        free = int(found[1]) * 1024 if found else there
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{n}").read_text()) for n in ("max", "current"))
+    except (OSError, ValueError):  # not Linux, or no limit ("max")
+        return there, free
+    return min(there, limit), min(free, limit - used)

@@ -12,7 +12,6 @@ Only what the recipe needs decides whether this computer is ready; the rest is f
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobilevd_deploy.apart import memory_bytes
 from mobilevd_deploy.errors import MobileVDError
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.recipe import NpuOptions, Recipe
@@ -210,17 +210,3 @@ def parameters(spec: ModelSpec, recipe: Recipe) -> int:
 
     step, _ = rewritten_skeleton(spec, rewrites(recipe))
     return sum(parameter.numel() for parameter in step.unet.parameters())
-
-
-def memory_bytes() -> tuple[int, int]:
-    """Return all memory that this process may use, and what is free of it; a container's limit counts."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    there = page * os.sysconf("SC_PHYS_PAGES")
-    free = there
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = int(found[1]) * 1024 if found else there
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{n}").read_text()) for n in ("max", "current"))
-    except (OSError, ValueError):  # not Linux, or no limit ("max")
-        return there, free
-    return min(there, limit), min(free, limit - used)

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +28,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.apart import Steps
+from mobilevd_deploy.apart import Steps, memory_bytes, side_by_side
 from mobilevd_deploy.artifact import (
     Component,
     FileEntry,
@@ -42,12 +45,12 @@ from mobilevd_deploy.media import to_uint8, write_sheet
 from mobilevd_deploy.onnx_export import DATA, MODEL
 from mobilevd_deploy.pipeline import Job, OnnxRunner, PartsRunner, run_component
 from mobilevd_deploy.probe import Tensors, psnr_db, sqnr_db
-from mobilevd_deploy.progress import Progress
-from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target, lint
+from mobilevd_deploy.progress import Progress, shares
+from mobilevd_deploy.qnn import ContextBinary, NpuSimRunner, compile_context, find_target, lint
 from mobilevd_deploy.qnn_graph import check_graph
 from mobilevd_deploy.quantize import conditioning, quantise, sensitivity
 from mobilevd_deploy.recipe import Recipe
-from mobilevd_deploy.split import Cut, parts_needed, plan_cut, write_parts
+from mobilevd_deploy.split import Cut, compiler_bytes, fewest_parts, plan_cut, write_parts
 from mobilevd_deploy.stages import StageOutput, Stages
 
 SIMULATE_UP_TO_FLOPS = 20e9
@@ -127,7 +130,15 @@ def run(
 
         return stages.run(name, inputs, act).values
 
-    run_stage("calibrate", {"pictures": pictures.sha256}, flow.calibrate, pictures)
+    def calibrate() -> StageOutput:
+        costs: dict[str, StageCost] = {}
+        for c, share in zip(components, shares(progress, [c.flops for c in components]), strict=True):
+            steps = Steps(apart, share)
+            files = steps.run(c.name, flow.answer, c, pictures)
+            costs |= steps.costs
+        return StageOutput(files, steps=costs)
+
+    stages.run("calibrate", {"pictures": pictures.sha256}, calibrate)
     drift: dict[str, dict[str, float | None]] = {}
     found = {component.name: component for component in components}
     quality = None
@@ -173,20 +184,19 @@ class _Flow:
 
     # ---- stages ----
 
-    def calibrate(self, pictures: Pictures, progress: Progress) -> StageOutput:
-        """Run the float pipeline on every picture; one file per picture holds it and all outputs."""
-        files = []
+    def answer(self, component: Component, pictures: Pictures, progress: Progress) -> tuple[Path, ...]:
+        """Run one float component on every picture; a file per picture holds it and all outputs so far."""
+        is_first, count = component == self.components[0], len(pictures.values)
+        runner = self._float_runner(component)
         for index, picture in enumerate(pictures.values):
-            job = Job(picture, index)
-            for component in self.components:
-                run_component(component, self._float_runner, [job])
             path = self._sample_path(index)
             path.parent.mkdir(parents=True, exist_ok=True)
+            job = Job(picture, index) if is_first else self._load(path)
+            run_component(component, lambda _: runner, [job])
             arrays: dict[str, Any] = {"image": job.image, **job.outputs}
             np.savez(path, **arrays)
-            files.append(path)
-            progress.advance((index + 1) / len(pictures.values))
-        return StageOutput(tuple(files))
+            progress.advance((index + 1) / count)
+        return tuple(self._sample_path(index) for index in range(count))
 
     def quantise(self, component: Component, progress: Progress) -> StageOutput:
         """Quantise one component, judge it, write its QDQ graph and what it gave for the first judge."""
@@ -272,34 +282,43 @@ class _Flow:
         rules = self.recipe.quant.of(component.name).rules if self.recipe.quant else ()
         floats = [f"{rule.modules}/*" for rule in rules if 32 in (rule.weights, rule.activations)]
         root = self.folder.artifact / component.name / target
-        files: list[Path] = []
-        parts: list[dict[str, Any]] = []
-        steps: dict[str, StageCost] = {}
+
+        def compile_part(path: Path, folder: Path, share: Progress, stop: threading.Event) -> ContextBinary:
+            assert self.recipe.npu is not None
+            chip, float16 = find_target(target), not quantised
+            made = compile_context(
+                path, folder, chip, self.recipe.npu, float16=float16, progress=share, stop=stop
+            )
+            check_graph(made.graph, self._precision, [*self.recipe.npu.allow, *floats])
+            return made
+
         with self._cut(component, model / MODEL, progress) as cut:
-            for number, (path, inputs, outputs) in enumerate(cut, start=1):
-                made = compile_context(
-                    path,
-                    root / f"{number}of{len(cut)}" if len(cut) > 1 else root,
-                    find_target(target),
-                    self.recipe.npu,
-                    float16=not quantised,
-                    progress=progress,
-                )
-                check_graph(made.graph, self._precision, [*self.recipe.npu.allow, *floats])
-                files += [made.wrapper, made.context]
-                part = f" part {number} of {len(cut)}" if len(cut) > 1 else ""
-                steps["compiler" + part] = StageCost(round(made.seconds, 3), made.peak_bytes)
-                folder = made.context.parent.relative_to(self.folder.artifact).as_posix()
-                parts.append(
-                    {
-                        "folder": folder,
-                        "inputs": inputs,
-                        "outputs": outputs,
-                        "dram_read": made.dram.read if made.dram else None,
-                        "dram_written": made.dram.written if made.dram else None,
-                    }
-                )
-        values = {"arch": made.arch, "qnn_api": made.qnn_api, "sdk": made.sdk, "parts": parts}
+            count = len(cut)
+            needed = [compiler_bytes(_shaped(path), 4 if quantised else 2) for path, _, _ in cut]
+            tasks = [
+                functools.partial(compile_part, path, root / f"{n}of{count}" if count > 1 else root, share)
+                for n, ((path, _, _), share) in enumerate(zip(cut, shares(progress, needed), strict=True), 1)
+            ]
+            # The compiler has one thread for most of its time.
+            made = side_by_side(tasks, needed, budget=memory_bytes()[1], workers=os.cpu_count() or 1)
+        parts = [
+            {
+                "folder": binary.context.parent.relative_to(self.folder.artifact).as_posix(),
+                "inputs": inputs,
+                "outputs": outputs,
+                "dram_read": binary.dram.read if binary.dram else None,
+                "dram_written": binary.dram.written if binary.dram else None,
+            }
+            for binary, (_, inputs, outputs) in zip(made, cut, strict=True)
+        ]
+        files = [path for binary in made for path in (binary.wrapper, binary.context)]
+        steps = {
+            f"compiler part {n} of {count}" if count > 1 else "compiler": StageCost(
+                round(binary.seconds, 3), binary.peak_bytes
+            )
+            for n, binary in enumerate(made, start=1)
+        }
+        values = {"arch": made[0].arch, "qnn_api": made[0].qnn_api, "sdk": made[0].sdk, "parts": parts}
         return StageOutput(tuple(files), values, steps)
 
     @contextlib.contextmanager
@@ -309,9 +328,9 @@ class _Flow:
         """Yield the files to compile with their inputs and outputs: the model, or proven parts of it."""
         assert self.recipe.npu is not None
         quantised = self.recipe.quant is not None
-        whole = onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
+        whole = _shaped(model)
         count = self.recipe.npu.parts if component.name == "unet" else 0
-        count = count or parts_needed(whole, float_bytes=4 if quantised else 2)
+        count = count or fewest_parts(whole, float_bytes=4 if quantised else 2)
         if count == 1:
             yield [(model, [t.name for t in component.inputs], [t.name for t in component.outputs])]
             return
@@ -441,6 +460,11 @@ class _Flow:
                 f"{name}: {what} gives {value:.1f} dB SQNR, the floor is {floor:g} dB",
                 next_step="calibrate with more pictures, or keep layers at 16 bit with quant.rules",
             )
+
+
+def _shaped(model: Path) -> onnx.ModelProto:
+    """Read a graph without its weights, with shapes."""
+    return onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
 
 
 def _plain(value: float) -> float | None:

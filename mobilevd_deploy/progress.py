@@ -6,8 +6,9 @@ Library code calls a `Progress`, which is silent; only the command line makes on
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -40,6 +41,29 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leave the terminal as it was, whatever happened."""
+
+
+def shares(progress: Progress, sizes: Sequence[float]) -> list[Progress]:
+    """Return a Progress for each of several tasks that run side by side, in threads, in one stage.
+
+    `sizes`: their shares of the time, in any unit.
+    """
+    lock, done = threading.Lock(), [0.0] * len(sizes)
+
+    class Share(Progress):
+        def __init__(self, number: int) -> None:
+            self._number = number
+
+        def advance(self, fraction: float) -> None:
+            with lock:
+                done[self._number] = fraction * sizes[self._number]
+                progress.advance(sum(done) / sum(sizes))
+
+        def say(self, sentence: str) -> None:
+            with lock:
+                progress.say(sentence)
+
+    return [Share(number) for number in range(len(sizes))]
 
 
 class LineProgress(Progress):

@@ -26,9 +26,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,11 +116,13 @@ def compile_context(
     memory_bytes: int | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> ContextBinary:
     """Compile an ONNX file, all of it, as <target>.onnx and <target>.bin in `folder`.
 
     `float16`: `model` is in float32 and computed in float16; else it is quantised (QDQ). Both files are made
-    aside and renamed. The graph is read back but not judged: `check_graph` does that.
+    aside and renamed. The graph is read back but not judged: `check_graph` does that. `stop` ends the
+    compiler from another thread, with CancelledError here.
 
     Raises:
         ExportError: the compiler refuses operations; they are named, with its reasons.
@@ -131,7 +135,7 @@ def compile_context(
         made = aside / "context.onnx"
         job = _compile_job(model, target, options, float16) | {"context": str(made.resolve())}
         what = f"compiling {model} for {target.name}"
-        ran = _run_child(what, job, aside, memory_bytes, timeout_s, progress)
+        ran = _run_child(what, job, aside, memory_bytes, timeout_s, progress, stop)
         wrapper, context = folder / f"{target.name}.onnx", folder / f"{target.name}.bin"
         binary, sdk = _rewrite_wrapper(made, context.name)
         soc, arch = read_target(binary)
@@ -570,6 +574,7 @@ def _run_child(
     memory_bytes: int | None,
     timeout_s: float,
     progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> _Ran:
     """Run a job with `folder` as its working folder; `what` begins every error."""
     _check_installed()
@@ -583,7 +588,7 @@ def _run_child(
         stderr=subprocess.STDOUT,
     ) as process:
         try:
-            peak = _follow(process, what, log, memory_bytes, timeout_s)
+            peak = _follow(process, what, log, memory_bytes, timeout_s, stop)
             status = process.wait()
         finally:
             process.kill()
@@ -598,7 +603,12 @@ def _run_child(
 
 
 def _follow(
-    process: subprocess.Popen[bytes], what: str, log: _Log, memory_bytes: int | None, timeout_s: float
+    process: subprocess.Popen[bytes],
+    what: str,
+    log: _Log,
+    memory_bytes: int | None,
+    timeout_s: float,
+    stop: threading.Event | None,
 ) -> int:
     """Read the child's log to its end and hold it to its limits; return its peak memory in bytes."""
     assert process.stdout is not None
@@ -613,6 +623,8 @@ def _follow(
         if log.is_refused:  # to compile the rest could take minutes, for nothing
             process.kill()
             return peak
+        if stop is not None and stop.is_set():
+            raise CancelledError(what)
         peak = max(peak, peak_bytes(process.pid))
         if memory_bytes is not None and peak > memory_bytes:
             raise ResourceError(

@@ -357,7 +357,10 @@ class _Traced(Tensor):
 
 @torch.no_grad()
 def _sources(network: nn.Module, inputs: Tensors) -> dict[str, list[str | None]]:
-    """Return, for each leaf module, which leaf module each of its inputs comes from; None: an input."""
+    """Return, for each leaf module, which leaf module each of its inputs comes from; None: an input.
+
+    Shapes tell that, so it runs on tensors without values.
+    """
     sources: dict[str, list[str | None]] = {}
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -368,8 +371,12 @@ def _sources(network: nn.Module, inputs: Tensors) -> dict[str, list[str | None]]
 
     leaves = [(path, module) for path, module in network.named_modules() if not [*module.children()]]
     hooks = [module.register_forward_hook(functools.partial(note, path)) for path, module in leaves]
+    hollow = {
+        name: tensor.to("meta") for name, tensor in chain(network.named_parameters(), network.named_buffers())
+    }
+    arguments = tuple(argument.to("meta") for argument in _arguments(inputs))
     try:
-        network(*_arguments(inputs))
+        torch.func.functional_call(network, hollow, arguments)
     finally:
         for hook in hooks:
             hook.remove()

@@ -24,6 +24,11 @@ from mobilevd_deploy.errors import ExportError
 ALLOCATION_LIMIT = 2**31
 """Bytes that one graph may allocate on the NPU; source: ai-hub-models #129, #274."""
 
+COMPILER_LIMIT = 8 * 10**9
+"""Bytes of memory that the compiler may take for one graph, so that 16 GB take two at a time. MobileVD's UNet
+in such parts is compiled in less than half the time of the whole, and moves 3 % more to and from DRAM.
+Source: benchmarks/results/parts.json."""
+
 # A cut may lie this share of a part's size away from where parts would be equal, to find a cheaper place.
 _SLACK = 0.3
 _QUANTISE, _DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
@@ -52,30 +57,62 @@ def weight_bytes(model: ModelProto, float_bytes: int) -> int:
     return sum(_constant_bytes(tensor, float_bytes) for tensor in model.graph.initializer)
 
 
-def parts_needed(model: ModelProto, float_bytes: int, limit: int = ALLOCATION_LIMIT) -> int:
-    """Return the fewest parts of equal size that stay below `limit` bytes, with a tenth to spare."""
-    return max(1, math.ceil(weight_bytes(model, float_bytes) / (0.9 * limit)))
+def compiler_bytes(model: ModelProto, float_bytes: int) -> int:
+    """About how much memory the Hexagon compiler takes for a graph whose shapes are inferred, at most.
+
+    Fits what it took for MobileVD's UNet and for parts of it: benchmarks/results/parts.json.
+    """
+    flow = _Flow(model)
+    return _compiler_bytes(flow, flow.order, float_bytes)
+
+
+def fewest_parts(model: ModelProto, float_bytes: int, limit: int = ALLOCATION_LIMIT) -> int:
+    """Return how many parts `plan_cut` has to make.
+
+    Each stays below `limit` bytes, a tenth to spare, and below `COMPILER_LIMIT` for the compiler. Raises
+    ExportError: no number of parts does.
+    """
+    flow, count = _Flow(model), 1
+    while True:
+        groups = [[i for i in part.nodes if i in flow.carrying] for part in plan_cut(model, count).parts]
+        weights = max(sum(flow.node_bytes(i, float_bytes) for i in group) for group in groups)
+        compiler = max(_compiler_bytes(flow, group, float_bytes) for group in groups)
+        if weights <= 0.9 * limit and compiler <= COMPILER_LIMIT:
+            return count
+        count += 1
+
+
+def _compiler_bytes(flow: _Flow, nodes: Sequence[int], float_bytes: int) -> int:
+    values = sum(flow.node_values(i) for i in nodes)
+    return round(0.4e9 + 1.0 * values + 4.5 * sum(flow.node_bytes(i, float_bytes) for i in nodes))
 
 
 def plan_cut(model: ModelProto, parts: int) -> Cut:
-    """Choose where to cut: near equal weights, at the place where the fewest bytes cross.
+    """Choose where to cut: into parts of about equal size, at the place where the fewest bytes cross.
+
+    A part's size is its share of all values that the graph computes, which is what the compiler's time and
+    memory go with, and its weights, as they stand in the file, over `ALLOCATION_LIMIT`.
 
     Weights need not be loaded, but shapes have to be inferred. Raises ExportError: there are too few places.
     """
     flow = _Flow(model)
     places = flow.places()
-    sizes = list(itertools.accumulate(flow.node_bytes(i) for i in flow.order))
+    values = [flow.node_values(i) for i in flow.order]
+    weights = [flow.node_bytes(i) / ALLOCATION_LIMIT for i in flow.order]
+    sizes = list(itertools.accumulate(v / sum(values) + w for v, w in zip(values, weights, strict=True)))
     total, chosen = sizes[-1], list[int]()
     for number in range(1, parts):
         ideal, slack = total * number / parts, total / parts * _SLACK
         after = chosen[-1] if chosen else -1
-        near = [place for place in places if place > after and abs(sizes[place] - ideal) <= slack]
-        if not near:
+        left = [place for place in places if place > after]
+        if not left:
             raise ExportError(
-                f"{model.graph.name}: no place to cut near {number}/{parts} of its weights",
-                next_step="ask for fewer or more parts",
+                f"{model.graph.name}: there is no place for cut {number} of {parts - 1}",
+                next_step="ask for fewer parts",
             )
-        chosen.append(min(near, key=lambda place: (places[place], abs(sizes[place] - ideal))))
+        far = {place: abs(sizes[place] - ideal) for place in left}
+        near = [place for place in left if far[place] <= slack] or [min(left, key=far.__getitem__)]
+        chosen.append(min(near, key=lambda place: (places[place], far[place])))
     bounds = list(itertools.pairwise([-1, *chosen, len(flow.order) - 1]))
     groups = [flow.order[start + 1 : stop + 1] for start, stop in bounds]
     return Cut(tuple(flow.parts(groups)), tuple(places[place] for place in chosen))
@@ -117,13 +154,21 @@ class _Flow:
                 fixed.update(node.output)
             else:
                 self.order.append(i)
+        self.carrying = frozenset(self.order)
         self._fixed = fixed
         self._is_quantised = any(graph.node[i].op_type == _QUANTISE for i in self.order)
 
-    def node_bytes(self, index: int) -> int:
+    def node_bytes(self, index: int, float_bytes: int = 4) -> int:
         """Bytes of the constants that a node reads, directly or through nodes of constants alone."""
         held = (self.constants.get(name) for name in self._needs([index]).constants)
-        return sum(_constant_bytes(tensor, 4) for tensor in held if tensor is not None)
+        return sum(_constant_bytes(tensor, float_bytes) for tensor in held if tensor is not None)
+
+    def node_values(self, index: int) -> int:
+        """How many values a node computes; quantising and back is part of the operation before."""
+        node = self.graph.node[index]
+        if node.op_type in (_QUANTISE, _DEQUANTISE):
+            return 0
+        return sum(math.prod(self.shapes[name].shape) for name in node.output if name in self.shapes)
 
     def places(self) -> dict[int, int]:
         """Return the positions in `order` behind which the graph may be cut, with the bytes that cross."""

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from mobilevd_deploy import apart
 from mobilevd_deploy import deploy as flow
-from mobilevd_deploy.apart import Steps, own_python
+from mobilevd_deploy.apart import Steps, own_python, side_by_side
 from mobilevd_deploy.errors import ExportError, ParityError, ResourceError
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.recipe import load_recipe
@@ -173,3 +174,57 @@ def test_a_large_network_is_exported_step_by_step(
     peaks = [artifact.manifest.stages[step].peak_bytes for step in steps]
     assert artifact.manifest.stages["export unet"].peak_bytes >= max(peaks) > 0
     assert apart.peak_bytes() > 0
+
+
+def test_tasks_share_a_budget() -> None:
+    lock, running, most = threading.Lock(), set[int](), list[tuple[int, ...]]()
+
+    def task(size: int) -> int:
+        with lock:
+            running.add(size)
+            most.append(tuple(sorted(running)))
+        time.sleep(0.1)
+        with lock:
+            running.remove(size)
+        return 10 * size
+
+    sizes = [1, 9, 4, 5, 2]
+    tasks = [lambda _stop, size=size: task(size) for size in sizes]  # type: ignore[misc]
+    assert side_by_side(tasks, sizes, budget=7, workers=2) == [10, 90, 40, 50, 20]
+    assert most[0] == (9,)  # the largest first, and alone, since it is over the budget
+    assert all(len(sizes) == 1 or sum(sizes) <= 7 for sizes in most)
+    assert max(len(sizes) for sizes in most) == 2
+
+
+def test_one_that_fails_ends_the_others() -> None:
+    ended = []
+
+    def fail(_stop: threading.Event) -> None:
+        raise ResourceError("no more memory")
+
+    def last(stop: threading.Event) -> None:
+        ended.append(stop.wait(60))
+        raise RuntimeError("this is not the reason")
+
+    def never(_stop: threading.Event) -> None:
+        raise AssertionError("it was not to begin")
+
+    with pytest.raises(ResourceError, match="no more memory"):
+        side_by_side([last, fail, never], [3, 2, 1], budget=10, workers=2)
+    assert ended == [True]
+
+
+def test_an_interruption_ends_all() -> None:
+    ended = []
+
+    def wait(stop: threading.Event) -> None:
+        ended.append(stop.wait(60))
+
+    def interrupt(stop: threading.Event) -> None:
+        time.sleep(0.3)  # both run, and the main thread waits
+        os.kill(os.getpid(), signal.SIGINT)
+        wait(stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side([wait, interrupt], [1, 1], budget=2, workers=2)
+    assert ended == [True, True]

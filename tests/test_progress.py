@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mobilevd_deploy.progress import LineProgress, LiveProgress, Progress, duration, make_progress
+from mobilevd_deploy.progress import LineProgress, LiveProgress, Progress, duration, make_progress, shares
 
 
 class Clock:
@@ -72,6 +72,20 @@ def test_stages_that_nobody_planned():
         "[2/2] b ...",
         "[2/2] b: 0.0 s",
     ]
+
+
+def test_tasks_side_by_side_add_up():
+    stream, clock = io.StringIO(), Clock()
+    progress = LineProgress(stream, clock)
+    progress.plan({"compile": 1})
+    progress.begin("compile")
+    large, small = shares(progress, [3, 1])
+    large.advance(0.5)
+    small.advance(1.0)
+    small.say("the small one is done")
+    clock.now += 10
+    assert progress.rest() == "about 6.0 s left"  # 5/8 are done
+    assert "the small one is done" in stream.getvalue()
 
 
 def test_the_kind_fits_the_stream():
