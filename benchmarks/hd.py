@@ -1,12 +1,13 @@
 """MobileVD's network at 1024x576, which the paper could not fit on the phone: writes results/hd.json.
 
-    python benchmarks/hd.py --work build/hd [--parts 8] [--compile 8]
+    python benchmarks/hd.py --work build/hd [--parts 24] [--compile 1 12]
 
 Drawn weights, float16 for SM8650, attention one head at a time in tiles of 256 queries. The UNet is
-rewritten, written as ONNX, linted and cut into parts of about equal weights; the parts named by --compile
-(numbers from 1, in running order) are compiled. Mapped memory is counted as the context binary and what goes
-in and out; a part that was not compiled is counted with its weights, in float16, in the binary's place.
-Parity is not run at this size (25 TFLOPs a pass); it is at 512x256, and no form depends on the size.
+rewritten, written as ONNX, linted and cut into parts of about equal work; the parts named by --compile
+(numbers from 1, in running order) are compiled, side by side. Mapped memory is counted as the context binary
+and what goes in and out; a part that was not compiled is counted with its weights, in float16, in the
+binary's place. Parity is not run at this size (25 TFLOPs a pass); it is at 512x256, and no form depends on
+the size.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ import onnx
 from _common import write_result
 from cost_growth import rewrite, write
 from full_size import run
+from parts import TARGET, compile_files
 
 from mobilevd_deploy.apart import Steps
 from mobilevd_deploy.checkpoint import open_checkpoint
-from mobilevd_deploy.errors import MobileVDError
 from mobilevd_deploy.onnx_export import MODEL
 from mobilevd_deploy.progress import make_progress
-from mobilevd_deploy.qnn import compile_context, find_target, lint
+from mobilevd_deploy.qnn import lint
 from mobilevd_deploy.recipe import Recipe, load_recipe
 from mobilevd_deploy.split import plan_cut, weight_bytes, write_parts
 
-PRESET, TARGET = "mobilevd-hd", "SM8650"
+PRESET = "mobilevd-hd"
 MAPPED_LIMIT = 3.5e9
 """Bytes that a process may map for the NPU; source: the compiler's setting memory_alloc_limit = 3584 MB."""
 
@@ -62,27 +63,11 @@ def mapped(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"mapped": {"largest_part": max(sizes), "whole": sum(sizes), "limit": MAPPED_LIMIT}}
 
 
-def compile_part(part: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Compile one part; return what it takes and moves, or why it does not compile."""
-    assert recipe.npu is not None
-    try:
-        made = compile_context(part, folder, find_target(TARGET), recipe.npu, float16=recipe.quant is None)
-    except MobileVDError as error:
-        return {"error": error.what.replace(str(folder), "")}
-    return {
-        "seconds": round(made.seconds, 1),
-        "peak_bytes": made.peak_bytes,
-        "binary_bytes": made.bytes,
-        "dram_read": made.dram.read if made.dram else None,
-        "dram_written": made.dram.written if made.dram else None,
-    }
-
-
 def main() -> None:
-    """Measure, and write the result after each compiled part."""
+    """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint and graphs; it stays")
-    parser.add_argument("--parts", type=int, default=8)
+    parser.add_argument("--parts", type=int, default=24)
     parser.add_argument("--compile", type=int, nargs="*", default=[], metavar="PART")
     parser.add_argument("--note", default="", help="what else the machine did")
     options = parser.parse_args()
@@ -124,11 +109,12 @@ def main() -> None:
             "crossing_bytes": cut.crossing_bytes,
             "parts": rows,
         }
-        for number in options.compile:
-            progress.begin(f"compile part {number}")
-            rows[number - 1] |= compile_part(files[number - 1], work / f"part{number}", recipe)
-            progress.end()
-            write_result("hd", result | mapped(rows))
+        progress.begin("compile")
+        assert recipe.npu is not None
+        made = compile_files([files[number - 1] for number in options.compile], recipe.npu, float_bytes=2)
+        progress.end()
+        for number, row in zip(options.compile, made, strict=True):
+            rows[number - 1] |= row
         print(write_result("hd", result | mapped(rows)))
 
 

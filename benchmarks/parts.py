@@ -18,6 +18,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,44 @@ from _common import RESULTS, write_result
 
 from mobilevd_deploy.apart import memory_bytes, side_by_side
 from mobilevd_deploy.artifact import Artifact
-from mobilevd_deploy.qnn import ContextBinary, compile_context, find_target
+from mobilevd_deploy.errors import MobileVDError
+from mobilevd_deploy.qnn import compile_context, find_target
 from mobilevd_deploy.recipe import NpuOptions
 from mobilevd_deploy.split import compiler_bytes, plan_cut, write_parts
 
 NAME, TARGET = "parts", "SM8650"
 ROLES = {"w8a16": ("quantised", 4), "float16": ("model", 2)}
 """Of a precision: the graph's role in the artifact, and bytes of a float in the binary."""
+
+
+def compile_files(files: Sequence[Path], options: NpuOptions, float_bytes: int) -> list[dict[str, Any]]:
+    """Compile graphs side by side; return for each what it took, and what came out or what went wrong.
+
+    `float_bytes`: 2 for graphs to compute in float16, 4 for quantised ones.
+    """
+
+    def compile_one(file: Path, expected: int, folder: Path, stop: threading.Event) -> dict[str, Any]:
+        float16, row = float_bytes == 2, {"expected_peak_bytes": expected}
+        try:
+            made = compile_context(file, folder, find_target(TARGET), options, float16=float16, stop=stop)
+        except MobileVDError as error:
+            return row | {"error": error.what.replace(str(file.parent), "")}
+        return row | {
+            "seconds": round(made.seconds, 1),
+            "peak_bytes": made.peak_bytes,
+            "binary_bytes": made.bytes,
+            "dram_read": made.dram.read if made.dram else None,
+            "dram_written": made.dram.written if made.dram else None,
+        }
+
+    graphs = [onnx.shape_inference.infer_shapes(onnx.load(f, load_external_data=False)) for f in files]
+    expected = [compiler_bytes(graph, float_bytes) for graph in graphs]
+    with tempfile.TemporaryDirectory() as name:
+        tasks = [
+            functools.partial(compile_one, file, peak, Path(name) / str(i))
+            for i, (file, peak) in enumerate(zip(files, expected, strict=True))
+        ]
+        return side_by_side(tasks, expected, budget=memory_bytes()[1], workers=os.cpu_count() or 1)
 
 
 def main() -> None:
@@ -52,42 +84,20 @@ def main() -> None:
     whole = onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
     cut = plan_cut(whole, options.parts)
     files = write_parts(model, cut) if options.parts > 1 else (model,)
-
-    def compile_one(file: Path, folder: Path, stop: threading.Event) -> ContextBinary:
-        float16 = options.precision == "float16"
-        return compile_context(file, folder, find_target(TARGET), npu, float16=float16, stop=stop)
-
-    graphs = [onnx.shape_inference.infer_shapes(onnx.load(f, load_external_data=False)) for f in files]
-    expected = [compiler_bytes(graph, float_bytes) for graph in graphs]
     begun = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            tasks = [functools.partial(compile_one, f, Path(name) / str(i)) for i, f in enumerate(files)]
-            made = side_by_side(tasks, expected, budget=memory_bytes()[1], workers=os.cpu_count() or 1)
-    finally:
-        for file in files[: len(files) if options.parts > 1 else 0]:
-            file.unlink()
+    rows = compile_files(files, npu, float_bytes)
     path = RESULTS / f"{NAME}.json"
-    rows: dict[str, Any] = json.loads(path.read_bytes())["rows"] if path.exists() else {}
-    rows[f"{options.precision}, mode {options.mode}, {options.parts} parts"] = {
+    kept: dict[str, Any] = json.loads(path.read_bytes())["rows"] if path.exists() else {}
+    kept[f"{options.precision}, mode {options.mode}, {options.parts} parts"] = {
         "seconds": round(time.monotonic() - begun, 1),
         "crossing_bytes": cut.crossing_bytes,
-        "dram_bytes": sum(m.dram.read + m.dram.written for m in made if m.dram),
-        "parts": [
-            {
-                "seconds": round(m.seconds, 1),
-                "peak_bytes": m.peak_bytes,
-                "expected_peak_bytes": bytes_,
-                "binary_bytes": m.bytes,
-                "dram_read": m.dram.read if m.dram else None,
-                "dram_written": m.dram.written if m.dram else None,
-            }
-            for m, bytes_ in zip(made, expected, strict=True)
-        ],
+        "dram_bytes": sum(row["dram_read"] + row["dram_written"] for row in rows if "error" not in row),
+        "parts": rows,
         "note": options.note,
     }
-    result = {"preset": artifact.manifest.model["name"], "target": TARGET, "sdk": made[0].sdk, "rows": rows}
-    print(write_result(NAME, result))
+    print(write_result(NAME, {"preset": artifact.manifest.model["name"], "target": TARGET, "rows": kept}))
+    for file in set(files) - {model}:
+        file.unlink()
 
 
 if __name__ == "__main__":
