@@ -30,7 +30,7 @@ from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.errors import MobileVDError
 from mobilevd_deploy.qnn import compile_context, find_target
 from mobilevd_deploy.recipe import NpuOptions
-from mobilevd_deploy.split import compiler_bytes, plan_cut, write_parts
+from mobilevd_deploy.split import compiler_bytes, compiler_work, plan_cut, write_parts
 
 NAME, TARGET = "parts", "SM8650"
 ROLES = {"w8a16": ("quantised", 4), "float16": ("model", 2)}
@@ -64,7 +64,8 @@ def compile_files(files: Sequence[Path], options: NpuOptions, float_bytes: int) 
             functools.partial(compile_one, file, peak, Path(name) / str(i))
             for i, (file, peak) in enumerate(zip(files, expected, strict=True))
         ]
-        return side_by_side(tasks, expected, budget=memory_bytes()[1], workers=os.cpu_count() or 1)
+        work = [compiler_work(graph) for graph in graphs]
+        return side_by_side(tasks, expected, work, budget=memory_bytes()[1], workers=os.cpu_count() or 1)
 
 
 def main() -> None:

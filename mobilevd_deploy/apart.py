@@ -134,6 +134,7 @@ def _child_main(descriptor: int, parent_pid: int) -> None:
 def side_by_side(
     tasks: Sequence[Callable[[threading.Event], T]],
     peaks: Sequence[float],
+    seconds: Sequence[float],
     *,
     budget: float,
     workers: int,
@@ -142,14 +143,15 @@ def side_by_side(
 
     Args:
         tasks: called with an event that asks to end at once; what they raise then does not matter.
-        peaks: bytes that each will take at most. The largest begin.
+        peaks: bytes that each will take at most.
+        seconds: how long each will take, in any unit. The longest begin.
         budget: bytes that those which run at a time may take together; one alone runs whatever it takes.
         workers: how many run at a time, at most.
 
     Raises what the first task to fail raised, or KeyboardInterrupt, after the others have ended.
     """
     stop, results = threading.Event(), dict[int, T]()
-    waiting = sorted(range(len(tasks)), key=lambda i: peaks[i], reverse=True)
+    waiting = sorted(range(len(tasks)), key=lambda i: seconds[i], reverse=True)
     running: dict[Future[T], int] = {}
     with ThreadPoolExecutor(workers) as pool:
         try:

@@ -50,7 +50,7 @@ from mobilevd_deploy.qnn import ContextBinary, NpuSimRunner, compile_context, fi
 from mobilevd_deploy.qnn_graph import check_graph
 from mobilevd_deploy.quantize import conditioning, quantise, sensitivity
 from mobilevd_deploy.recipe import Recipe
-from mobilevd_deploy.split import Cut, compiler_bytes, fewest_parts, plan_cut, write_parts
+from mobilevd_deploy.split import Cut, compiler_bytes, compiler_work, fewest_parts, plan_cut, write_parts
 from mobilevd_deploy.stages import StageOutput, Stages
 
 SIMULATE_UP_TO_FLOPS = 20e9
@@ -294,13 +294,15 @@ class _Flow:
 
         with self._cut(component, model / MODEL, progress) as cut:
             count = len(cut)
-            needed = [compiler_bytes(_shaped(path), 4 if quantised else 2) for path, _, _ in cut]
+            graphs = [_shaped(path) for path, _, _ in cut]
+            needed = [compiler_bytes(graph, 4 if quantised else 2) for graph in graphs]
+            work = [compiler_work(graph) for graph in graphs]
             tasks = [
                 functools.partial(compile_part, path, root / f"{n}of{count}" if count > 1 else root, share)
-                for n, ((path, _, _), share) in enumerate(zip(cut, shares(progress, needed), strict=True), 1)
+                for n, ((path, _, _), share) in enumerate(zip(cut, shares(progress, work), strict=True), 1)
             ]
             # The compiler has one thread for most of its time.
-            made = side_by_side(tasks, needed, budget=memory_bytes()[1], workers=os.cpu_count() or 1)
+            made = side_by_side(tasks, needed, work, budget=memory_bytes()[1], workers=os.cpu_count() or 1)
         parts = [
             {
                 "folder": binary.context.parent.relative_to(self.folder.artifact).as_posix(),

@@ -129,8 +129,9 @@ class NpuOptions:
 
     `targets` are part numbers of devices.toml ("SM8650"). `optimization_mode` is QNN's
     htp_graph_finalization_optimization_mode. `parts`: how many the UNet is cut into; 0, as for the other
-    components: as few as stay below 2 GiB each, and below 8 GB for the compiler. Operations that run in float32 although the graph asks for
-    integers, or tensors narrower than asked, fail the export unless their name matches `allow`.
+    components: as few as stay below 2 GiB each, and below 8 GB for the compiler. Operations that run in
+    float32 although the graph asks for integers, or tensors narrower than asked, fail the export unless their
+    name matches `allow`.
     """
 
     targets: tuple[str, ...] = ("SM8650",)

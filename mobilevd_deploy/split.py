@@ -66,6 +66,12 @@ def compiler_bytes(model: ModelProto, float_bytes: int) -> int:
     return _compiler_bytes(flow, flow.order, float_bytes)
 
 
+def compiler_work(model: ModelProto) -> int:
+    """How many values a graph computes whose shapes are inferred: what the compiler's time goes with."""
+    flow = _Flow(model)
+    return sum(flow.node_values(i) for i in flow.order)
+
+
 def fewest_parts(model: ModelProto, float_bytes: int, limit: int = ALLOCATION_LIMIT) -> int:
     """Return how many parts `plan_cut` has to make.
 

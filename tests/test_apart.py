@@ -190,8 +190,8 @@ def test_tasks_share_a_budget() -> None:
 
     sizes = [1, 9, 4, 5, 2]
     tasks = [lambda _stop, size=size: task(size) for size in sizes]  # type: ignore[misc]
-    assert side_by_side(tasks, sizes, budget=7, workers=2) == [10, 90, 40, 50, 20]
-    assert most[0] == (9,)  # the largest first, and alone, since it is over the budget
+    assert side_by_side(tasks, sizes, sizes, budget=7, workers=2) == [10, 90, 40, 50, 20]
+    assert most[0] == (9,)  # the longest first, and alone, since it is over the budget
     assert all(len(sizes) == 1 or sum(sizes) <= 7 for sizes in most)
     assert max(len(sizes) for sizes in most) == 2
 
@@ -210,7 +210,7 @@ def test_one_that_fails_ends_the_others() -> None:
         raise AssertionError("it was not to begin")
 
     with pytest.raises(ResourceError, match="no more memory"):
-        side_by_side([last, fail, never], [3, 2, 1], budget=10, workers=2)
+        side_by_side([last, fail, never], [1, 1, 1], [3, 2, 1], budget=10, workers=2)
     assert ended == [True]
 
 
@@ -226,5 +226,5 @@ def test_an_interruption_ends_all() -> None:
         wait(stop)
 
     with pytest.raises(KeyboardInterrupt):
-        side_by_side([wait, interrupt], [1, 1], budget=2, workers=2)
+        side_by_side([wait, interrupt], [1, 1], [1, 1], budget=2, workers=2)
     assert ended == [True, True]
