@@ -22,7 +22,7 @@ from mobilevd_deploy.errors import ArtifactError, MobileVDError, UsageError, Ven
 
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact import Artifact
-    from mobilevd_deploy.hub import Run
+    from mobilevd_deploy.hub import Hub, Run
     from mobilevd_deploy.profiles import Profile
     from mobilevd_deploy.progress import Progress
 
@@ -609,7 +609,7 @@ def profile(
             outcome = hub.profile_on_hub(
                 opened,
                 None if resume else request,
-                hub.Hub.open(progress),
+                _open_hub(),
                 progress,
                 wait=not no_wait,
             )
@@ -619,7 +619,7 @@ def profile(
         _show_profiles(_estimate(str(opened.root), device, error), as_json)
         return
     except KeyboardInterrupt:
-        go_on = f"mobilevd-deploy profile {opened.root} --resume"
+        go_on = hub.resume_command(opened)
         _fail("interrupted; jobs that were submitted go on without us", go_on, 130, as_json)
         return
     if not no_wait:
@@ -628,7 +628,7 @@ def profile(
         _print_json(dataclasses.asdict(outcome.run))
     else:
         _print_rich(_job_table([outcome.run]))
-        print(f"fetch the results with: mobilevd-deploy profile {opened.root} --resume")
+        print(f"fetch the results with: {hub.resume_command(opened)}")
 
 
 @app.command(epilog="Example: [bold]mobilevd-deploy report build/clip-model[/]")
@@ -781,8 +781,7 @@ def jobs(
     from mobilevd_deploy.artifact import Artifact, find_newest
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
-    with _progress(as_json) as progress:
-        runs = hub.refresh_jobs(opened, None if offline else hub.Hub.open(progress))
+    runs = hub.refresh_jobs(opened, None if offline else _open_hub())
     if as_json:
         _print_json([dataclasses.asdict(run) for run in runs])
         return
@@ -801,12 +800,7 @@ def devices(
     from mobilevd_deploy.devices import find, list_devices, render_devices
 
     chip = find(name).chip.name if name else None
-    hosted = None
-    if from_hub:
-        from mobilevd_deploy.hub import Hub
-
-        with _progress(as_json) as progress:
-            hosted = Hub.open(progress).devices()
+    hosted = _open_hub().devices() if from_hub else None
     rows = [row for row in list_devices(hosted) if chip in (None, row["chipset"])]
     if as_json:
         _print_json(rows)
@@ -959,6 +953,16 @@ def _progress(quiet: bool) -> Progress:
 
 def _print_json(values: Any) -> None:
     print(json.dumps(values, indent=2, default=str, allow_nan=False))
+
+
+def _open_hub() -> Hub:
+    """Open the hub's client; that others can read the token is said however quiet the rest is to be."""
+    from mobilevd_deploy.hub import Hub
+
+    opened = Hub.open()
+    if opened.exposed:
+        print(f"warning: {': '.join(opened.exposed)}", file=sys.stderr)
+    return opened
 
 
 def _print_rich(renderable: Any) -> None:

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -179,13 +179,12 @@ def total_ms(components: Sequence[ComponentProfile]) -> float | None:
     return sum(medians) if len(medians) == len(components) else None
 
 
-def runtime_notes(artifact: Artifact, runtime: str | None, whose: str) -> Iterator[str]:
-    """Compare the QAIRT that compiled an artifact with the one that ran it; one sentence where they differ.
+def runtime_notes(compiled: Iterable[str], runtime: str | None, whose: str) -> Iterator[str]:
+    """Compare the QAIRTs that compiled binaries with the one that ran them; a sentence where they differ.
 
-    `runtime` is a version such as "2.51.0" or "v2.51.0.260929181845", None where nobody knows it.
+    A version is like "2.51.0" or "v2.51.0.260929181845"; `runtime` is None where nobody knows it.
     """
-    compiled = {binary.sdk for component in artifact.manifest.components for binary in component.npu}
-    for sdk in sorted(compiled):
+    for sdk in sorted(set(compiled)):
         if runtime is None or version(sdk) == version(runtime):
             continue
         said = f"compiled with QAIRT {_plain_version(sdk)}, run with {_plain_version(runtime)} ({whose})"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import zipfile
 from pathlib import Path
@@ -79,8 +80,7 @@ class Runner:
     def __call__(self, request, *, wait=True):
         progress = LineProgress(self.said)
         try:
-            hub = Hub.open(progress)
-            return profile_on_hub(self.artifact, request, hub, progress, wait=wait, poll_seconds=0.01)
+            return profile_on_hub(self.artifact, request, Hub.open(), progress, wait=wait, poll_seconds=0.01)
         except BaseException as error:
             told = traceback.TracebackException.from_exception(error, capture_locals=True)
             self.trace += "".join(told.format())
@@ -322,6 +322,14 @@ def test_versions_of_both_sides_are_recorded_and_a_mismatch_explained(own, serve
 
 
 def test_the_hubs_compiler_starts_from_the_quantised_graph_or_from_aimets_encodings(run, server, tmp_path):
+def test_a_mismatch_is_explained_where_the_hub_compiled_too(run, server):
+    for runtime, explained in (("2.49.0", True), ("2.99.0", False)):
+        server.qairt = {runtime: ("default",)}
+        ((_, profile),) = run(ONE).profiles
+        words = "compiled with QAIRT 2.99.0, run with 2.49.0 (the hub's): an older runtime may refuse"
+        assert any(words in note for note in profile.notes) == explained
+
+
     with PartialArtifact(tmp_path / "quantised") as partial:
         manifest = build(partial.artifact)
         folder = partial.artifact / "unet" / "quantised"
@@ -451,10 +459,15 @@ def test_garbage_is_an_error_or_nothing_but_never_a_crash(run, server, pattern, 
 
 
 @pytest.mark.parametrize(("status", "words"), [(429, "wants fewer calls"), (503, "service is down")])
-def test_a_service_that_stays_away_is_one_clear_error(run, server, status, words):
-    """Longer faults: benchmarks/hub_faults.py."""
-    # Retry-After shortens what the client would wait between its seven tries.
-    server.faults.append(Fault("GET .*devices", status=status, headers={"Retry-After": "1"}))
+@pytest.fixture
+def hurried(monkeypatch):
+    """The client tries as often as ever, but waits no time in between; benchmarks/hub_faults.py lets it."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+
+
+def test_a_service_that_stays_away_is_one_clear_error(run, server, hurried, status, words):
+    server.faults.append(Fault("GET .*devices", status=status))
     with pytest.raises(VendorError, match=words) as caught:
         run(ONE)
     assert "the same command again" in caught.value.next_step  # there is nothing to resume yet
@@ -462,6 +475,27 @@ def test_a_service_that_stays_away_is_one_clear_error(run, server, status, words
 
 
 def test_a_page_instead_of_an_answer_is_an_error(run, server):
+@pytest.mark.parametrize("pattern", ["POST .*jobs", "GET .*jobs/j0002"])
+@pytest.mark.parametrize(
+    ("status", "words"), [(429, "wants fewer calls"), (500, "service is down"), (None, "cannot be reached")]
+)
+def test_a_fault_that_lasts_is_one_clear_error_and_resume_goes_on(
+    run, server, hurried, pattern, status, words
+):
+    """While submitting and while waiting; None: the service dies."""
+    server.faults.append(Fault(pattern, status=status, after=1, act=None if status else server.stop))
+    with pytest.raises(VendorError, match=words) as caught:
+        run(ONE)
+    assert "--resume" in caught.value.next_step
+    server.faults.clear()
+    server.stop()
+    server.start()
+    ((_, profile),) = run(None).profiles
+    assert profile.total_ms == 3.0
+    assert len(server.uploaded) == 1
+    assert [job.kind for job in server.jobs.values()] == ["compile_job", "profile"]
+
+
     server.faults.append(
         Fault("GET .*devices", status=200, body="<html>", headers={"Content-Type": "text/html"})
     )
@@ -592,14 +626,6 @@ def test_a_store_that_dies_in_mid_upload_and_comes_back(run, server):
     assert len(server.uploaded) == 1
 
 
-def test_a_token_file_that_others_can_read_is_warned_about(run, configured):
-    run(ONE, wait=False)
-    assert "warning" not in run.said.getvalue()
-    configured.chmod(0o644)
-    run(ONE, wait=False)
-    assert f"chmod 600 {configured}" in run.said.getvalue()
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -723,6 +749,17 @@ def test_ctrl_c_says_how_to_go_on_and_the_words_are_true(command, artifact, serv
 
 
 def test_without_a_token_it_estimates_and_says_that_nothing_was_measured(command, configured, tmp_path):
+def test_a_refusal_says_how_to_go_on_and_the_words_are_true(command, artifact, server):
+    server.faults.append(Fault("POST .*jobs", status=400, times=1))
+    options = ("--device", S24, "--compile-on", "hub", "--components", "unet")
+    code, _, err = command("profile", artifact.root, *options)
+    assert code == 3
+    words = re.search(r"next: mobilevd-deploy (.*), which uploads nothing again", err)[1].split()
+    assert words == ["profile", str(artifact.root), "--resume"]
+    assert command(*words)[0] == 0
+    assert len(server.uploaded) == 1
+
+
     configured.unlink()
     manifest = build(tmp_path / "scratch")
     with PartialArtifact(tmp_path / "full") as partial:
