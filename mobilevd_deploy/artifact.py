@@ -748,14 +748,17 @@ def find_newest(folder: Path, depth: int = 3) -> Artifact:
 class DiffRow:
     """One quantity of two artifacts, of a component or, where that is None, of the whole.
 
-    `quantity` is "bytes", "parameters", "flops", "ops.<type>" or "drift_db.<stage>". None means that the side
-    does not have it; a drift of inf means identical outputs.
+    `quantity` is "bytes", "parameters", "flops", "ops.<type>", "drift_db.<stage>" or "ms.<source>.<device>".
+    None means that the side does not have it; a drift of inf means identical outputs. The errors are those of
+    estimates.
     """
 
     component: str | None
     quantity: str
     a: float | None
     b: float | None
+    a_error_percent: float | None = None
+    b_error_percent: float | None = None
 
 
 def diff(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:

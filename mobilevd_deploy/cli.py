@@ -486,9 +486,8 @@ def diff(
     table = Table("component", "quantity", str(a), str(b), "change", title_justify="left")
     for row in rows:
         if all_rows or row.a != row.b:
-            table.add_row(
-                row.component or "whole", row.quantity, _number(row.a), _number(row.b), _change(row.a, row.b)
-            )
+            sides = (_number(row.a, row.a_error_percent), _number(row.b, row.b_error_percent))
+            table.add_row(row.component or "whole", row.quantity, *sides, _change(row.a, row.b))
     _print_rich(table if table.row_count else "no difference in size, parameters, FLOPs, ops, drift or time")
 
 
@@ -1068,10 +1067,11 @@ def _job_table(runs: Sequence[Run]) -> Any:
     return table
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, error_percent: float | None = None) -> str:
     if value is None or value == math.inf:
         return "-" if value is None else "identical"
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+    spread = "" if error_percent is None else f" ± {error_percent:.0f} %"
+    return (f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}") + spread
 
 
 def _change(a: float | None, b: float | None) -> str:
