@@ -726,10 +726,10 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def find_newest(folder: Path, depth: int = 3) -> Artifact:
+def find_newest(folder: Path, depth: int = 3, *, advice: str = "name one as the argument") -> Artifact:
     """Return the artifact that was written last in `folder` or up to `depth` levels below; none hidden.
 
-    Raises UsageError if there is none, ArtifactError if the newest is damaged.
+    Raises UsageError with `advice` if there is none, ArtifactError if the newest is damaged.
     """
     found: list[Path] = []
     level = [folder]
@@ -739,7 +739,7 @@ def find_newest(folder: Path, depth: int = 3) -> Artifact:
     if not found:
         raise UsageError(
             f"no artifact in {folder} or up to {depth} levels below",
-            next_step="name one with --artifact, or make one with mobilevd-deploy export",
+            next_step=f"{advice}, or make one with mobilevd-deploy export",
         )
     return Artifact.open(max(found, key=lambda path: (path / MANIFEST).stat().st_mtime))
 

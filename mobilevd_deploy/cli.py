@@ -272,7 +272,7 @@ def generate(
         media.check_sheet_path(sheet)
     if frames_dir:
         media.check_frames_folder(frames_dir)
-    opened = Artifact.open(artifact) if artifact else find_newest(Path())
+    opened = Artifact.open(artifact) if artifact else find_newest(Path(), advice="name one with --artifact")
     spec = opened.manifest.pipeline
     picture = media.read_picture(image, spec.width, spec.height)
     with _progress(quiet or as_json) as progress:
@@ -499,7 +499,8 @@ def profile(
     artifact: Annotated[
         str | None,
         typer.Argument(
-            help="An exported artifact; for --estimate also a preset. [default: the newest here]",
+            help="An exported artifact; a preset, or its TOML file, is estimated. "
+            "[default: the newest artifact here]",
             show_default=False,
         ),
     ] = None,
@@ -579,13 +580,18 @@ def profile(
             "--device, --compile-on, --check and --no-wait are AI Hub's", next_step="leave them out"
         )
     if estimate:
-        _show_profiles(_estimate(artifact, device), as_json)
+        with _progress(quiet or as_json) as progress:
+            found = _estimate(artifact, device, progress)
+        _show_profiles(found, as_json)
         return
-    if artifact in preset_names() and not (hub_only or resume or host or adb is not None):
+    is_preset = artifact is not None and (artifact in preset_names() or Path(artifact).suffix == ".toml")
+    if is_preset and not (hub_only or resume or host or adb is not None):
         unmeasured = VendorError(
-            f"{artifact} is a preset", next_step="mobilevd-deploy export makes an artifact of a checkpoint"
+            f"{artifact} is a preset",
+            next_step="mobilevd-deploy export makes an artifact of a checkpoint, which profile measures: "
+            "through AI Hub with a token (qai-hub configure --api_token TOKEN), or on a phone with --adb",
         )
-        _show_profiles(_estimate(artifact, device, unmeasured), as_json)
+        _show_profiles(_estimate(artifact, device, unmeasured=unmeasured), as_json)
         return
     names = tuple(name.strip() for name in components.split(",")) if components else ()
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
@@ -615,7 +621,7 @@ def profile(
     except hub.NotConfiguredError as error:
         if resume:
             raise
-        _show_profiles(_estimate(str(opened.root), device, error), as_json)
+        _show_profiles(_estimate(str(opened.root), device, unmeasured=error), as_json)
         return
     except KeyboardInterrupt:
         go_on = hub.resume_command(opened)
@@ -950,10 +956,6 @@ def _progress(quiet: bool) -> Progress:
     return make_progress(quiet=quiet)
 
 
-def _print_json(values: Any) -> None:
-    print(json.dumps(values, indent=2, default=str, allow_nan=False))
-
-
 def _open_hub() -> Hub:
     """Open the hub's client; that others can read the token is said however quiet the rest is to be."""
     from mobilevd_deploy.hub import Hub
@@ -964,6 +966,10 @@ def _open_hub() -> Hub:
     return opened
 
 
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2, default=str, allow_nan=False))
+
+
 def _print_rich(renderable: Any) -> None:
     from rich.console import Console
 
@@ -972,20 +978,28 @@ def _print_rich(renderable: Any) -> None:
 
 
 def _estimate(
-    artifact: str | None, devices: list[str] | None, unmeasured: VendorError | None = None
+    artifact: str | None,
+    devices: list[str] | None,
+    progress: Progress | None = None,
+    unmeasured: VendorError | None = None,
 ) -> list[tuple[Path | None, Profile]]:
     """Estimate on every device; of an artifact it is stored. `unmeasured`: why nothing could be measured."""
     from mobilevd_deploy.artifact import MANIFEST, Artifact, find_newest
+    from mobilevd_deploy.devices import find
     from mobilevd_deploy.estimate import estimate_profile
     from mobilevd_deploy.profiles import profiles_dir, save_profile
 
-    what: Artifact | str
-    if artifact is None:
-        what = find_newest(Path())
-    else:
-        what = Artifact.open(artifact) if (Path(artifact) / MANIFEST).exists() else artifact
     if not devices:
         raise UsageError("no device is named", next_step='for example --device "Xiaomi 14 Pro"')
+    for device in devices:
+        find(device)  # a misspelt name is the first thing to mend, whatever else is missing
+    what: Artifact | str
+    if artifact is None:
+        what = find_newest(Path(), advice="name one, or a preset such as mobilevd, as the argument")
+        if progress:
+            progress.say(f"estimating {what.root}")
+    else:
+        what = Artifact.open(artifact) if (Path(artifact) / MANIFEST).exists() else artifact
     found: list[tuple[Path | None, Profile]] = []
     for device in devices:
         try:
@@ -994,7 +1008,7 @@ def _estimate(
             if unmeasured is None:
                 raise
             reasons = f"{unmeasured.what}, and there is no estimate: {error.what}"
-            raise VendorError(reasons, next_step=unmeasured.next_step) from error
+            raise VendorError(reasons, next_step=f"{unmeasured.next_step}; {error.next_step}") from error
         if unmeasured is not None:
             note = f"nothing was measured: {unmeasured.what}; {unmeasured.next_step}"
             profile = dataclasses.replace(profile, notes=(note, *profile.notes))

@@ -29,6 +29,7 @@ from tiny_artifact import build, write_artifact
 from mobilevd_deploy import cli
 from mobilevd_deploy.artifact import Artifact, FileEntry, PartialArtifact
 from mobilevd_deploy.errors import ArtifactError, SpecError, UsageError, VendorError
+from mobilevd_deploy.estimate import load_calibration
 from mobilevd_deploy.host import run_on_host
 from mobilevd_deploy.hub import (
     LEDGER,
@@ -321,7 +322,6 @@ def test_versions_of_both_sides_are_recorded_and_a_mismatch_explained(own, serve
     assert [note in text for text in said] == ([True] if note else [])
 
 
-def test_the_hubs_compiler_starts_from_the_quantised_graph_or_from_aimets_encodings(run, server, tmp_path):
 def test_a_mismatch_is_explained_where_the_hub_compiled_too(run, server):
     for runtime, explained in (("2.49.0", True), ("2.99.0", False)):
         server.qairt = {runtime: ("default",)}
@@ -330,6 +330,7 @@ def test_a_mismatch_is_explained_where_the_hub_compiled_too(run, server):
         assert any(words in note for note in profile.notes) == explained
 
 
+def test_the_hubs_compiler_starts_from_the_quantised_graph_or_from_aimets_encodings(run, server, tmp_path):
     with PartialArtifact(tmp_path / "quantised") as partial:
         manifest = build(partial.artifact)
         folder = partial.artifact / "unet" / "quantised"
@@ -458,7 +459,6 @@ def test_garbage_is_an_error_or_nothing_but_never_a_crash(run, server, pattern, 
     )
 
 
-@pytest.mark.parametrize(("status", "words"), [(429, "wants fewer calls"), (503, "service is down")])
 @pytest.fixture
 def hurried(monkeypatch):
     """The client tries as often as ever, but waits no time in between; benchmarks/hub_faults.py lets it."""
@@ -466,6 +466,7 @@ def hurried(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
 
 
+@pytest.mark.parametrize(("status", "words"), [(429, "wants fewer calls"), (503, "service is down")])
 def test_a_service_that_stays_away_is_one_clear_error(run, server, hurried, status, words):
     server.faults.append(Fault("GET .*devices", status=status))
     with pytest.raises(VendorError, match=words) as caught:
@@ -474,7 +475,6 @@ def test_a_service_that_stays_away_is_one_clear_error(run, server, hurried, stat
     assert server.count("GET .*devices") == 7
 
 
-def test_a_page_instead_of_an_answer_is_an_error(run, server):
 @pytest.mark.parametrize("pattern", ["POST .*jobs", "GET .*jobs/j0002"])
 @pytest.mark.parametrize(
     ("status", "words"), [(429, "wants fewer calls"), (500, "service is down"), (None, "cannot be reached")]
@@ -496,6 +496,7 @@ def test_a_fault_that_lasts_is_one_clear_error_and_resume_goes_on(
     assert [job.kind for job in server.jobs.values()] == ["compile_job", "profile"]
 
 
+def test_a_page_instead_of_an_answer_is_an_error(run, server):
     server.faults.append(
         Fault("GET .*devices", status=200, body="<html>", headers={"Content-Type": "text/html"})
     )
@@ -748,7 +749,6 @@ def test_ctrl_c_says_how_to_go_on_and_the_words_are_true(command, artifact, serv
     assert len(server.uploaded) == 2
 
 
-def test_without_a_token_it_estimates_and_says_that_nothing_was_measured(command, configured, tmp_path):
 def test_a_refusal_says_how_to_go_on_and_the_words_are_true(command, artifact, server):
     server.faults.append(Fault("POST .*jobs", status=400, times=1))
     options = ("--device", S24, "--compile-on", "hub", "--components", "unet")
@@ -760,6 +760,7 @@ def test_a_refusal_says_how_to_go_on_and_the_words_are_true(command, artifact, s
     assert len(server.uploaded) == 1
 
 
+def test_without_a_token_it_estimates_and_says_that_nothing_was_measured(command, configured, tmp_path):
     configured.unlink()
     manifest = build(tmp_path / "scratch")
     with PartialArtifact(tmp_path / "full") as partial:
@@ -769,7 +770,7 @@ def test_a_refusal_says_how_to_go_on_and_the_words_are_true(command, artifact, s
     code, out, err = command("profile", full.root, "--device", "Xiaomi 14 Pro", "--json")
     values = json.loads(out)
     assert (code, values["source"]) == (0, "estimate")
-    assert values["error_percent"] > 0
+    assert values["error_percent"] is None  # the artifact is not quantised
     assert "nothing was measured: AI Hub is not configured" in values["notes"][0]
     assert "qai-hub configure" in values["notes"][0]
     assert load_profile(values["file"]).total_ms == values["total_ms"]
@@ -778,12 +779,43 @@ def test_a_refusal_says_how_to_go_on_and_the_words_are_true(command, artifact, s
     code, out, _ = command("profile", "mobilevd", "--device", "Xiaomi 14 Pro", "--json")
     values = json.loads(out)
     assert (code, values["source"]) == (0, "estimate")
+    assert values["error_percent"] > 0
     assert "nothing was measured: mobilevd is a preset" in values["notes"][0]
+    assert "qai-hub configure" in values["notes"][0]
+    assert "--adb" in values["notes"][0]
     # The tiny artifact is of a size that nobody published a latency for.
     code, out, err = command("profile", tmp_path / "tiny", "--device", "Xiaomi 14 Pro")
     assert (code, out) == (3, "")
     assert "not configured" in err
     assert "there is no estimate" in err
+    assert "--host compares on this computer" in err
+
+
+def test_without_a_token_unknown_names_get_the_nearest_and_known_ones_their_reason(
+    command, configured, artifact, monkeypatch
+):
+    configured.unlink()
+    code, out, err = command("profile", artifact.root, "--device", S24, "--device", "Xiaomi 14 Prp")
+    assert (code, out) == (2, "")
+    assert "next: nearest are Xiaomi 14 Pro" in err
+    counts = load_calibration().rows[-1].counts
+    monkeypatch.setattr("mobilevd_deploy.estimate.count_operations", lambda *_: counts)
+    code, out, err = command("profile", "mobilevd", "--device", "Xiaomi 13")
+    assert (code, out) == (3, "")
+    assert "an estimate is possible for Snapdragon 8 Gen 3" in err
+    code, out, err = command("profile", "no-such.toml", "--device", S24)
+    assert (code, out) == (2, "")
+    assert "no preset 'no-such.toml'" in err
+
+
+@pytest.mark.parametrize("quiet", [["--json"], ["-q"], []])
+def test_a_token_file_that_others_can_read_is_warned_about(command, configured, artifact, quiet):
+    words = ("profile", artifact.root, "--device", S24, "--compile-on", "hub", "--no-wait", *quiet)
+    assert "warning" not in command(*words)[2]
+    configured.chmod(0o644)
+    warning = f"warning: others on this computer can read your token: chmod 600 {configured}\n"
+    assert warning in command(*words)[2]
+    assert warning in command("jobs", artifact.root, "--json")[2]
 
 
 def test_jobs_are_listed(command, artifact):
