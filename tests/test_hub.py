@@ -482,10 +482,13 @@ def test_a_service_that_stays_away_is_one_clear_error(run, server, hurried, stat
 def test_a_fault_that_lasts_is_one_clear_error_and_resume_goes_on(
     run, server, hurried, pattern, status, words
 ):
-    """While submitting and while waiting; None: the service dies."""
+    """While submitting and while waiting; None: the service dies.
+
+    Not begun by `run`: it shows the client's jobs, and they would ask the service that is away.
+    """
     server.faults.append(Fault(pattern, status=status, after=1, act=None if status else server.stop))
     with pytest.raises(VendorError, match=words) as caught:
-        run(ONE)
+        profile_on_hub(run.artifact, ONE, Hub.open(), poll_seconds=0.01)
     assert "--resume" in caught.value.next_step
     server.faults.clear()
     server.stop()
