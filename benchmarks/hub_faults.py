@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from hub_server import S24, TOKEN, Fault, HubServer
 from tiny_artifact import write_artifact
 
+from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.errors import VendorError
 from mobilevd_deploy.hub import Hub, Request, profile_on_hub
 from mobilevd_deploy.profiles import profiles_dir
@@ -51,7 +52,9 @@ def suffer(name: str, results: multiprocessing.Queue[dict[str, Any]]) -> None:
     """Run into a fault, come back, and report what happened."""
     with tempfile.TemporaryDirectory() as folder, HubServer() as server:
         os.environ["QAIHUB_CLIENT_INI"] = str(server.ini(Path(folder) / "client.ini"))
-        artifact = write_artifact(Path(folder) / "tiny")
+        os.chdir(folder)  # the advice names the artifact, and is to be the same on every machine
+        write_artifact(Path("tiny"))
+        artifact = Artifact.open("tiny")
         hub = Hub.open()
         server.faults.append(FAULTS[name](server))
         begun = time.monotonic()

@@ -269,12 +269,15 @@ def main() -> None:
     assert recipe.npu is not None
     target = find_target(recipe.npu.targets[0])
     unet, inputs = sd15_on_meta()
+    chip = _chip()
+    assert chip.dram_gb_s is not None
+    assert chip.int8_tops is not None
     setup = {
         "target": target.name,
         "recipe": RECIPE,
         "parameters": sum(p.numel() for p in unet.parameters()),
-        "dram_gb_s": _chip().dram_gb_s,
-        "int8_tops": _chip().int8_tops,
+        "dram_gb_s": chip.dram_gb_s.value,
+        "int8_tops": chip.int8_tops.value,
     }
     results: dict[str, Any] = dict(kept)
     known: dict[str, DramBytes] = {}

@@ -252,7 +252,8 @@ def read_benchmark(
     chip = chip_called(found.device.soc or "")
     wanted = components or tuple(component.name for component in artifact.manifest.components)
     rows = tuple(_component(name, timed.get(name), found) for name in wanted)
-    notes = list(runtime_notes(artifact, found.runtime.qnn, "the app's libraries"))
+    compiled = [binary.sdk for component in artifact.manifest.components for binary in component.npu]
+    notes = list(runtime_notes(compiled, found.runtime.qnn, "the app's libraries"))
     on_cpu = [row.name for row in rows if row.ms and not row.ops.get("NPU")]
     if on_cpu and found.asked_backend != "cpu":
         notes.append(f"{', '.join(on_cpu)}: on the phone's CPU, not on its NPU")

@@ -726,10 +726,10 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def find_newest(folder: Path, depth: int = 3) -> Artifact:
+def find_newest(folder: Path, depth: int = 3, *, advice: str = "name one as the argument") -> Artifact:
     """Return the artifact that was written last in `folder` or up to `depth` levels below; none hidden.
 
-    Raises UsageError if there is none, ArtifactError if the newest is damaged.
+    Raises UsageError with `advice` if there is none, ArtifactError if the newest is damaged.
     """
     found: list[Path] = []
     level = [folder]
@@ -739,7 +739,7 @@ def find_newest(folder: Path, depth: int = 3) -> Artifact:
     if not found:
         raise UsageError(
             f"no artifact in {folder} or up to {depth} levels below",
-            next_step="name one with --artifact, or make one with mobilevd-deploy export",
+            next_step=f"{advice}, or make one with mobilevd-deploy export",
         )
     return Artifact.open(max(found, key=lambda path: (path / MANIFEST).stat().st_mtime))
 
@@ -748,14 +748,17 @@ def find_newest(folder: Path, depth: int = 3) -> Artifact:
 class DiffRow:
     """One quantity of two artifacts, of a component or, where that is None, of the whole.
 
-    `quantity` is "bytes", "parameters", "flops", "ops.<type>" or "drift_db.<stage>". None means that the side
-    does not have it; a drift of inf means identical outputs.
+    `quantity` is "bytes", "parameters", "flops", "ops.<type>", "drift_db.<stage>" or "ms.<source>.<device>".
+    None means that the side does not have it; a drift of inf means identical outputs. The errors are those of
+    estimates.
     """
 
     component: str | None
     quantity: str
     a: float | None
     b: float | None
+    a_error_percent: float | None = None
+    b_error_percent: float | None = None
 
 
 def diff(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:

@@ -22,7 +22,7 @@ from mobilevd_deploy.errors import ArtifactError, MobileVDError, UsageError, Ven
 
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact import Artifact
-    from mobilevd_deploy.hub import Run
+    from mobilevd_deploy.hub import Hub, Run
     from mobilevd_deploy.profiles import Profile
     from mobilevd_deploy.progress import Progress
 
@@ -272,7 +272,7 @@ def generate(
         media.check_sheet_path(sheet)
     if frames_dir:
         media.check_frames_folder(frames_dir)
-    opened = Artifact.open(artifact) if artifact else find_newest(Path())
+    opened = Artifact.open(artifact) if artifact else find_newest(Path(), advice="name one with --artifact")
     spec = opened.manifest.pipeline
     picture = media.read_picture(image, spec.width, spec.height)
     with _progress(quiet or as_json) as progress:
@@ -486,9 +486,8 @@ def diff(
     table = Table("component", "quantity", str(a), str(b), "change", title_justify="left")
     for row in rows:
         if all_rows or row.a != row.b:
-            table.add_row(
-                row.component or "whole", row.quantity, _number(row.a), _number(row.b), _change(row.a, row.b)
-            )
+            sides = (_number(row.a, row.a_error_percent), _number(row.b, row.b_error_percent))
+            table.add_row(row.component or "whole", row.quantity, *sides, _change(row.a, row.b))
     _print_rich(table if table.row_count else "no difference in size, parameters, FLOPs, ops, drift or time")
 
 
@@ -500,7 +499,8 @@ def profile(
     artifact: Annotated[
         str | None,
         typer.Argument(
-            help="An exported artifact; for --estimate also a preset. [default: the newest here]",
+            help="An exported artifact; a preset, or its TOML file, is estimated. "
+            "[default: the newest artifact here]",
             show_default=False,
         ),
     ] = None,
@@ -580,13 +580,18 @@ def profile(
             "--device, --compile-on, --check and --no-wait are AI Hub's", next_step="leave them out"
         )
     if estimate:
-        _show_profiles(_estimate(artifact, device), as_json)
+        with _progress(quiet or as_json) as progress:
+            found = _estimate(artifact, device, progress)
+        _show_profiles(found, as_json)
         return
-    if artifact in preset_names() and not (hub_only or resume or host or adb is not None):
+    is_preset = artifact is not None and (artifact in preset_names() or Path(artifact).suffix == ".toml")
+    if is_preset and not (hub_only or resume or host or adb is not None):
         unmeasured = VendorError(
-            f"{artifact} is a preset", next_step="mobilevd-deploy export makes an artifact of a checkpoint"
+            f"{artifact} is a preset",
+            next_step="mobilevd-deploy export makes an artifact of a checkpoint, which profile measures: "
+            "through AI Hub with a token (qai-hub configure --api_token TOKEN), or on a phone with --adb",
         )
-        _show_profiles(_estimate(artifact, device, unmeasured), as_json)
+        _show_profiles(_estimate(artifact, device, unmeasured=unmeasured), as_json)
         return
     names = tuple(name.strip() for name in components.split(",")) if components else ()
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
@@ -609,17 +614,17 @@ def profile(
             outcome = hub.profile_on_hub(
                 opened,
                 None if resume else request,
-                hub.Hub.open(progress),
+                _open_hub(),
                 progress,
                 wait=not no_wait,
             )
     except hub.NotConfiguredError as error:
         if resume:
             raise
-        _show_profiles(_estimate(str(opened.root), device, error), as_json)
+        _show_profiles(_estimate(str(opened.root), device, unmeasured=error), as_json)
         return
     except KeyboardInterrupt:
-        go_on = f"mobilevd-deploy profile {opened.root} --resume"
+        go_on = hub.resume_command(opened)
         _fail("interrupted; jobs that were submitted go on without us", go_on, 130, as_json)
         return
     if not no_wait:
@@ -628,7 +633,7 @@ def profile(
         _print_json(dataclasses.asdict(outcome.run))
     else:
         _print_rich(_job_table([outcome.run]))
-        print(f"fetch the results with: mobilevd-deploy profile {opened.root} --resume")
+        print(f"fetch the results with: {hub.resume_command(opened)}")
 
 
 @app.command(epilog="Example: [bold]mobilevd-deploy report build/clip-model[/]")
@@ -781,8 +786,7 @@ def jobs(
     from mobilevd_deploy.artifact import Artifact, find_newest
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
-    with _progress(as_json) as progress:
-        runs = hub.refresh_jobs(opened, None if offline else hub.Hub.open(progress))
+    runs = hub.refresh_jobs(opened, None if offline else _open_hub())
     if as_json:
         _print_json([dataclasses.asdict(run) for run in runs])
         return
@@ -801,12 +805,7 @@ def devices(
     from mobilevd_deploy.devices import find, list_devices, render_devices
 
     chip = find(name).chip.name if name else None
-    hosted = None
-    if from_hub:
-        from mobilevd_deploy.hub import Hub
-
-        with _progress(as_json) as progress:
-            hosted = Hub.open(progress).devices()
+    hosted = _open_hub().devices() if from_hub else None
     rows = [row for row in list_devices(hosted) if chip in (None, row["chipset"])]
     if as_json:
         _print_json(rows)
@@ -957,6 +956,16 @@ def _progress(quiet: bool) -> Progress:
     return make_progress(quiet=quiet)
 
 
+def _open_hub() -> Hub:
+    """Open the hub's client; that others can read the token is said however quiet the rest is to be."""
+    from mobilevd_deploy.hub import Hub
+
+    opened = Hub.open()
+    if opened.exposed:
+        print(f"warning: {': '.join(opened.exposed)}", file=sys.stderr)
+    return opened
+
+
 def _print_json(values: Any) -> None:
     print(json.dumps(values, indent=2, default=str, allow_nan=False))
 
@@ -969,20 +978,28 @@ def _print_rich(renderable: Any) -> None:
 
 
 def _estimate(
-    artifact: str | None, devices: list[str] | None, unmeasured: VendorError | None = None
+    artifact: str | None,
+    devices: list[str] | None,
+    progress: Progress | None = None,
+    unmeasured: VendorError | None = None,
 ) -> list[tuple[Path | None, Profile]]:
     """Estimate on every device; of an artifact it is stored. `unmeasured`: why nothing could be measured."""
     from mobilevd_deploy.artifact import MANIFEST, Artifact, find_newest
+    from mobilevd_deploy.devices import find
     from mobilevd_deploy.estimate import estimate_profile
     from mobilevd_deploy.profiles import profiles_dir, save_profile
 
-    what: Artifact | str
-    if artifact is None:
-        what = find_newest(Path())
-    else:
-        what = Artifact.open(artifact) if (Path(artifact) / MANIFEST).exists() else artifact
     if not devices:
         raise UsageError("no device is named", next_step='for example --device "Xiaomi 14 Pro"')
+    for device in devices:
+        find(device)  # a misspelt name is the first thing to mend, whatever else is missing
+    what: Artifact | str
+    if artifact is None:
+        what = find_newest(Path(), advice="name one, or a preset such as mobilevd, as the argument")
+        if progress:
+            progress.say(f"estimating {what.root}")
+    else:
+        what = Artifact.open(artifact) if (Path(artifact) / MANIFEST).exists() else artifact
     found: list[tuple[Path | None, Profile]] = []
     for device in devices:
         try:
@@ -991,7 +1008,7 @@ def _estimate(
             if unmeasured is None:
                 raise
             reasons = f"{unmeasured.what}, and there is no estimate: {error.what}"
-            raise VendorError(reasons, next_step=unmeasured.next_step) from error
+            raise VendorError(reasons, next_step=f"{unmeasured.next_step}; {error.next_step}") from error
         if unmeasured is not None:
             note = f"nothing was measured: {unmeasured.what}; {unmeasured.next_step}"
             profile = dataclasses.replace(profile, notes=(note, *profile.notes))
@@ -1064,10 +1081,11 @@ def _job_table(runs: Sequence[Run]) -> Any:
     return table
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, error_percent: float | None = None) -> str:
     if value is None or value == math.inf:
         return "-" if value is None else "identical"
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+    spread = "" if error_percent is None else f" ± {error_percent:.0f} %"
+    return (f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}") + spread
 
 
 def _change(a: float | None, b: float | None) -> str:

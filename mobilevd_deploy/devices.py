@@ -30,11 +30,19 @@ _NOISE = re.compile(r"\(.*?\)|qualcomm|snapdragon|samsung|galaxy|[^a-z0-9]")
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A number that is not ours, and where it is from."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Chip:
     """A chipset: the hub's names for it, its part numbers, and what the compiler is told.
 
-    `published_ms`: latencies that the vendor publishes for networks that anyone can build. `dram_gb_s` and
-    `int8_tops` are its peaks, None where we have no figure.
+    `published_ms`: latencies that the vendor publishes for networks that anyone can build, measured on the
+    phone `published_on`. `dram_gb_s` and `int8_tops` are its peaks, None where we have no figure.
     """
 
     name: str
@@ -43,8 +51,9 @@ class Chip:
     htp: str
     soc_model: int
     published_ms: dict[str, float] = field(default_factory=dict)
-    dram_gb_s: float | None = None
-    int8_tops: float | None = None
+    published_on: str | None = None
+    dram_gb_s: Figure | None = None
+    int8_tops: Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,9 @@ class Device:
 
 @dataclass(frozen=True)
 class Table:
-    """All chips and phones that we know."""
+    """All chips and phones that we know; `published_by` is the source of the chips' `published_ms`."""
 
+    published_by: str
     chip: tuple[Chip, ...]
     phone: tuple[Phone, ...]
 

@@ -163,20 +163,13 @@ def _disk(recipe: Recipe, spec: ModelSpec, folder: Path) -> Finding:
 def _hub() -> Finding:
     from mobilevd_deploy import hub
 
-    said: list[str] = []
-
-    class Warnings(Progress):
-        def say(self, sentence: str) -> None:
-            said.append(sentence)
-
     try:
-        opened = hub.Hub.open(Warnings())
+        opened = hub.Hub.open()
         count = len(opened.devices())
     except MobileVDError as error:
         return Finding("AI Hub", False, False, error.what, error.next_step)
-    if said:  # what `open` warns of is a token that others can read
-        what, _, remedy = said[0].removeprefix("warning: ").rpartition(": ")
-        return Finding("AI Hub", False, False, what, remedy)
+    if opened.exposed:
+        return Finding("AI Hub", False, False, *opened.exposed)
     return Finding("AI Hub", True, False, f"{opened.url} lists {count} devices")
 
 

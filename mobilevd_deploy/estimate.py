@@ -148,14 +148,15 @@ class Estimate:
     """Milliseconds of one evaluation of the UNet, and how much to trust them.
 
     `error_percent` is the worst leave-one-out error of the calibration, plus what scaling to another chip
-    adds; `mean_error_percent` the mean one. `shares` (sum 1) are of the time, by kind of operation.
-    `well_built_ms`: the same operations at the rate that the vendor reaches with Stable Diffusion 1.5's UNet
-    on this chip. `warnings`: in which way this lies outside of what was calibrated; empty where it does not.
+    adds, None where there are warnings; `mean_error_percent` the mean one. `shares` (sum 1) are of the time,
+    by kind of operation. `well_built_ms`: the same operations at the rate that the vendor reaches with Stable
+    Diffusion 1.5's UNet on this chip. `warnings`: in which way this lies outside of what was calibrated;
+    empty where it does not.
     """
 
     chip: Chip
     ms: float
-    error_percent: float
+    error_percent: float | None
     mean_error_percent: float
     shares: dict[str, float]
     tflops: float
@@ -185,15 +186,16 @@ def estimate_counts(counts: Counts, chip: Chip, calibration: Calibration) -> Est
     total = sum(counts.weighted().values())
     errors = [100 * abs(error) for error in calibration.leave_one_out().values()]
     sd15_load = sum(calibration.sd15.weighted().values())
+    warnings = _warnings(counts, calibration)
     return Estimate(
         chip=chip,
         ms=scale * calibration.rate() * total,
-        error_percent=max(errors) + scale_error,
+        error_percent=None if warnings else max(errors) + scale_error,
         mean_error_percent=sum(errors) / len(errors),
         shares=counts.shares(),
         tflops=counts.total / 1e12,
         well_built_ms=chip.published_ms["sd15_unet"] / sd15_load * total,
-        warnings=_warnings(counts, calibration),
+        warnings=warnings,
         notes=notes,
     )
 
@@ -206,8 +208,8 @@ def floor(counts: Counts, chip: Chip, dram_bytes: int) -> Floor | None:
     if chip.dram_gb_s is None:
         return None
     passes = PASSES * sum(counts.weighted().values())
-    arithmetic = passes / chip.int8_tops / 1e9 if chip.int8_tops is not None else None
-    return Floor(dram_bytes, dram_bytes / chip.dram_gb_s / 1e6, arithmetic)
+    arithmetic = passes / chip.int8_tops.value / 1e9 if chip.int8_tops is not None else None
+    return Floor(dram_bytes, dram_bytes / chip.dram_gb_s.value / 1e6, arithmetic)
 
 
 def _planned(
@@ -234,7 +236,7 @@ def _bracket(counts: Counts, result: Estimate, calibration: Calibration, planned
     ends = (
         f"bracket: {result.ms:,.0f} ms at the rate of the paper's networks, {result.well_built_ms:,.0f} ms "
         f"at the {result.ms / result.well_built_ms:.1f} times faster one that the vendor publishes for "
-        "Stable Diffusion 1.5's UNet (W8A16, same chip)"
+        f"Stable Diffusion 1.5's UNet (W8A16, {result.chip.published_on}: {table().published_by})"
     )
     other = calibration.sd15_moved
     own = floor(counts, result.chip, planned.read + planned.written) if planned else None
@@ -267,19 +269,20 @@ def _floor_note(counts: Counts, chip: Chip, planned: TrafficRow | None, ms: floa
         )
     found = floor(counts, chip, planned.read + planned.written)
     note = f", {planned.note}" if planned.note else ""
-    if found is None:
+    if found is None or chip.dram_gb_s is None:
         return f"no floor: there is no sourced figure of {chip.name}'s memory bandwidth"
-    if found.arithmetic_ms is None:
+    if found.arithmetic_ms is None or chip.int8_tops is None:
         binds, arithmetic = "of DRAM traffic alone", f"for arithmetic {chip.name} has no sourced peak"
     else:
         binds = f"and {found.binds} binds"
         arithmetic = (
-            f"arithmetic {found.arithmetic_ms:,.0f} ms ({PASSES} passes per operation at {chip.int8_tops:g} "
-            "TOPS int8, a figure of the press)"
+            f"arithmetic {found.arithmetic_ms:,.0f} ms ({PASSES} passes per operation at "
+            f"{chip.int8_tops.value:g} TOPS int8: {chip.int8_tops.source})"
         )
     return (
         f"floor: {found.ms:,.0f} ms, {binds}. DRAM traffic takes {found.dram_ms:,.0f} ms "
-        f"({found.dram_bytes / 1e9:.2f} GB as the compiler planned{note}, at {chip.dram_gb_s:g} GB/s), "
+        f"({found.dram_bytes / 1e9:.2f} GB as the compiler planned{note}, at {chip.dram_gb_s.value:g} GB/s: "
+        f"{chip.dram_gb_s.source}), "
         f"{arithmetic}; the estimate is {ms / found.ms:.1f} times the floor"
     )
 
@@ -310,19 +313,36 @@ def _scaled(chip: Chip, reference: Chip) -> tuple[float, float, tuple[str, ...]]
     # Two networks on the same two chips: where their ratios differ, one ratio cannot hold for a third.
     error = 100 * max(abs(ratio / unet - 1) for ratio in ratios.values())
     note = (
-        f"scaled from {reference.name} by {unet:.2f}, the ratio of the vendor's published latencies of "
-        f"Stable Diffusion 1.5's UNet; its decoder's ratio differs by {error:.0f} %, which widens the error"
+        f"scaled from {reference.name} by {unet:.2f}, the ratio of the latencies that the vendor publishes "
+        f"for Stable Diffusion 1.5's UNet on {chip.published_on} and {reference.published_on} "
+        f"({table().published_by}); its decoder's ratio differs by {error:.0f} %, which widens the error. "
+        "Galaxy phones may run their chips at other clocks"
     )
     return unet, error, (note,)
 
 
+def _reach(calibration: Calibration) -> tuple[float, float]:
+    """Return the fewest and most operations that the calibration reaches."""
+    totals = [row.counts.total for row in calibration.rows]
+    return min(totals) / REACH, max(totals) * REACH
+
+
+def _validity(calibration: Calibration) -> str:
+    low, high = _reach(calibration)
+    return (
+        f"valid for {low / 1e12:.1f} to {high / 1e12:.1f} TFLOPs, with each kind's share within "
+        f"{100 * SHARE_SLACK:.0f} points of those of the calibrated networks, and "
+        f"{calibration.frames} frames of {calibration.width}x{calibration.height}"
+    )
+
+
 def _warnings(counts: Counts, calibration: Calibration) -> tuple[str, ...]:
     warnings = []
-    totals = [row.counts.total for row in calibration.rows]
-    if not min(totals) / REACH <= counts.total <= max(totals) * REACH:
+    low, high = _reach(calibration)
+    if not low <= counts.total <= high:
         warnings.append(
-            f"{counts.total / 1e12:.2f} TFLOPs are outside of the calibrated {min(totals) / 1e12:.2f} to "
-            f"{max(totals) / 1e12:.2f}: do not trust this number"
+            f"{counts.total / 1e12:.2f} TFLOPs are outside of {low / 1e12:.2f} to {high / 1e12:.2f}: do not "
+            "trust this number"
         )
     calibrated = [row.counts.shares() for row in calibration.rows]
     for kind, share in counts.shares().items():
@@ -396,16 +416,16 @@ def estimate_profile(
 
     if isinstance(what, (str, Path)) and (Path(what) / MANIFEST_DIGEST).exists():
         what = Artifact.open(what)
-    notes: list[str] = []
+    notes, outside = [], []
     if isinstance(what, Artifact):
         manifest = what.manifest
         spec = from_dict(ModelSpec, manifest.model)
         name, rewrites = what.root.name, tuple(report.name for report in manifest.passes)
         digest = what.digest
         if not manifest.recipe.get("quant"):
-            notes.append(
-                "OUTSIDE of the calibration: this artifact is not quantised; the number is for its form with "
-                "8-bit weights and 16-bit activations"
+            outside.append(
+                "this artifact is not quantised; the number is for its form with 8-bit weights and 16-bit "
+                "activations"
             )
     else:
         preset = load_preset(what)
@@ -417,16 +437,18 @@ def estimate_profile(
     result = estimate_counts(counts, chip, calibration)
     planned = _planned(what if isinstance(what, Artifact) else None, counts, chip, calibration)
     shares = sorted(result.shares.items(), key=lambda item: -item[1])
+    outside += result.warnings
     notes = [
+        *(f"OUTSIDE of the calibration: {warning}" for warning in outside),
         *notes,
-        *(f"OUTSIDE of the calibration: {warning}" for warning in result.warnings),
         f"estimated from {result.tflops:.2f} TFLOPs of the UNet alone: the encoders and the decoder are not "
         "in the published latencies",
         "time by kind: "
         + ", ".join(f"{share:.0%} {kind.replace('_', ' ')}" for kind, share in shares if share >= 0.005),
-        f"calibrated on four published latencies; leaving one out, the others predict it within "
-        f"{result.mean_error_percent:.1f} % in the mean. Their precision is not published: 8-bit weights "
-        "and 16-bit activations are assumed",
+        f"calibrated on {len(calibration.rows)} published latencies ({calibration.source}); leaving one out, "
+        f"the others predict it within {result.mean_error_percent:.1f} % in the mean. Their precision is not "
+        "published: 8-bit weights and 16-bit activations are assumed",
+        _validity(calibration),
         _bracket(counts, result, calibration, planned),
         *((_floor_note(counts, chip, planned, result.ms),) if planned or isinstance(what, Artifact) else ()),
         *result.notes,
@@ -443,7 +465,7 @@ def estimate_profile(
         manifest_sha256=digest,
         components=(unet,),
         total_ms=result.ms,
-        error_percent=result.error_percent,
+        error_percent=None if outside else result.error_percent,
         notes=tuple(notes),
     )
 

@@ -1,4 +1,4 @@
-"""Qualcomm AI Hub: compile, profile and check an artifact on hosted phones, so that nothing is done twice.
+"""Qualcomm AI Hub: compile, profile and check an artifact on hosted phones; what is done is not done again.
 
 profile_on_hub()        READ FIRST: the whole flow
 ├── Hub                 the vendor's client: its errors become ours, and the token stays inside
@@ -26,6 +26,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import stat
 import tempfile
@@ -86,7 +87,6 @@ LEDGER_VERSION: Final = 1
 POLL_SECONDS = 10.0
 SLOWEST = 5
 AGAIN = "the same command again"
-RESUME = "mobilevd-deploy profile --resume, which uploads nothing again"
 
 _COMPILE_OPTIONS = "--target_runtime qnn_context_binary"
 # What is not quantised runs in float16 on the NPU, which the hub's compiler wants to be told.
@@ -270,6 +270,11 @@ def refresh_jobs(artifact: Artifact, hub: Hub | None) -> tuple[Run, ...]:
         return book.ledger.runs
 
 
+def resume_command(artifact: Artifact) -> str:
+    """Return what goes on with an artifact's run; it is named, for another may be the newest by then."""
+    return shlex.join(["mobilevd-deploy", "profile", str(artifact.root), "--resume"])
+
+
 class NotConfiguredError(VendorError):
     """There is no client, or no token for it."""
 
@@ -290,12 +295,11 @@ class Hub:
         self.go_on = AGAIN
 
     @classmethod
-    def open(cls, progress: Progress | None = None) -> Hub:
-        """Configure the client from its own file; a file that others can read is warned about.
+    def open(cls) -> Hub:
+        """Configure the client from its own file.
 
         Raises NotConfiguredError where the client is not installed, or has no usable file.
         """
-        progress = progress or Progress()
         try:
             import qai_hub
             from qai_hub import api_utils
@@ -316,10 +320,14 @@ class Hub:
                 next_step="qai-hub configure --api_token TOKEN writes it; the token stands on your account "
                 "page of Qualcomm AI Hub (a % in it must be written twice)",
             )
-        mode = path.stat().st_mode
-        if mode & (stat.S_IRWXG | stat.S_IRWXO):
-            progress.say(f"warning: others on this computer can read your token: chmod 600 {path}")
         return cls(client, path)
+
+    @property
+    def exposed(self) -> tuple[str, str] | None:
+        """What is wrong if others can read the token's file, and what mends it."""
+        if not self._config_file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            return None
+        return "others on this computer can read your token", f"chmod 600 {self._config_file}"
 
     @property
     def client_version(self) -> str:
@@ -620,7 +628,7 @@ class _Flow:
     def submit(self) -> None:
         """Upload and submit whatever the ledger does not have."""
         self._book.put(self.run)
-        self._hub.go_on = RESUME
+        self._hub.go_on = f"{resume_command(self._artifact)}, which uploads nothing again"
         self._progress.begin(_SUBMIT)
         for component in self._components:
             self._progress.say(f"{component.name} ...")
@@ -717,24 +725,15 @@ class _Flow:
 
     def _profile(self, target: Target) -> Profile:
         components = tuple(self._measure(component, target) for component in self._components)
-        tools = {"qai-hub": self._hub.client_version, "hub": self._hub.url}
-        for component in self._components:
-            job = self.run.job("compile", component.name, target)
-            version = self._hub.compiler(job) if job is not None and job.state == "done" else None
-            if version is not None:
-                tools[f"qairt of {component.name} (hub)"] = version
-        notes = list(target.notes)
+        compiled = self._compiled(target)
+        tools = {"qai-hub": self._hub.client_version, "hub": self._hub.url} | compiled
         if self.run.runtime is not None:
             tools["qairt on the device (hub)"] = self.run.runtime
+        notes = [*target.notes, *runtime_notes(compiled.values(), self.run.runtime, "the hub's")]
         if self.run.request.compile:
             source = {"onnx": "ONNX", "aimet": "ONNX and AIMET's encodings"}[self.run.request.compile]
             notes.append(f"compiled by the hub from {source}: this is not a context binary of the artifact")
         else:
-            tools |= {
-                f"qairt of {component.name}": own_binary(component, target).sdk
-                for component in self._components
-            }
-            notes += runtime_notes(self._artifact, self.run.runtime, "the hub's")
             for component in self._components:
                 if (count := self._parts(component, target)) > 1:
                     notes.append(
@@ -759,6 +758,14 @@ class _Flow:
             notes=tuple(notes),
             tools=tools,
         )
+
+    def _compiled(self, target: Target) -> dict[str, str]:
+        """Return the QAIRT version that compiled each component, as far as the hub tells."""
+        if not self.run.request.compile:
+            return {f"qairt of {c.name}": own_binary(c, target).sdk for c in self._components}
+        jobs = [self._job("compile", component, target, 0) for component in self._components]
+        told = {job.component: self._hub.compiler(job) for job in jobs if job.state == "done"}
+        return {f"qairt of {name} (hub)": version for name, version in told.items() if version is not None}
 
     def _measure(self, component: Component, target: Target) -> ComponentProfile:
         """Read the results of a component's jobs, all parts of it together."""

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -46,7 +46,13 @@ HOW: dict[str, str] = {
     "estimate": "estimated, not measured",
     "host": "measured on this computer: good for comparing, not for a phone",
 }
+# What `peak_bytes` counts, by the sources that give it.
+PEAK: dict[str, str] = {
+    "hub": "as the runtime reports it, without weights that it maps from the file",
+    "adb": "what the app's process held in memory at most while the component was loaded, the app included",
+}
 MADE_UP = "the numbers are made up"
+FIGURES = ("p95", "min", "first load", "warm load", "peak MB", "ops")
 _BAR = 30
 
 
@@ -104,9 +110,9 @@ class Check:
 class ComponentProfile:
     """One component on the device.
 
-    `peak_bytes` is what the runtime reports, without weights that it maps from the file. `ops` counts the
-    compiled graph's operations by compute unit (NPU, GPU, CPU). `error`: why there is no time, or no check.
-    `where`: the place of more, such as the job's page.
+    `peak_bytes` counts what PEAK says of the profile's source. `ops` counts the compiled graph's operations
+    by compute unit (NPU, GPU, CPU). `error`: why there is no time, or no check. `where`: the place of more,
+    such as the job's page.
     """
 
     name: str
@@ -120,6 +126,18 @@ class ComponentProfile:
     error: str | None = None
     where: str | None = None
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What a table shows beside the median, as FIGURES heads it."""
+        return (
+            number(self.ms.p95 if self.ms else None),
+            number(self.ms.min if self.ms else None),
+            number(self.first_load_ms),
+            number(self.warm_load_ms),
+            number(None if self.peak_bytes is None else self.peak_bytes / 1e6),
+            ", ".join(f"{count} {unit}" for unit, count in self.ops.items()) or "-",
+        )
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -127,7 +145,8 @@ class Profile:
 
     `asked_for` is what the user typed, `device` what it was measured on (or the chip's name), `notes` what
     must be known beside every number. `artifact` and `manifest_sha256` say what was profiled. `created` is
-    UTC. `error_percent`: how far estimates of this kind were off, None where it was measured.
+    UTC. `error_percent`: how far estimates of this kind were off, None where it was measured and where an
+    estimate lies outside of what was calibrated.
     `total_ms` is the sum of the components' medians: every component runs once a clip, one after the other.
     It is None where one of them has none.
     """
@@ -168,6 +187,46 @@ class Profile:
         """How it came about, in words."""
         return "MADE UP by a server on this computer" if self.made_up else HOW[self.source]
 
+    @property
+    def outside(self) -> bool:
+        """Whether it is an estimate of something that the calibration does not reach."""
+        return self.source == "estimate" and self.error_percent is None
+
+    @property
+    def place(self) -> str:
+        """What was asked for, and the device where that is another one."""
+        return self.asked_for if self.device == self.asked_for else f"{self.asked_for} on {self.device}"
+
+    @property
+    def spread(self) -> str:
+        """What stands behind the total: how far an estimate may be off."""
+        if self.outside:
+            return ", OUTSIDE of the calibration"
+        return "" if self.error_percent is None else f" ± {self.error_percent:.0f} %"
+
+    @property
+    def in_sum(self) -> ComponentProfile | None:
+        """All components one after the other, None where one has no time; an SQNR has no sum."""
+        if self.total_ms is None:
+            return None
+        return dataclasses.replace(join_parts(self.components), name="total", check=None)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What must be known to read the table: the slowest operations, and what its columns leave out."""
+        slowest = [
+            f"{component.name}, slowest: "
+            + ", ".join(f"{op.name} ({op.type}, {op.unit}) {number(op.ms)} ms" for op in component.slowest)
+            for component in self.components
+            if component.slowest
+        ]
+        if slowest:
+            slowest.append(
+                "times of single ops come from a pass of their own: they do not add up to the latency"
+            )
+        peak = any(component.peak_bytes is not None for component in self.components)
+        return (*slowest, *((f"peak MB: {PEAK[self.source]}",) if peak and self.source in PEAK else ()))
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values; they go through JSON and back."""
         return dataclasses.asdict(self)
@@ -179,13 +238,12 @@ def total_ms(components: Sequence[ComponentProfile]) -> float | None:
     return sum(medians) if len(medians) == len(components) else None
 
 
-def runtime_notes(artifact: Artifact, runtime: str | None, whose: str) -> Iterator[str]:
-    """Compare the QAIRT that compiled an artifact with the one that ran it; one sentence where they differ.
+def runtime_notes(compiled: Iterable[str], runtime: str | None, whose: str) -> Iterator[str]:
+    """Compare the QAIRTs that compiled binaries with the one that ran them; a sentence where they differ.
 
-    `runtime` is a version such as "2.51.0" or "v2.51.0.260929181845", None where nobody knows it.
+    A version is like "2.51.0" or "v2.51.0.260929181845"; `runtime` is None where nobody knows it.
     """
-    compiled = {binary.sdk for component in artifact.manifest.components for binary in component.npu}
-    for sdk in sorted(compiled):
+    for sdk in sorted(set(compiled)):
         if runtime is None or version(sdk) == version(runtime):
             continue
         said = f"compiled with QAIRT {_plain_version(sdk)}, run with {_plain_version(runtime)} ({whose})"
@@ -284,7 +342,7 @@ def draw_profile(profile: Profile) -> bytes:
         for ms in (component.ms,)
     ]
     return draw_bars(
-        _head(profile), bars, f"{profile.artifact}: {_total(profile, ' ms')} in all, {profile.created}"
+        _head(profile), bars, f"{profile.artifact}: {total_words(profile, ' ms')} in all, {profile.created}"
     )
 
 
@@ -318,14 +376,16 @@ def load_profiles(artifact: Artifact) -> list[Profile]:
 def newest_profiles(artifact: Artifact) -> list[Profile]:
     """Return the newest profile of each source and device, oldest first.
 
-    Those of an artifact that had this name before are left out.
+    One in which something failed stands beside the last one without failures, not in its place. Those of an
+    artifact that had this name before are left out.
     """
-    newest = {
-        (profile.source, profile.asked_for): profile
-        for profile in load_profiles(artifact)
-        if profile.manifest_sha256 == artifact.digest
-    }
-    return sorted(newest.values(), key=lambda profile: profile.created)
+    newest: dict[tuple[str, str], list[Profile]] = {}
+    for profile in load_profiles(artifact):
+        if profile.manifest_sha256 == artifact.digest:
+            before = newest.setdefault((profile.source, profile.asked_for), [])
+            whole = [] if profile.total_ms is not None else [p for p in before if p.total_ms is not None]
+            before[:] = [*whole, profile]
+    return sorted((p for found in newest.values() for p in found), key=lambda profile: profile.created)
 
 
 def diff_profiles(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:
@@ -335,16 +395,20 @@ def diff_profiles(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:
     """
     sides = []
     for artifact in (a, b):
-        values: dict[tuple[str | None, str], float] = {}
-        for profile in newest_profiles(artifact):
-            quantity = f"ms.{profile.source}.{profile.asked_for}"
-            if profile.total_ms is not None:
-                values[None, quantity] = profile.total_ms
-            values |= {(c.name, quantity): c.ms.median for c in profile.components if c.ms is not None}
+        values: dict[tuple[str | None, str], tuple[float, float | None]] = {}
+        # What failed comes first: a whole profile takes the place of its times.
+        for profile in sorted(newest_profiles(artifact), key=lambda profile: profile.total_ms is not None):
+            quantity = f"ms.{_source(profile)}.{profile.place}"
+            parts = {c.name: c.ms.median for c in profile.components if c.ms is not None}
+            whole = {} if profile.total_ms is None else {None: profile.total_ms}
+            values |= {(name, quantity): (ms, profile.error_percent) for name, ms in (whole | parts).items()}
         sides.append(values)
-    before, after = sides
-    keys = sorted({*before, *after}, key=lambda key: (key[0] or "", key[1]))
-    return tuple(DiffRow(*key, before.get(key), after.get(key)) for key in keys)
+    keys = sorted({*sides[0], *sides[1]}, key=lambda key: (key[0] or "", key[1]))
+    rows = []
+    for key in keys:
+        (ms_a, error_a), (ms_b, error_b) = (side.get(key, (None, None)) for side in sides)
+        rows.append(DiffRow(*key, ms_a, ms_b, error_a, error_b))
+    return tuple(rows)
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -442,7 +506,7 @@ def render_profile(profile: Profile) -> RenderableType:
     from rich.text import Text
 
     table = Table(title=_head(profile), title_justify="left", title_style="bold")
-    for name in ("component", "median ms", "p95", "min", "first load", "warm load", "peak MB", "ops", "SQNR"):
+    for name in ("component", "median ms", *FIGURES, "SQNR"):
         table.add_column(name, justify="left" if name in ("component", "ops") else "right")
     table.add_column("")
     longest = max((c.ms.median for c in profile.components if c.ms), default=0.0)
@@ -451,28 +515,19 @@ def render_profile(profile: Profile) -> RenderableType:
         table.add_row(
             Text(component.name),
             "failed" if ms is None else number(ms.median),
-            *(number(value) for value in ((ms.p95, ms.min) if ms else (None, None))),
-            number(component.first_load_ms),
-            number(component.warm_load_ms),
-            number(None if component.peak_bytes is None else component.peak_bytes / 1e6),
-            Text(", ".join(f"{count} {unit}" for unit, count in component.ops.items()) or "-"),
+            *map(Text, component.figures),
             _sqnr(component.check),
             "" if ms is None else "█" * max(1, round(_BAR * ms.median / longest)) if longest else "",
         )
     table.add_section()
-    table.add_row("total", _total(profile))
+    table.add_row(
+        "total", total_words(profile), *(map(Text, profile.in_sum.figures) if profile.in_sum else ())
+    )
     lines = [
-        f"{component.name}, slowest: "
-        + ", ".join(f"{op.name} ({op.type}, {op.unit}) {number(op.ms)} ms" for op in component.slowest)
-        for component in profile.components
-        if component.slowest
+        *profile.remarks,
+        *(f"note: {note}" for note in profile.notes),
+        *(f"failed: {error}" for error in profile.errors),
     ]
-    if lines:
-        lines.append("times of single ops come from a pass of their own: they do not add up to the latency")
-    if any(component.peak_bytes is not None for component in profile.components):
-        lines.append("peak MB: as the runtime reports it, without weights that it maps from the file")
-    lines += [f"note: {note}" for note in profile.notes]
-    lines += [f"failed: {error}" for error in profile.errors]
     return Group(table, *(Text(line) for line in lines))
 
 
@@ -485,26 +540,28 @@ def render_comparison(profiles: Sequence[Profile]) -> RenderableType:
     table = Table("component", title="median ms", title_justify="left", title_style="bold")
     for profile in profiles:
         table.add_column(
-            Text(f"{profile.asked_for}\n{_source(profile)}, {profile.created[:10]}"), justify="right"
+            Text(f"{profile.place}\n{_source(profile)}, {profile.created[:10]}"), justify="right"
         )
     names = dict.fromkeys(component.name for profile in profiles for component in profile.components)
     for name in names:
         found = [next((c.ms for c in p.components if c.name == name), None) for p in profiles]
         table.add_row(Text(name), *(number(ms.median if ms else None) for ms in found))
     table.add_section()
-    table.add_row("total", *(_total(profile) for profile in profiles))
+    table.add_row("total", *(total_words(profile) for profile in profiles))
     totals = [profile.total_ms for profile in profiles if profile.total_ms is not None]
     bars = []
     for profile in profiles:
         if profile.total_ms is not None:
             bar = "█" * max(1, round(_BAR * profile.total_ms / max(totals))) if max(totals) else ""
             bars.append(
-                Text(f"{bar:<{_BAR}} {_total(profile, ' ms')}  {profile.asked_for} ({_source(profile)})")
+                Text(f"{bar:<{_BAR}} {total_words(profile, ' ms')}  {profile.place} ({_source(profile)})")
             )
     return Group(table, *bars)
 
 
 def _source(profile: Profile) -> str:
+    if profile.outside:
+        return f"{profile.source}, OUTSIDE"
     return f"{profile.source}, MADE UP" if profile.made_up else profile.source
 
 
@@ -515,9 +572,9 @@ def _head(profile: Profile) -> str:
     return head if profile.chipset == profile.device else f"{head} ({profile.chipset})"
 
 
-def _total(profile: Profile, unit: str = "") -> str:
-    spread = f" ± {profile.error_percent:.0f} %" if profile.error_percent is not None else ""
-    return number(profile.total_ms) + unit * (profile.total_ms is not None) + spread
+def total_words(profile: Profile, unit: str = "") -> str:
+    """Say a profile's total, and how far off it may be; "-" where a component has no time."""
+    return number(profile.total_ms) + unit * (profile.total_ms is not None) + profile.spread
 
 
 def number(value: float | None) -> str:

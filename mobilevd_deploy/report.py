@@ -17,11 +17,12 @@ from string import Template
 from typing import Literal
 
 from mobilevd_deploy.artifact import Component, Manifest, NpuBinary, PassReport, TensorSpec
-from mobilevd_deploy.profiles import Profile, TrafficReport, TrafficRow, number
+from mobilevd_deploy.profiles import FIGURES, Profile, TrafficReport, TrafficRow, number, total_words
 from mobilevd_deploy.progress import duration
 from mobilevd_deploy.recipe import GraphForms, Recipe
 from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict
 
+_MS = "\N{NO-BREAK SPACE}ms"
 _SHOWN_BLOCKS = 8  # per component; the others are folded away
 DROP_PASS = "drop-temporal-blocks"  # a dropped block is out of the graph only where this pass ran
 
@@ -76,7 +77,7 @@ def render_profiles(name: str, profiles: Sequence[Profile], traffic: Sequence[Tr
         "How long one clip takes, and what it moves, by everything that was measured, planned or estimated."
     )
     figures = "".join(
-        f"<div><dt>{_text(p.asked_for)}</dt><dd>{number(p.total_ms)}\N{NO-BREAK SPACE}ms</dd>"
+        f"<div><dt>{_text(p.place)}</dt><dd>{_text(total_words(p, _MS))}</dd>"
         f"<dd>{_text(p.how.partition(':')[0])}</dd></div>"
         for p in profiles
     ) + "".join(
@@ -85,7 +86,7 @@ def render_profiles(name: str, profiles: Sequence[Profile], traffic: Sequence[Tr
         for report in traffic
     )
     sections = [
-        *(_section(_text(p.asked_for), _profile(p)) for p in profiles),
+        *(_section(_text(p.place), _profile(p)) for p in profiles),
         *(_section(f"DRAM traffic on {_text(report.target)}", _traffic(report)) for report in traffic),
     ]
     return _PAGE.substitute(
@@ -102,30 +103,26 @@ def render_profiles(name: str, profiles: Sequence[Profile], traffic: Sequence[Tr
 
 def _profile(profile: Profile) -> str:
     longest = max((c.ms.median for c in profile.components if c.ms), default=0.0)
-    error = "" if profile.error_percent is None else f" &plusmn; {profile.error_percent:.0f} %"
-    device = "" if profile.device == profile.asked_for else f" on {_text(profile.device)}"
     rows = [
         (
             _text(c.name),
             _text(c.error or "failed")
             if c.ms is None
             else _bar("cost", c.ms.median, longest) + number(c.ms.median),
-            number(c.ms.p95 if c.ms else None),
-            number(c.ms.min if c.ms else None),
-            number(c.first_load_ms),
-            number(None if c.peak_bytes is None else c.peak_bytes / 1e6),
-            _text(", ".join(f"{count} {unit}" for unit, count in c.ops.items()) or "-"),
+            *map(_text, c.figures),
             "-" if c.check is None else _decibels(c.check.sqnr_db),
         )
         for c in profile.components
     ]
-    head = ("component", "median ms", "p95", "min", "load ms", "peak MB", "ops", "SQNR")
-    notes = "".join(f"<li>{_text(note)}</li>" for note in (*profile.notes, *profile.errors))
+    if profile.in_sum:
+        rows.append(("total", _text(total_words(profile)), *map(_text, profile.in_sum.figures), "-"))
+    said = (*profile.remarks, *profile.notes, *profile.errors)
+    notes = "".join(f"<li>{_text(note)}</li>" for note in said)
     tools = " ".join(f"<span>{_text(n)} <b>{_text(v)}</b></span>" for n, v in profile.tools.items())
     return (
-        f"<p>{_text(profile.how)}{device} ({_text(profile.chipset)}), {profile.created[:10]}: "
-        f"<b>{number(profile.total_ms)}{error} ms</b></p>"
-        + _table(head, rows, kind="fall")
+        f"<p>{_text(profile.how)} ({_text(profile.chipset)}), {profile.created[:10]}: "
+        f"<b>{_text(total_words(profile, _MS))}</b></p>"
+        + _table(("component", "median ms", *FIGURES, "SQNR"), rows, kind="fall")
         + (f'<ul class="note">{notes}</ul>' if notes else "")
         + (f'<div class="chips">{tools}</div>' if tools else "")
     )

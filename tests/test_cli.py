@@ -35,7 +35,17 @@ from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.doctor import Finding
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
 from mobilevd_deploy.passes import PASSES
-from mobilevd_deploy.profiles import TrafficReport, TrafficRow, profiles_dir, save_traffic
+from mobilevd_deploy.profiles import (
+    ComponentProfile,
+    Latency,
+    Profile,
+    TrafficReport,
+    TrafficRow,
+    now,
+    profiles_dir,
+    save_profile,
+    save_traffic,
+)
 from mobilevd_deploy.recipe import PassName, load_recipe
 from mobilevd_deploy.tune import Step, Tuned
 
@@ -614,6 +624,8 @@ def test_diff(run: Run, exported: dict[str, Artifact], tmp_path: Path) -> None:
         "quantity": "bytes",
         "a": a.bytes,
         "b": b.bytes,
+        "a_error_percent": None,
+        "b_error_percent": None,
         "equal": False,
     }
     assert rows["unet", "ops.GroupNormalization"]["b"] is None
@@ -746,8 +758,43 @@ def test_profiles_on_this_computer_are_reported_and_compared(tiny: Artifact, run
     assert "DRAM traffic on SM8650" in page.read_text()
     assert len(run("report", tiny.root, "--json").json["traffic"]) == 1
     rows = run("diff", tiny.root, tiny.root, "--json").json
-    assert any(row["quantity"] == "ms.host.this computer" and row["component"] == "unet" for row in rows)
+    assert any(
+        r["quantity"].startswith("ms.host.this computer on") and r["component"] == "unet" for r in rows
+    )
     Artifact.open(tiny.root).verify()
+
+
+def test_diff_shows_the_errors_of_estimates(tiny: Artifact, run: Run) -> None:
+    unet = ComponentProfile("unet", Latency(200.0))
+    made = Profile(
+        1, "S24", "S24", "8 Gen 3", "estimate", now(), "tiny", tiny.digest, (unet,), 200.0, error_percent=9.0
+    )
+    save_profile(made, profiles_dir(tiny))
+    assert "200 ± 9 %" in run("diff", tiny.root, tiny.root, "--all").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (("report",), "name one as the argument"),
+        (("jobs", "--offline"), "name one as the argument"),
+        (("profile", "--host"), "name one as the argument"),
+        (("profile", "--estimate", "-d", "S24"), "name one, or a preset such as mobilevd, as the argument"),
+        (("generate", "photo.jpg", "-o", "x.gif"), "name one with --artifact"),
+    ],
+)
+def test_where_no_artifact_is_the_advice_fits_the_command(
+    arguments: tuple[str, ...], advice: str, run: Run
+) -> None:
+    ended = run(*arguments)
+    assert ended.code == 2
+    assert f"next: {advice}, or make one with mobilevd-deploy export" in ended.err
+
+
+def test_an_estimate_names_the_artifact_that_it_took(tiny: Artifact, run: Run) -> None:
+    ended = run("profile", "--estimate", "-d", "S24")
+    assert ended.err.startswith(f"estimating {tiny.root.name}\n")
+    assert "there is no estimate" in ended.err  # so small a clip has none
 
 
 def test_tune_refuses_what_does_not_fit_together(run: Run) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import io
 import json
 
@@ -154,6 +155,50 @@ def test_what_a_person_sees():
     assert bars == {"unet": 30, "decoder": 2}
 
 
+def test_the_total_sums_loads_and_operations_and_takes_the_highest_peak():
+    unet = COMPONENTS[0]
+    decoder = dataclasses.replace(unet, name="decoder", peak_bytes=7_000_000, ops={"NPU": 8, "GPU": 1})
+    profile = dataclasses.replace(PROFILE, components=(unet, decoder), total_ms=2441.0)
+    (total,) = (line for line in shown(profile).splitlines() if "total" in line)
+    cells = [cell.strip() for cell in total.strip("│ ").split("│")]
+    sums = ["2,600", "2,400", "1,800", "600", "12", "820 NPU, 3 CPU, 1 GPU"]
+    assert cells[:8] == ["total", "2,441", *sums]
+    page = render_profiles("tiny", [profile])
+    for head, value in zip(("p95", "min", "first load", "warm load", "peak MB", "ops"), sums, strict=True):
+        assert f'<td data-label="{head}">{value}</td>' in page.partition(">total<")[2]
+    failed = dataclasses.replace(PROFILE, components=(unet, ComponentProfile("x", None)), total_ms=None)
+    assert ">total<" not in render_profiles("tiny", [failed])
+
+
+def test_what_the_peak_counts_depends_on_its_source():
+    for source, words in (("hub", "without weights that it maps"), ("adb", "app&#x27;s process held")):
+        profile = dataclasses.replace(PROFILE, source=source)
+        page = render_profiles("tiny", [profile])
+        assert words in page
+        assert html.unescape(words) in shown(profile)
+        assert page.count("peak MB: ") == shown(profile).count("peak MB: ") == 1
+
+
+def test_the_page_has_warm_loads_and_the_slowest_operations():
+    page = render_profiles("tiny", [PROFILE])
+    assert '<td data-label="warm load">300</td>' in page
+    assert "conv_in (Conv, NPU) 4.5 ms" in page
+    assert "do not add up to the latency" in page
+
+
+def test_an_estimate_outside_of_the_calibration_is_marked_and_has_no_error(tmp_path):
+    artifact = write_artifact(tmp_path / "out")
+    saved(artifact, source="estimate")
+    (profile,) = newest_profiles(artifact)
+    page = render_profiles("tiny", [profile])
+    for text in (shown(profile), page):
+        assert "OUTSIDE of the calibration" in text
+        assert "±" not in text
+    row = diff_profiles(artifact, artifact)[0]
+    assert row.quantity.startswith("ms.estimate, OUTSIDE.")
+    assert row.a_error_percent is None
+
+
 def test_an_estimate_shows_its_error_and_a_failure_its_reason():
     estimate = dataclasses.replace(PROFILE, source="estimate", error_percent=8.0)
     assert "estimated, not measured" in shown(estimate)
@@ -183,11 +228,29 @@ def test_diff_puts_times_side_by_side(tmp_path):
     saved(a)
     saved(b, components=COMPONENTS[:1], total_ms=1220.5)
     saved(b, source="host", asked_for="this computer")
-    rows = {(r.component, r.quantity): (r.a, r.b) for r in diff_profiles(a, b)}
-    assert rows[None, "ms.hub.Xiaomi 14 Pro"] == (1320.0, 1220.5)
-    assert rows["unet", "ms.hub.Xiaomi 14 Pro"] == (1220.5, 1220.5)
-    assert rows["decoder", "ms.hub.Xiaomi 14 Pro"] == (99.5, None)
-    assert rows["decoder", "ms.host.this computer"] == (None, 99.5)
+    saved(b, source="estimate", error_percent=9.0)
+    saved(b, asked_for=PROFILE.device, notes=(f"a stand-in: {MADE_UP}",))
+    found = diff_profiles(a, b)
+    rows = {(r.component, r.quantity): (r.a, r.b) for r in found}
+    on = "on Samsung Galaxy S24 (Family)"
+    assert rows[None, f"ms.hub.Xiaomi 14 Pro {on}"] == (1320.0, 1220.5)
+    assert rows["unet", f"ms.hub.Xiaomi 14 Pro {on}"] == (1220.5, 1220.5)
+    assert rows["decoder", f"ms.hub.Xiaomi 14 Pro {on}"] == (99.5, None)
+    assert rows["decoder", f"ms.host.this computer {on}"] == (None, 99.5)
+    assert rows["unet", f"ms.hub, MADE UP.{PROFILE.device}"] == (None, 1220.5)
+    errors = {(r.a_error_percent, r.b_error_percent) for r in found if "estimate" in r.quantity}
+    assert errors == {(None, 9.0)}
+
+
+def test_a_failure_hides_no_earlier_time(tmp_path):
+    artifact = write_artifact(tmp_path / "out")
+    broken = (COMPONENTS[0], ComponentProfile("decoder", None, error="no luck"))
+    for day, ms in enumerate((None, 1.0, 2.0, None, None), 1):
+        components = COMPONENTS if ms else broken
+        saved(artifact, total_ms=ms, components=components, created=f"2025-02-0{day}T12:00:00Z")
+    assert [(p.created[9], p.total_ms) for p in newest_profiles(artifact)] == [("3", 2.0), ("5", None)]
+    rows = {row.component: row.a for row in diff_profiles(artifact, artifact)}
+    assert rows == {None: 2.0, "unet": 1220.5, "decoder": 99.5}
 
 
 def test_profiles_beside_each_other_and_as_a_page(tmp_path):
@@ -204,7 +267,10 @@ def test_profiles_beside_each_other_and_as_a_page(tmp_path):
     bars = [line.count("█") for line in text.splitlines() if "█" in line]
     assert sorted(bars) == [15, 15, 30]
     assert text.count("hub, MADE UP") == 2
+    assert text.count("Xiaomi 14 Pro on Samsung Galaxy S24 (Family)") >= 2
     page = render_profiles("tiny", newest_profiles(artifact))
+    tile = "<dt>Xiaomi 14 Pro on Samsung Galaxy S24 (Family)</dt><dd>2,640\N{NO-BREAK SPACE}ms ± 9 %</dd>"
+    assert tile in page
     assert "R&amp;D phone" in page
     assert "&lt;b&gt;no memory&lt;/b&gt;" in page
     assert "estimated, not measured" in page
