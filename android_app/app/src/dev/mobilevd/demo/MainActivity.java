@@ -389,7 +389,7 @@ public final class MainActivity extends Activity {
         } else if (studio.work() == Studio.Work.SAVING) {
             said = Words.of(R.string.saving);
         } else if (studio.work() == Studio.Work.RUNNING) {
-            said = Words.of(R.string.running, seconds(studio.elapsed()));
+            said = Words.of(R.string.running, Words.seconds(studio.elapsed()));
         } else if (result != null) {
             said = Words.of(ranOn(result), Words.time(result.wallMs()));
             explanation = whyNot(result);
@@ -464,7 +464,7 @@ public final class MainActivity extends Activity {
             }
             case DONE -> {
                 mark = R.drawable.ic_done;
-                time = Words.time(row.ms()).in(this);
+                time = Words.milliseconds(row.ms()).in(this);
                 spoken = getString(R.string.component_done, name, backend, time);
             }
             default -> {
@@ -472,7 +472,7 @@ public final class MainActivity extends Activity {
                 time =
                         row.phase() == Studio.Phase.LOADING
                                 ? getString(R.string.loading)
-                                : seconds(SystemClock.uptimeMillis() - row.since()).in(this);
+                                : Words.seconds(SystemClock.uptimeMillis() - row.since()).in(this);
                 spoken = getString(R.string.component_running, name, backend);
             }
         }
@@ -486,15 +486,6 @@ public final class MainActivity extends Activity {
         setText(badge, backend);
         setText(view.findViewById(R.id.time), time);
         view.setContentDescription(spoken);
-    }
-
-    /** A time that runs: always in seconds, so that the unit does not jump. */
-    private static Words seconds(long ms) {
-        return context ->
-                context.getString(
-                        R.string.seconds,
-                        String.format(
-                                context.getResources().getConfiguration().getLocales().get(0), "%.1f", ms / 1000.0));
     }
 
     private void show(int id, boolean visible) {
