@@ -30,6 +30,7 @@ import android.widget.TextView;
 import dev.mobilevd.core.ArtifactStore;
 import dev.mobilevd.core.Backend;
 import dev.mobilevd.core.Manifest;
+import dev.mobilevd.core.Problem;
 import java.util.ArrayList;
 import java.util.List;
 
@@ -368,7 +369,8 @@ public final class MainActivity extends Activity {
 
     private String label(ArtifactStore.Installed model) {
         if (model.artifact() == null) {
-            return getString(R.string.model_damaged, model.name());
+            boolean newer = model.problem().problem() == Problem.MANIFEST_VERSION;
+            return getString(newer ? R.string.model_newer : R.string.model_damaged, model.name());
         }
         String size = Words.size(model.artifact().manifest().bytes()).in(this);
         return getString(R.string.model_with_size, model.name(), size);
