@@ -110,9 +110,12 @@ public final class MainActivity extends Activity {
         state.putBoolean(PAUSED, paused);
     }
 
-    /** Take what another app gives: a picture, or a model. */
+    /** Take what another app gives: a picture, or a model. Opened from the list of recent apps, it was taken before. */
     @SuppressWarnings("deprecation") // what replaces getParcelableExtra came with Android 13
     private void take(Intent intent) {
+        if ((intent.getFlags() & Intent.FLAG_ACTIVITY_LAUNCHED_FROM_HISTORY) != 0) {
+            return;
+        }
         String action = String.valueOf(intent.getAction());
         if (action.equals(Intent.ACTION_SEND)) {
             Uri uri = intent.getParcelableExtra(Intent.EXTRA_STREAM);
