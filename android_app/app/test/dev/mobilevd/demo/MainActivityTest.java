@@ -24,6 +24,7 @@ import android.widget.EditText;
 import android.widget.ImageView;
 import dev.mobilevd.core.MobileVdException;
 import dev.mobilevd.core.Problem;
+import dev.mobilevd.core.Runtimes;
 import java.io.ByteArrayOutputStream;
 import java.io.FileOutputStream;
 import java.io.IOException;
@@ -205,6 +206,24 @@ public final class MainActivityTest {
             assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).startsWith("Ran on the CPU"));
             assertEquals(why.getMessage(), phone.text(R.id.explanation));
         }
+    }
+
+    @Test
+    public void aRuntimeThatDoesNotLoadIsSaid() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.choosePicture();
+        phone.app.start(
+                new Device(phone.app) {
+                    @Override
+                    synchronized Runtimes runtimes() {
+                        throw new NoClassDefFoundError("ai/onnxruntime/OrtEnvironment"); // the second time
+                    }
+                });
+        phone.open();
+        phone.until("the picture is back", () -> phone.studio().picture() != null);
+        phone.make();
+        assertEquals("That did not work: ai/onnxruntime/OrtEnvironment", phone.message());
     }
 
     @Test
