@@ -131,6 +131,7 @@ def test_badging(apks: dict[str, Apk], flavour: str) -> None:
     assert f"name='{app['package']}' versionCode='{code}' versionName='{name}'" in badging
     assert f"sdkVersion:'{app['min_sdk'][flavour]}'" in badging
     assert f"targetSdkVersion:'{app['target_sdk']}'" in badging
+    assert f"compileSdkVersion='{app['compile_sdk']['script']}'" in badging
     assert f"native-code: {' '.join(repr(abi) for abi in app['abis'][flavour])}" in badging
     assert "application-debuggable" not in badging
     assert "launchable-activity: name='dev.mobilevd.demo.MainActivity'" in badging
@@ -268,6 +269,10 @@ def test_gradle_says_the_same() -> None:
     app = settings["app"]
     assert re.findall(r'(?:namespace|applicationId) = "(.*)"', text) == [app["package"]] * 2
     assert re.findall(r"targetSdk = (\d+)", text) == [str(app["target_sdk"])]
+    assert re.findall(r"compileSdk = (\d+)", text) == [str(app["compile_sdk"]["gradle"])]
+    # Its types are checked against the interfaces of the plugin that it names.
+    (plugin,) = re.findall(r'id\("com.android.application"\) version "(.*)"', text)
+    assert f"com.android.tools.build:gradle-api:{plugin}" in settings["maven"]["kotlin"]
     assert re.findall(r'versionName = "(.*)"', text) == [build.version()]
     assert re.findall(r"versionCode = (\d+)", text) == [str(build.version_code(build.version()))]
     for flavour in FLAVOURS:
