@@ -283,7 +283,7 @@ def test_gradle_says_the_same() -> None:
     libraries = {
         *settings["maven"]["app"],
         f"com.microsoft.onnxruntime:onnxruntime-android:{settings['npm']['onnxruntime']['version']}",
-        *(settings["qnn"][key].removesuffix(":aar") for key in ("plugin", "runtime")),
+        *(aar.removesuffix(":aar") for aar in settings["qnn"]["aars"]),
     }
     assert set(re.findall(r'mplementation"?\)?\("(.*)"\)', text)) == libraries
 
@@ -325,6 +325,74 @@ def test_libraries_for_another_processor_are_refused(tmp_path: Path) -> None:
     (tmp_path / build.PLUGIN).unlink()
     with pytest.raises(build.BuildError, match=f"holds no {build.PLUGIN}"):
         build.qnn_libraries(str(tmp_path))
+
+
+@pytest.fixture
+def aars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
+    """AARs as Qualcomm's should be, in place of what Maven would find, and their hashes."""
+    plugin, runtime = (build.Coordinates.of(text) for text in _settings()["qnn"]["aars"])
+    files = {"plugin": tmp_path / plugin.file, "runtime": tmp_path / runtime.file}
+    names = {"plugin": [build.PLUGIN], "runtime": [n for n in build.qnn_names() if n != build.PLUGIN]}
+    for kind, path in files.items():
+        build.write_zip(path, {f"jni/arm64-v8a/{name}": name.encode() for name in names[kind]})
+
+    def maven(*command: str | Path) -> str:
+        pom = Path(command[command.index("--file") + 1]).read_text()
+        (target,) = re.findall("<outputDirectory>(.*)</outputDirectory>", pom)
+        Path(target).mkdir()
+        for path in files.values():
+            if not path.exists():
+                raise build.BuildError("mvn ended with 1")
+            shutil.copy(path, target)
+        return ""
+
+    monkeypatch.setenv("MOBILEVD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "need", lambda *programs: None)
+    monkeypatch.setattr(build, "run", maven)
+    _pin(monkeypatch, [build.sha256(path) for path in files.values()])
+    return files
+
+
+def _pin(monkeypatch: pytest.MonkeyPatch, digests: list[str]) -> None:
+    settings = dict(_settings())
+    settings["qnn"] = {**settings["qnn"], "aars": dict(zip(settings["qnn"]["aars"], digests, strict=True))}
+    monkeypatch.setattr(build, "dependencies", lambda: settings)
+
+
+def test_qualcomms_aars_are_taken_by_their_hash(aars: dict[str, Path]) -> None:
+    libraries, stand_ins = build.qnn_libraries(None)
+    assert libraries == {name: name.encode() for name in build.qnn_names()}
+    assert not stand_ins
+
+
+def test_a_tampered_aar_ends_the_build(aars: dict[str, Path]) -> None:
+    with zipfile.ZipFile(aars["runtime"], "a") as aar:
+        aar.writestr("jni/arm64-v8a/libElse.so", b"")
+    with pytest.raises(build.BuildError, match=r"qnn-runtime-.*[.]aar: SHA-256 is [0-9a-f]{64}, depend"):
+        build.qnn_libraries(None)
+
+
+def test_an_incomplete_aar_ends_the_build(aars: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    build.write_zip(aars["plugin"], {})
+    _pin(monkeypatch, [build.sha256(path) for path in aars.values()])
+    with pytest.raises(build.BuildError, match=f"hold no {build.PLUGIN}"):
+        build.qnn_libraries(None)
+
+
+def test_aars_that_do_not_resolve_have_stand_ins(
+    aars: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    aars["plugin"].unlink()
+    assert build.qnn_libraries(None) == (build.qnn_stand_ins(), True)
+    assert "Maven cannot fetch everything of onnxruntime-android-qnn" in capsys.readouterr().err
+
+
+def test_aars_without_a_hash_are_not_used(
+    aars: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _pin(monkeypatch, [build.sha256(aars["plugin"]), ""])
+    assert build.qnn_libraries(None) == (build.qnn_stand_ins(), True)
+    assert "no SHA-256 of Qualcomm's AARs" in capsys.readouterr().err
 
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
