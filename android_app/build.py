@@ -54,6 +54,10 @@ class BuildError(Exception):
     """What is wrong, where, and what to do next."""
 
 
+class NotFetchedError(BuildError):
+    """No repository that Maven asks has a file, or none answers."""
+
+
 # 1. What has to be there, and what is fetched.
 
 
@@ -147,17 +151,21 @@ class Coordinates:
 
 def fetch(name: str) -> list[Path]:
     """Return the files of set `maven.NAME`, in its order, fetched by Maven and checked."""
-    wanted = {Coordinates.of(text): digest for text, digest in dependencies()["maven"][name].items()}
+    return _fetch_all(name, dependencies()["maven"][name])
+
+
+def _fetch_all(what: str, digests: Mapping[str, str]) -> list[Path]:
+    wanted = {Coordinates.of(text): digest for text, digest in digests.items()}
     folder = cache() / "maven"
     with alone("maven"):
-        missing = [item for item in wanted if not (folder / item.file).exists()]
+        missing = {item: digest for item, digest in wanted.items() if not (folder / item.file).exists()}
         if missing:
-            say(f"fetching {len(missing)} files ({name}) ...")
-            _maven(missing, folder, {item: wanted[item] for item in missing})
+            say(f"fetching {len(missing)} files ({what}) ...")
+            _maven(missing, folder)
     return [folder / item.file for item in wanted]
 
 
-def _maven(items: Sequence[Coordinates], folder: Path, digests: Mapping[Coordinates, str]) -> None:
+def _maven(items: Mapping[Coordinates, str], folder: Path) -> None:
     """Copy files out of Maven's repositories into `folder`; only those whose hash is right get there."""
     need("mvn")
     listed = "".join(
@@ -186,14 +194,13 @@ def _maven(items: Sequence[Coordinates], folder: Path, digests: Mapping[Coordina
         try:
             run("mvn", "--batch-mode", "--quiet", "--file", pom, "dependency:copy")
         except BuildError as error:
-            raise BuildError(
+            raise NotFetchedError(
                 f"Maven cannot fetch everything of {', '.join(i.file for i in items)}\n{error}\n"
                 "  next: name further repositories, such as Google's, in MAVEN_REPOSITORIES"
             ) from error
-        for item in items:
+        for item, digest in items.items():
             path = Path(scratch) / "out" / item.file
-            if item in digests:
-                check_hash(path, digests[item], item.file)
+            check_hash(path, digest, item.file)
             path.replace(folder / item.file)
 
 
@@ -406,29 +413,16 @@ def for_arm64(path: Path) -> bool:
 
 
 def qnn_from_maven() -> dict[str, bytes | Path]:
-    """Take the libraries from Qualcomm's AARs; the first hash seen is noted and kept to.
-
-    Raises BuildError where no repository has them.
-    """
-    entry = dependencies()["qnn"]
-    items = [Coordinates.of(entry[key]) for key in ("plugin", "runtime")]
-    folder = cache() / "qnn"
-    with alone("qnn"):
-        for item in items:
-            path, noted = folder / item.file, folder / f"{item.file}.sha256"
-            if not path.exists():
-                digests = {item: noted.read_text().strip()} if noted.exists() else {}
-                _maven([item], folder, digests)
-                noted.write_text(sha256(path) + "\n")
-            check_hash(path, noted.read_text().strip(), item.file)
+    """Take the libraries from Qualcomm's AARs."""
     libraries: dict[str, bytes | Path] = {}
-    for item in items:
-        with zipfile.ZipFile(folder / item.file) as aar:
+    for path in _fetch_all("Qualcomm", dependencies()["qnn"]["aars"]):
+        with zipfile.ZipFile(path) as aar:
             for name in qnn_names():
                 if f"jni/arm64-v8a/{name}" in aar.namelist():
                     libraries.setdefault(name, aar.read(f"jni/arm64-v8a/{name}"))
     if missing := set(qnn_names()) - set(libraries):
-        raise BuildError(f"the AARs hold no {', '.join(sorted(missing))}")
+        names = ", ".join(sorted(missing))
+        raise BuildError(f"Qualcomm's AARs hold no {names}\n  next: QNN_LIBS=FOLDER make apk")
     return libraries
 
 
@@ -445,19 +439,24 @@ def qnn_libraries(choice: str | None) -> tuple[Mapping[str, bytes | Path], bool]
     """Return Qualcomm's libraries, and whether they are only stand-ins.
 
     `choice`: a folder, "stand-ins", or None for the AARs, and stand-ins where these cannot be had.
+    Raises BuildError for AARs that are not what they should be.
     """
     if choice == STAND_INS:
         return qnn_stand_ins(), True
     if choice is not None:
         return qnn_from_folder(Path(choice)), False
-    try:
-        return qnn_from_maven(), False
-    except BuildError:
-        say(
-            "no Maven repository here has Qualcomm's AARs: the npu APK gets stand-ins and runs on the CPU.\n"
-            "  next: QNN_LIBS=FOLDER make apk, with the SDK's Android libraries and the plugin"
-        )
-        return qnn_stand_ins(), True
+    if not all(dependencies()["qnn"]["aars"].values()):
+        why = "dependencies.toml has no SHA-256 of Qualcomm's AARs"
+    else:
+        try:
+            return qnn_from_maven(), False
+        except NotFetchedError as error:
+            why = str(error)
+    say(
+        f"{why}\n  so the npu APK gets stand-ins and runs on the CPU\n"
+        "  next: QNN_LIBS=FOLDER make apk, with the SDK's Android libraries and the plugin"
+    )
+    return qnn_stand_ins(), True
 
 
 def mvd(folder: Path, target: Path) -> Path:

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -282,6 +283,17 @@ def write_checkpoint(path: Path, spec: ModelSpec = TINY_MODEL) -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of TINY_MODEL; not to be changed."""
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's float artifact: the one that MOBILEVD_ARTIFACT names, as in `make test`, or a new one."""
+    from mobilevd_deploy.deploy import deploy
+
+    if named := os.environ.get("MOBILEVD_ARTIFACT"):
+        return Path(named)
+    demo = Path(__file__).parents[1] / "models" / "demo.safetensors"
+    return deploy(demo, load_recipe("onnx"), tmp_path_factory.mktemp("demo") / "artifact").root
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The Android app: its APKs as they come out of the build script, and its tests on the JVM.
 
+The cpu APK bundles the demo; the npu APK a tiny artifact, and stand-ins for Qualcomm's libraries.
+
 Without JDK, Maven, npm and Debian's Android tools these tests are skipped; with MOBILEVD_ANDROID=required, as
 in CI, they fail instead.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -72,26 +75,34 @@ class Apk:
     badging: str
 
     def entries(self) -> dict[str, bytes]:
-        with zipfile.ZipFile(self.path) as archive:
-            return {name: archive.read(name) for name in archive.namelist()}
+        return _unpacked(self.path.read_bytes())
 
 
 @pytest.fixture(scope="session")
-def unsigned(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundled(demo_artifact: Path) -> dict[str, Path]:
+    return {"cpu": demo_artifact, "npu": TINY}
+
+
+@pytest.fixture(scope="session")
+def unsigned(
+    tools: None, bundled: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     output = tmp_path_factory.mktemp("apk")
-    return build.build_apk("cpu", {"tiny": TINY}, output, None, None)
+    return {
+        flavour: build.build_apk(flavour, {"demo": bundled[flavour]}, output, build.STAND_INS, None)
+        for flavour in FLAVOURS
+    }
 
 
 @pytest.fixture(scope="session")
-def apks(unsigned: Path) -> dict[str, Apk]:
+def apks(unsigned: dict[str, Path]) -> dict[str, Apk]:
     key = build.Key.debug()
-    cpu = unsigned.with_name("cpu.apk")
-    key.sign(unsigned, cpu)
-    npu = build.build_apk("npu", {"tiny": TINY}, unsigned.parent, build.STAND_INS, key)
-    return {
-        flavour: Apk(path, _run("aapt2", "dump", "badging", path))
-        for flavour, path in (("cpu", cpu), ("npu", npu))
-    }
+    signed = {}
+    for flavour, path in unsigned.items():
+        target = path.with_name(f"{flavour}.apk")
+        key.sign(path, target)
+        signed[flavour] = Apk(target, _run("aapt2", "dump", "badging", target))
+    return signed
 
 
 @pytest.fixture(params=FLAVOURS)
@@ -103,6 +114,11 @@ def _run(*command: str | Path, ok: bool = True) -> str:
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     assert not ok or result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def _unpacked(archive: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        return {name: file.read(name) for name in file.namelist()}
 
 
 def _settings() -> Mapping[str, Any]:
@@ -131,6 +147,7 @@ def test_badging(apks: dict[str, Apk], flavour: str) -> None:
     assert f"name='{app['package']}' versionCode='{code}' versionName='{name}'" in badging
     assert f"sdkVersion:'{app['min_sdk'][flavour]}'" in badging
     assert f"targetSdkVersion:'{app['target_sdk']}'" in badging
+    assert f"compileSdkVersion='{app['compile_sdk']['script']}'" in badging
     assert f"native-code: {' '.join(repr(abi) for abi in app['abis'][flavour])}" in badging
     assert "application-debuggable" not in badging
     assert "launchable-activity: name='dev.mobilevd.demo.MainActivity'" in badging
@@ -174,18 +191,28 @@ def test_native_libraries(apks: dict[str, Apk], flavour: str) -> None:
         assert entries[name][:4] == b"\x7fELF", name
 
 
+def test_the_artifact_is_in_it(apks: dict[str, Apk], bundled: dict[str, Path], flavour: str) -> None:
+    root = bundled[flavour]
+    files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+    found = _unpacked(apks[flavour].entries()["assets/artifacts/demo.mvd"])
+    assert next(iter(found)) == "manifest.json"
+    assert found == {name: path.read_bytes() for name, path in files.items()}
+
+
 def test_nothing_private_is_in_it(apks: dict[str, Apk], flavour: str) -> None:
-    """Our own part of it, that is: ONNX Runtime's libraries hold what its builders left in them."""
-    forbidden = re.compile(
-        rb"/(home|root|work|tmp|var|Users)/|PRIVATE KEY|api[_-]token|password|https?://(?!schemas\.android\.com/)",
-        re.IGNORECASE,
+    secret = re.compile(rb"PRIVATE KEY|api[_-]token|password", re.IGNORECASE)
+    place = re.compile(
+        rb"/(home|root|work|tmp|var|Users)/|https?://(?!schemas\.android\.com/)", re.IGNORECASE
     )
-    for name, data in apks[flavour].entries().items():
-        if name.startswith("lib/"):
-            continue
+    entries = apks[flavour].entries()
+    for name in [name for name in entries if name.endswith(".mvd")]:
+        entries |= {f"{name}/{member}": data for member, data in _unpacked(entries.pop(name)).items()}
+    for name, data in entries.items():
         assert ROOT.as_posix().encode() not in data, name
-        if not name.startswith("assets/"):
-            assert not (found := forbidden.search(data)), (name, found)
+        assert not (found := secret.search(data)), (name, found)
+        # ONNX Runtime's libraries name the folders that their builders had.
+        if not name.startswith("lib/"):
+            assert not (found := place.search(data)), (name, found)
 
 
 def test_telemetry_is_left_out(apks: dict[str, Apk], flavour: str, tmp_path: Path) -> None:
@@ -240,27 +267,23 @@ def test_every_call_is_there_at_the_lowest_level(apks: dict[str, Apk], tmp_path:
     assert set(missing) == GUARDED, shown
 
 
-def test_the_build_is_reproducible(unsigned: Path, tmp_path: Path) -> None:
+def test_the_build_is_reproducible(
+    unsigned: dict[str, Path], bundled: dict[str, Path], flavour: str, tmp_path: Path
+) -> None:
     copy = tmp_path / "elsewhere" / "clone"
     shutil.copytree(APP, copy / "android_app")
-    shutil.copytree(TINY, copy / "tiny")
+    shutil.copytree(bundled[flavour], copy / "demo")
     shutil.copy(ROOT / "pyproject.toml", copy)
     for path in copy.rglob("*"):
         os.utime(path, (1, 1))
     command = [
-        sys.executable,
-        "android_app/build.py",
-        "apk",
-        "--unsigned",
-        "--artifact",
-        "tiny",
-        "--output",
-        "out",
-    ]
+        sys.executable, "android_app/build.py", "apk", "--flavour", flavour, "--qnn-libs", build.STAND_INS,
+        "--unsigned", "--artifact", "demo", "--output", "out",
+    ]  # fmt: skip
     subprocess.run(command, cwd=copy, check=True, capture_output=True, env={**os.environ, "TZ": "Asia/Tokyo"})
     (again,) = (copy / "out").glob("*.apk")
-    assert again.name == unsigned.name
-    assert again.read_bytes() == unsigned.read_bytes()
+    assert again.name == unsigned[flavour].name
+    assert again.read_bytes() == unsigned[flavour].read_bytes()
 
 
 def test_gradle_says_the_same() -> None:
@@ -268,6 +291,10 @@ def test_gradle_says_the_same() -> None:
     app = settings["app"]
     assert re.findall(r'(?:namespace|applicationId) = "(.*)"', text) == [app["package"]] * 2
     assert re.findall(r"targetSdk = (\d+)", text) == [str(app["target_sdk"])]
+    assert re.findall(r"compileSdk = (\d+)", text) == [str(app["compile_sdk"]["gradle"])]
+    # Its types are checked against the interfaces of the plugin that it names.
+    (plugin,) = re.findall(r'id\("com.android.application"\) version "(.*)"', text)
+    assert f"com.android.tools.build:gradle-api:{plugin}" in settings["maven"]["kotlin"]
     assert re.findall(r'versionName = "(.*)"', text) == [build.version()]
     assert re.findall(r"versionCode = (\d+)", text) == [str(build.version_code(build.version()))]
     for flavour in FLAVOURS:
@@ -278,7 +305,7 @@ def test_gradle_says_the_same() -> None:
     libraries = {
         *settings["maven"]["app"],
         f"com.microsoft.onnxruntime:onnxruntime-android:{settings['npm']['onnxruntime']['version']}",
-        *(settings["qnn"][key].removesuffix(":aar") for key in ("plugin", "runtime")),
+        *(aar.removesuffix(":aar") for aar in settings["qnn"]["aars"]),
     }
     assert set(re.findall(r'mplementation"?\)?\("(.*)"\)', text)) == libraries
 
@@ -322,17 +349,88 @@ def test_libraries_for_another_processor_are_refused(tmp_path: Path) -> None:
         build.qnn_libraries(str(tmp_path))
 
 
+@pytest.fixture
+def aars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
+    """AARs as Qualcomm's should be, in place of what Maven would find, and their hashes."""
+    plugin, runtime = (build.Coordinates.of(text) for text in _settings()["qnn"]["aars"])
+    files = {"plugin": tmp_path / plugin.file, "runtime": tmp_path / runtime.file}
+    names = {"plugin": [build.PLUGIN], "runtime": [n for n in build.qnn_names() if n != build.PLUGIN]}
+    for kind, path in files.items():
+        build.write_zip(path, {f"jni/arm64-v8a/{name}": name.encode() for name in names[kind]})
+
+    def maven(*command: str | Path) -> str:
+        pom = Path(command[command.index("--file") + 1]).read_text()
+        (target,) = re.findall("<outputDirectory>(.*)</outputDirectory>", pom)
+        Path(target).mkdir()
+        for path in files.values():
+            if not path.exists():
+                raise build.BuildError("mvn ended with 1")
+            shutil.copy(path, target)
+        return ""
+
+    monkeypatch.setenv("MOBILEVD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "need", lambda *programs: None)
+    monkeypatch.setattr(build, "run", maven)
+    _pin(monkeypatch, [build.sha256(path) for path in files.values()])
+    return files
+
+
+def _pin(monkeypatch: pytest.MonkeyPatch, digests: list[str]) -> None:
+    settings = dict(_settings())
+    settings["qnn"] = {**settings["qnn"], "aars": dict(zip(settings["qnn"]["aars"], digests, strict=True))}
+    monkeypatch.setattr(build, "dependencies", lambda: settings)
+
+
+def test_qualcomms_aars_are_taken_by_their_hash(aars: dict[str, Path]) -> None:
+    libraries, stand_ins = build.qnn_libraries(None)
+    assert libraries == {name: name.encode() for name in build.qnn_names()}
+    assert not stand_ins
+
+
+def test_a_tampered_aar_ends_the_build(aars: dict[str, Path]) -> None:
+    with zipfile.ZipFile(aars["runtime"], "a") as aar:
+        aar.writestr("jni/arm64-v8a/libElse.so", b"")
+    with pytest.raises(build.BuildError, match=r"qnn-runtime-.*[.]aar: SHA-256 is [0-9a-f]{64}, depend"):
+        build.qnn_libraries(None)
+
+
+def test_an_incomplete_aar_ends_the_build(aars: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    build.write_zip(aars["plugin"], {})
+    _pin(monkeypatch, [build.sha256(path) for path in aars.values()])
+    with pytest.raises(build.BuildError, match=f"hold no {build.PLUGIN}"):
+        build.qnn_libraries(None)
+
+
+def test_aars_that_do_not_resolve_have_stand_ins(
+    aars: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    aars["plugin"].unlink()
+    assert build.qnn_libraries(None) == (build.qnn_stand_ins(), True)
+    assert "Maven cannot fetch everything of onnxruntime-android-qnn" in capsys.readouterr().err
+
+
+def test_aars_without_a_hash_are_not_used(
+    aars: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _pin(monkeypatch, [build.sha256(aars["plugin"]), ""])
+    assert build.qnn_libraries(None) == (build.qnn_stand_ins(), True)
+    assert "no SHA-256 of Qualcomm's AARs" in capsys.readouterr().err
+
+
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda program: None)
     with pytest.raises(build.BuildError, match="apt-get install aapt zipalign"):
         build.need("aapt2", "zipalign")
 
 
-def test_java(tools: None) -> None:
-    """The screens' own tests. They run the demo's artifact, which `make test` makes beforehand."""
-    if not (build.demo_artifact() / "manifest.sha256").exists():
-        pytest.fail(f"{build.demo_artifact()} is missing; `make test` and `make demo` make it")
-    result = subprocess.run([sys.executable, APP / "build.py", "test-app"], capture_output=True, text=True)
+def test_java(tools: None, demo_artifact: Path) -> None:
+    """The screens' own tests. They run the demo's artifact."""
+    result = subprocess.run(
+        [sys.executable, APP / "build.py", "test-app"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MOBILEVD_ARTIFACT": str(demo_artifact)},
+    )
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-5000:]
     number = re.search(r"^OK \((\d+) tests\)$", result.stdout, re.MULTILINE)
     assert number is not None, result.stdout

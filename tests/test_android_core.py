@@ -1,7 +1,7 @@
 """The app's plain Java part: its own tests, fed with artifacts and clips that Python made.
 
-All are of the demo. MOBILEVD_ARTIFACT and MOBILEVD_NPU name artifacts that are there already, such as those
-of `make demo`; else they are exported here, the NPU's in float16, for which no AIMET is needed.
+All are of the demo. MOBILEVD_NPU names an artifact that is there already, such as that of `make demo`; else
+one is exported here in float16, for which no AIMET is needed.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory) -> tuple[str, str]:
+def report(demo_artifact, tmp_path_factory) -> tuple[str, str]:
     """The folder of everything, and what Java's tests printed."""
     folder = tmp_path_factory.mktemp("android")
-    artifact = os.environ.get("MOBILEVD_ARTIFACT") or deploy(DEMO, load_recipe("onnx"), folder / "demo").root
-    clip_reference.write(Path(artifact), "cpu", folder / "reference")
-    settings = {"MOBILEVD_ARTIFACT": artifact, "MOBILEVD_REFERENCE": folder / "reference"}
+    clip_reference.write(demo_artifact, "cpu", folder / "reference")
+    settings = {"MOBILEVD_ARTIFACT": demo_artifact, "MOBILEVD_REFERENCE": folder / "reference"}
     if SIMULATES:
         npu = os.environ.get("MOBILEVD_NPU") or deploy(DEMO, _in_two_parts(), folder / "npu").root
         clip_reference.write(Path(npu), "npu-sim", folder / "npu-reference", pictures=1)

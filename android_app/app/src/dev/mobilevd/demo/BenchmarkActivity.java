@@ -81,7 +81,7 @@ public final class BenchmarkActivity extends Activity {
                             Words end;
                             try {
                                 Benchmark.run(
-                                        request, device.describe(), device.store(), device.runtimes(),
+                                        request, device.describe(), device.store(), device::runtimes,
                                         device.trace(), device.benchmarks(), cancellation);
                                 end = Words.of(R.string.benchmark_done);
                             } catch (MobileVdException problem) {

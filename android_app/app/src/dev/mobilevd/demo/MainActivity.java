@@ -30,6 +30,7 @@ import android.widget.TextView;
 import dev.mobilevd.core.ArtifactStore;
 import dev.mobilevd.core.Backend;
 import dev.mobilevd.core.Manifest;
+import dev.mobilevd.core.Problem;
 import java.util.ArrayList;
 import java.util.List;
 
@@ -109,9 +110,12 @@ public final class MainActivity extends Activity {
         state.putBoolean(PAUSED, paused);
     }
 
-    /** Take what another app gives: a picture, or a model. */
+    /** Take what another app gives: a picture, or a model. Opened from the list of recent apps, it was taken before. */
     @SuppressWarnings("deprecation") // what replaces getParcelableExtra came with Android 13
     private void take(Intent intent) {
+        if ((intent.getFlags() & Intent.FLAG_ACTIVITY_LAUNCHED_FROM_HISTORY) != 0) {
+            return;
+        }
         String action = String.valueOf(intent.getAction());
         if (action.equals(Intent.ACTION_SEND)) {
             Uri uri = intent.getParcelableExtra(Intent.EXTRA_STREAM);
@@ -368,7 +372,8 @@ public final class MainActivity extends Activity {
 
     private String label(ArtifactStore.Installed model) {
         if (model.artifact() == null) {
-            return getString(R.string.model_damaged, model.name());
+            boolean newer = model.problem().problem() == Problem.MANIFEST_VERSION;
+            return getString(newer ? R.string.model_newer : R.string.model_damaged, model.name());
         }
         String size = Words.size(model.artifact().manifest().bytes()).in(this);
         return getString(R.string.model_with_size, model.name(), size);
@@ -389,7 +394,7 @@ public final class MainActivity extends Activity {
         } else if (studio.work() == Studio.Work.SAVING) {
             said = Words.of(R.string.saving);
         } else if (studio.work() == Studio.Work.RUNNING) {
-            said = Words.of(R.string.running, seconds(studio.elapsed()));
+            said = Words.of(R.string.running, Words.seconds(studio.elapsed()));
         } else if (result != null) {
             said = Words.of(ranOn(result), Words.time(result.wallMs()));
             explanation = whyNot(result);
@@ -464,7 +469,7 @@ public final class MainActivity extends Activity {
             }
             case DONE -> {
                 mark = R.drawable.ic_done;
-                time = Words.time(row.ms()).in(this);
+                time = Words.milliseconds(row.ms()).in(this);
                 spoken = getString(R.string.component_done, name, backend, time);
             }
             default -> {
@@ -472,7 +477,7 @@ public final class MainActivity extends Activity {
                 time =
                         row.phase() == Studio.Phase.LOADING
                                 ? getString(R.string.loading)
-                                : seconds(SystemClock.uptimeMillis() - row.since()).in(this);
+                                : Words.seconds(SystemClock.uptimeMillis() - row.since()).in(this);
                 spoken = getString(R.string.component_running, name, backend);
             }
         }
@@ -486,15 +491,6 @@ public final class MainActivity extends Activity {
         setText(badge, backend);
         setText(view.findViewById(R.id.time), time);
         view.setContentDescription(spoken);
-    }
-
-    /** A time that runs: always in seconds, so that the unit does not jump. */
-    private static Words seconds(long ms) {
-        return context ->
-                context.getString(
-                        R.string.seconds,
-                        String.format(
-                                context.getResources().getConfiguration().getLocales().get(0), "%.1f", ms / 1000.0));
     }
 
     private void show(int id, boolean visible) {

@@ -31,8 +31,10 @@ import java.io.InputStream;
 import java.io.OutputStream;
 import java.nio.file.Files;
 import java.nio.file.StandardCopyOption;
+import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.List;
+import java.util.Queue;
 import java.util.Random;
 import java.util.concurrent.ExecutorService;
 import java.util.concurrent.Executors;
@@ -75,7 +77,11 @@ final class Studio {
      *
      * @param offersCpu whether to offer going on without the NPU
      */
-    record Message(Words text, boolean isError, boolean offersCpu) {}
+    record Message(Words text, boolean isError, boolean offersCpu) {
+        static Message notice(Words text) {
+            return new Message(text, false, false);
+        }
+    }
 
     private static final int NO_MORE_THAN_A_SEED = 1_000_000;
 
@@ -89,6 +95,7 @@ final class Studio {
     private final Handler main = new Handler(Looper.getMainLooper());
     private final ExecutorService worker = Executors.newSingleThreadExecutor();
     private Gallery.Encoder encoder = new Mp4();
+    private final Queue<Uri> waiting = new ArrayDeque<>();
     private Runnable watcher = () -> {};
 
     private List<ArtifactStore.Installed> models = List.of();
@@ -224,10 +231,14 @@ final class Studio {
     // What the person does.
 
     void choose(String name) {
-        model = name;
-        keep(Settings.MODEL, name);
+        select(name);
         forgetClip();
         changed();
+    }
+
+    private void select(String name) {
+        model = name;
+        keep(Settings.MODEL, name);
     }
 
     void setSeed(String text) {
@@ -250,16 +261,25 @@ final class Studio {
 
     void closeMessage() {
         message = null;
+        installWaiting();
         changed();
     }
 
     void say(Words text) {
-        message = new Message(text, true, false);
+        say(new Message(text, true, false));
+    }
+
+    private void say(Message said) {
+        message = said;
         changed();
     }
 
-    /** Take a picture that another app holds. */
+    /** Take a picture that another app holds; not while a clip is made, which it would take from the screen. */
     void usePicture(Uri uri) {
+        if (work == Work.RUNNING) {
+            say(Message.notice(Words.of(R.string.picture_refused)));
+            return;
+        }
         ContentResolver resolver = context.getContentResolver();
         worker.execute(
                 () -> {
@@ -275,9 +295,12 @@ final class Studio {
                                 () -> {
                                     picture = preview;
                                     message = null;
-                                    forgetClip();
+                                    if (work != Work.RUNNING) { // else it began meanwhile, and is of this picture
+                                        forgetClip();
+                                    }
                                 });
-                    } catch (IOException | SecurityException | OutOfMemoryError error) {
+                    } catch (IOException | RuntimeException | OutOfMemoryError error) {
+                        // The other app's provider may throw whatever it likes.
                         incoming.delete();
                         fail(Words.of(R.string.not_a_picture, reason(error)));
                     }
@@ -298,12 +321,12 @@ final class Studio {
         }
         Runtimes.Asked asked = cpuOnly ? Runtimes.Asked.CPU : Runtimes.Asked.AUTO;
         Artifact artifact = model().artifact();
-        List<Row> waiting = new ArrayList<>();
+        List<Row> planned = new ArrayList<>();
         for (Manifest.Component component : artifact.manifest().components()) {
-            waiting.add(new Row(component.name(), Phase.WAITING, null, 0, 0));
+            planned.add(new Row(component.name(), Phase.WAITING, null, 0, 0));
         }
         forgetClip();
-        rows = List.copyOf(waiting);
+        rows = List.copyOf(planned);
         begin(Work.RUNNING, cancel -> make(artifact, number, asked, cancel));
     }
 
@@ -319,9 +342,11 @@ final class Studio {
         made.write(clipFile);
     }
 
-    /** Install the .mvd file that another app holds. */
+    /** Install the .mvd file that another app holds; behind the current job, if there is one. */
     void install(Uri uri) {
         if (work != Work.NONE) {
+            waiting.add(uri);
+            say(Message.notice(Words.of(R.string.install_waits)));
             return;
         }
         ContentResolver resolver = context.getContentResolver();
@@ -334,10 +359,18 @@ final class Studio {
                     post(
                             () -> {
                                 models = list;
-                                message = new Message(Words.of(R.string.installed, name), false, false);
-                                choose(name);
+                                message = Message.notice(Words.of(R.string.installed, name));
+                                select(name);
+                                rows = List.of(); // of a run that failed; a clip stays, though another model made it
                             });
                 });
+    }
+
+    /** Go on with the next file that came during a job. An error is read first: the new job would take it away. */
+    private void installWaiting() {
+        if (work == Work.NONE && (message == null || !message.isError()) && !waiting.isEmpty()) {
+            install(waiting.remove());
+        }
     }
 
     /** Install from an .mvd file, which is closed. */
@@ -353,7 +386,7 @@ final class Studio {
                 () -> {
                     try {
                         store.delete(name);
-                        post(() -> message = new Message(Words.of(R.string.removed, name), false, false));
+                        post(() -> message = Message.notice(Words.of(R.string.removed, name)));
                     } catch (MobileVdException problem) {
                         fail(Words.of(problem));
                     }
@@ -401,7 +434,7 @@ final class Studio {
                                 if (result == clip) {
                                     result = saved;
                                 }
-                                message = new Message(Words.of(R.string.saved), false, false);
+                                message = Message.notice(Words.of(R.string.saved));
                                 then.accept(uri);
                             });
                 });
@@ -462,7 +495,7 @@ final class Studio {
                         if (problem.problem() != Problem.CANCELLED) {
                             fail(Words.of(problem));
                         }
-                    } catch (IOException | RuntimeException | OutOfMemoryError | UnsatisfiedLinkError error) {
+                    } catch (IOException | RuntimeException | OutOfMemoryError | LinkageError error) {
                         fail(Words.of(R.string.failed, reason(error)));
                     } finally {
                         post(this::ended);
@@ -473,16 +506,15 @@ final class Studio {
     private void ended() {
         work = Work.NONE;
         installing = null;
-        if (result != null) {
-            rows = List.of();
-            return;
-        }
         List<Row> left = new ArrayList<>();
-        for (Row row : rows) {
-            boolean open = row.phase() == Phase.LOADING || row.phase() == Phase.RUNNING;
-            left.add(open ? new Row(row.component(), Phase.FAILED, row.backend(), 0, 0) : row);
+        if (result == null) {
+            for (Row row : rows) {
+                boolean open = row.phase() == Phase.LOADING || row.phase() == Phase.RUNNING;
+                left.add(open ? new Row(row.component(), Phase.FAILED, row.backend(), 0, 0) : row);
+            }
         }
         rows = List.copyOf(left);
+        installWaiting();
     }
 
     /** Turns the pipeline's progress into lines. */

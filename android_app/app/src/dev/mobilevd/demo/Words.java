@@ -5,6 +5,7 @@ import android.content.Context;
 import android.text.format.Formatter;
 import dev.mobilevd.core.ByteSize;
 import dev.mobilevd.core.MobileVdException;
+import java.text.DecimalFormatSymbols;
 import java.util.Locale;
 
 /** Something to be said to the reader, in the language that the screen has when it is shown. */
@@ -46,12 +47,28 @@ interface Words {
 
     /** A time: milliseconds below a second, else seconds. */
     static Words time(double ms) {
+        return ms < 999.5 ? milliseconds(ms) : seconds(ms);
+    }
+
+    /** A time that stands among others, which one unit makes easy to compare. */
+    static Words milliseconds(double ms) {
         return context -> {
-            Locale locale = context.getResources().getConfiguration().getLocales().get(0);
-            return ms < 999.5
-                    ? context.getString(R.string.milliseconds, String.format(locale, ms < 9.95 ? "%.1f" : "%.0f", ms))
-                    : context.getString(R.string.seconds, String.format(locale, "%.1f", ms / 1000));
+            Locale locale = locale(context);
+            String number = String.format(locale, ms < 9.95 ? "%.1f" : "%,.0f", ms);
+            // Beside 9.2, a comma or point between thousands would read as the decimal one.
+            char separator = DecimalFormatSymbols.getInstance(locale).getGroupingSeparator();
+            return context.getString(R.string.milliseconds, ms < 9.95 ? number : number.replace(separator, '\u00a0'));
         };
+    }
+
+    /** A time that runs, or is long. */
+    static Words seconds(double ms) {
+        return context ->
+                context.getString(R.string.seconds, String.format(locale(context), "%.1f", ms / 1000));
+    }
+
+    private static Locale locale(Context context) {
+        return context.getResources().getConfiguration().getLocales().get(0);
     }
 
     /** A step that {@link dev.mobilevd.core.RunTrace} names. */

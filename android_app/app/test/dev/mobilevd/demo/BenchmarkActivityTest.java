@@ -9,6 +9,7 @@ import android.content.Intent;
 import android.content.pm.ActivityInfo;
 import android.view.View;
 import android.widget.TextView;
+import dev.mobilevd.core.Runtimes;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import org.json.JSONObject;
@@ -54,6 +55,21 @@ public final class BenchmarkActivityTest {
         JSONObject result = new JSONObject(Files.readString(results().resolve("r.json")));
         assertEquals("failed", result.getString("state"));
         assertTrue(result.getJSONObject("error").getString("message").contains("no libraries for the NPU"));
+    }
+
+    @Test
+    public void alsoWhereTheRuntimeDoesNotLoad() throws Exception {
+        phone.app.start(
+                new Device(phone.app) {
+                    @Override
+                    synchronized Runtimes runtimes() {
+                        throw new UnsatisfiedLinkError("no libonnxruntime.so");
+                    }
+                });
+        run(new Intent().putExtra("artifact", "demo").putExtra("run_id", "r"));
+        JSONObject result = new JSONObject(Files.readString(results().resolve("r.json")));
+        assertEquals("failed", result.getString("state"));
+        assertTrue(result.getJSONObject("error").getString("message").contains("no libonnxruntime.so"));
     }
 
     @Test

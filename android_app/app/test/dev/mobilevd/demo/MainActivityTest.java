@@ -22,9 +22,9 @@ import android.provider.MediaStore;
 import android.view.View;
 import android.widget.EditText;
 import android.widget.ImageView;
-import dev.mobilevd.core.ArtifactStore;
 import dev.mobilevd.core.MobileVdException;
 import dev.mobilevd.core.Problem;
+import dev.mobilevd.core.Runtimes;
 import java.io.ByteArrayOutputStream;
 import java.io.FileOutputStream;
 import java.io.IOException;
@@ -209,6 +209,24 @@ public final class MainActivityTest {
     }
 
     @Test
+    public void aRuntimeThatDoesNotLoadIsSaid() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.choosePicture();
+        phone.app.start(
+                new Device(phone.app) {
+                    @Override
+                    synchronized Runtimes runtimes() {
+                        throw new NoClassDefFoundError("ai/onnxruntime/OrtEnvironment"); // the second time
+                    }
+                });
+        phone.open();
+        phone.until("the picture is back", () -> phone.studio().picture() != null);
+        phone.make();
+        assertEquals("That did not work: ai/onnxruntime/OrtEnvironment", phone.message());
+    }
+
+    @Test
     public void tooLittleMemoryIsSaidInNumbers() throws Exception {
         Phone phone = new Phone();
         phone.open();
@@ -245,7 +263,7 @@ public final class MainActivityTest {
     public void tooLittleStorageIsSaidInNumbers() throws Exception {
         Robolectric.setupContentProvider(FakeGallery.class, MediaStore.AUTHORITY);
         Phone phone = withClip();
-        byte[] file = mvd(model(phone));
+        byte[] file = phone.mvd();
         AtomicLong free = new AtomicLong(5_000_000);
         phone.restart(free::get);
         phone.open();
@@ -302,7 +320,7 @@ public final class MainActivityTest {
         Phone phone = new Phone();
         phone.open();
         phone.choosePicture();
-        Path data = model(phone).resolve("unet/model.onnx.data");
+        Path data = phone.modelFolder().resolve("unet/model.onnx.data");
         byte[] bytes = Files.readAllBytes(data);
         bytes[1000] ^= 1;
         Files.write(data, bytes);
@@ -321,42 +339,102 @@ public final class MainActivityTest {
     public void anUnknownManifestVersionIsNamed() throws Exception {
         Phone phone = new Phone();
         phone.open();
-        Path manifest = model(phone).resolve("manifest.json");
-        String text = Files.readString(manifest).replace("\"schema_version\": 1", "\"schema_version\": 2");
-        Files.writeString(manifest, text);
-        Files.writeString(model(phone).resolve("manifest.sha256"), sha256(text) + "  manifest.json\n");
+        phone.makeNewer(phone.modelFolder());
         phone.studio().refreshModels();
         phone.until("the change is noticed", () -> phone.studio().manifest() == null);
         assertEquals(
                 "The artifact has manifest version 2; this app reads version 1. Get a newer app.",
                 phone.text(R.id.explanation));
+        assertEquals("it is not damaged", "demo · needs a newer app", phone.text(R.id.model_name));
     }
 
     @Test
     public void aPictureIsShared() throws Exception {
         Phone phone = new Phone();
-        Intent send = new Intent(Intent.ACTION_SEND).setType("image/png");
-        phone.open(send.putExtra(Intent.EXTRA_STREAM, phone.picture()));
+        phone.open(share(phone.picture()));
         phone.until("the picture is there", () -> phone.studio().picture() != null);
         assertTrue(go(phone).isEnabled());
 
         Uri text = phone.content("text.png", "no picture".getBytes(StandardCharsets.US_ASCII));
-        phone.controller.newIntent(new Intent(Intent.ACTION_SEND).putExtra(Intent.EXTRA_STREAM, text));
+        phone.controller.newIntent(share(text));
         phone.until("it is refused", () -> phone.studio().message() != null);
         assertTrue(phone.message(), phone.message().startsWith("This picture cannot be read"));
         assertNotNull("the one before stays", phone.studio().picture());
 
         Uri own = Uri.fromFile(phone.app.getNoBackupFilesDir().toPath().resolve("clip").toFile());
         phone.studio().closeMessage();
-        phone.controller.newIntent(new Intent(Intent.ACTION_SEND).putExtra(Intent.EXTRA_STREAM, own));
+        phone.controller.newIntent(share(own));
         phone.until("a path is refused", () -> phone.studio().message() != null);
+    }
+
+    @Test
+    public void whateverTheOtherAppThrowsIsSaid() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        Uri uri = Uri.parse("content://photos/1");
+        for (RuntimeException error :
+                new RuntimeException[] {
+                    new IllegalArgumentException("unknown address"), new IllegalStateException("not unlocked"),
+                    new SecurityException("not for you"),
+                }) {
+            shadowOf(phone.app.getContentResolver())
+                    .registerInputStreamSupplier(
+                            uri,
+                            () -> {
+                                throw error;
+                            });
+            phone.controller.newIntent(share(uri));
+            phone.until("it is refused", () -> phone.studio().message() != null);
+            assertEquals("This picture cannot be read: " + error.getMessage(), phone.message());
+            phone.click(R.id.message_close);
+        }
+    }
+
+    @Test
+    public void aPictureSharedInMidRunDoesNotTakeTheClip() throws Exception {
+        Gate gate = new Gate("unet");
+        Phone phone = started(gate);
+        phone.controller.newIntent(share(phone.picture()));
+        String said = "A clip is being made. Share the picture again when it is there.";
+        assertEquals(said, phone.message());
+        gate.open();
+        phone.untilIdle();
+        assertNotNull(phone.studio().result());
+        assertEquals("it can still be read", said, phone.message());
+    }
+
+    @Test
+    public void aRunThatBeginsWhileAPictureIsReadKeepsItsClip() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.choosePicture();
+        Door reading = new Door();
+        phone.studio().afterwards(reading::pass);
+        phone.controller.newIntent(share(phone.picture()));
+        phone.click(R.id.go);
+        reading.open();
+        phone.untilIdle();
+        phone.restart();
+        phone.open();
+        phone.until("the clip is back", () -> phone.studio().result() != null);
+    }
+
+    @Test
+    public void whatWasTakenIsNotTakenAgainFromTheRecentApps() throws Exception {
+        Phone phone = new Phone();
+        phone.open(share(phone.picture()).addFlags(Intent.FLAG_ACTIVITY_LAUNCHED_FROM_HISTORY));
+        Door read = new Door();
+        phone.studio().afterwards(read::pass);
+        read.open();
+        phone.until("the worker has come by", read::isReached);
+        assertNull(phone.studio().picture());
     }
 
     @Test
     public void aModelFileIsInstalledAndRemoved() throws Exception {
         Phone phone = new Phone();
         phone.open();
-        Uri uri = phone.content("My model (2).mvd", mvd(model(phone)));
+        Uri uri = phone.content("My model (2).mvd", phone.mvd());
         phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, uri));
         assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).matches("Opening the file …|Installing My-.*"));
         phone.untilIdle();
@@ -365,6 +443,51 @@ public final class MainActivityTest {
         phone.studio().remove("My-model-2-");
         phone.until("it is gone", () -> phone.studio().models().size() == 1);
         assertEquals("demo", phone.studio().model().name());
+    }
+
+    @Test
+    public void modelFilesOpenedInMidRunAreInstalledAfterwards() throws Exception {
+        Gate gate = new Gate("unet");
+        Phone phone = started(gate);
+        byte[] file = phone.mvd();
+        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("first.mvd", file)));
+        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("second.mvd", file)));
+        assertEquals("The file is installed as soon as this is done.", phone.message());
+        assertEquals("the run goes on", Studio.Work.RUNNING, phone.studio().work());
+        gate.open();
+        phone.untilIdle();
+        assertEquals(3, phone.studio().models().size());
+        assertEquals("second", phone.studio().model().name());
+        assertEquals("second is installed.", phone.message());
+        assertNotNull("the clip stays", phone.studio().result());
+    }
+
+    @Test
+    public void aModelFileOpenedAtTheFirstStartIsInstalledAfterTheDemo() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        Intent view = new Intent(Intent.ACTION_VIEW, phone.content("other.mvd", phone.mvd()));
+        Door unpacking = phone.openFirst(() -> Long.MAX_VALUE, view);
+        unpacking.open();
+        phone.untilIdle();
+        assertEquals(2, phone.studio().models().size());
+        assertEquals("other", phone.studio().model().name());
+    }
+
+    @Test
+    public void anErrorIsReadBeforeTheNextModelIsInstalled() throws Exception {
+        Gate gate = new Gate("unet");
+        Phone phone = started(gate);
+        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("other.mvd", phone.mvd())));
+        phone.memory(5_000_000);
+        gate.open();
+        phone.untilIdle();
+        assertTrue(phone.message(), phone.message().contains("of memory"));
+        assertEquals(1, phone.studio().models().size());
+        phone.click(R.id.message_close);
+        phone.untilIdle();
+        assertEquals("other is installed.", phone.message());
+        assertEquals("lines of the failed run are gone", 0, phone.studio().rows().size());
     }
 
     @Test
@@ -465,6 +588,10 @@ public final class MainActivityTest {
         return phone;
     }
 
+    private static Intent share(Uri picture) {
+        return new Intent(Intent.ACTION_SEND).setType("image/png").putExtra(Intent.EXTRA_STREAM, picture);
+    }
+
     private static View go(Phone phone) {
         return phone.activity().findViewById(R.id.go);
     }
@@ -479,38 +606,5 @@ public final class MainActivityTest {
 
     private static int hash(Result result, int frame) {
         return java.util.Arrays.hashCode(result.frames().get(frame));
-    }
-
-    private static Path model(Phone phone) {
-        ArtifactStore.Installed model = phone.studio().model();
-        return model.artifact().root();
-    }
-
-    private static String sha256(String text) throws Exception {
-        byte[] digest =
-                java.security.MessageDigest.getInstance("SHA-256").digest(text.getBytes(StandardCharsets.UTF_8));
-        StringBuilder hex = new StringBuilder();
-        for (byte value : digest) {
-            hex.append(String.format("%02x", value));
-        }
-        return hex.toString();
-    }
-
-    private static byte[] mvd(Path artifact) throws IOException {
-        ByteArrayOutputStream bytes = new ByteArrayOutputStream();
-        try (ZipOutputStream zip = new ZipOutputStream(bytes);
-                var files = Files.walk(artifact)) {
-            zip.setLevel(1);
-            zip.putNextEntry(new ZipEntry("manifest.json"));
-            Files.copy(artifact.resolve("manifest.json"), zip);
-            for (Path path : (Iterable<Path>) files.filter(Files::isRegularFile)::iterator) {
-                String name = artifact.relativize(path).toString();
-                if (!name.equals("manifest.json")) {
-                    zip.putNextEntry(new ZipEntry(name));
-                    Files.copy(path, zip);
-                }
-            }
-        }
-        return bytes.toByteArray();
     }
 }

@@ -5,9 +5,11 @@ import static org.robolectric.Shadows.shadowOf;
 
 import android.app.Activity;
 import android.app.ActivityManager;
+import android.app.Dialog;
 import android.content.Intent;
 import android.graphics.Bitmap;
 import android.graphics.Canvas;
+import android.graphics.Color;
 import android.graphics.Insets;
 import android.graphics.drawable.AnimationDrawable;
 import android.net.Uri;
@@ -20,12 +22,18 @@ import dev.mobilevd.core.ArtifactStore;
 import dev.mobilevd.core.MobileVdException;
 import dev.mobilevd.core.Runtimes;
 import java.io.ByteArrayInputStream;
+import java.io.ByteArrayOutputStream;
 import java.io.IOException;
+import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.security.MessageDigest;
+import java.util.HexFormat;
 import java.util.concurrent.TimeUnit;
 import java.util.function.BooleanSupplier;
 import java.util.function.LongSupplier;
+import java.util.zip.ZipEntry;
+import java.util.zip.ZipOutputStream;
 import org.robolectric.Robolectric;
 import org.robolectric.RuntimeEnvironment;
 import org.robolectric.android.controller.ActivityController;
@@ -96,6 +104,10 @@ final class Phone {
 
     /** Open the app as after an installation; once the door is open it asks for free storage, and unpacks its model. */
     Door openFirst(LongSupplier freeBytes) throws MobileVdException {
+        return openFirst(freeBytes, new Intent(Intent.ACTION_MAIN));
+    }
+
+    Door openFirst(LongSupplier freeBytes, Intent intent) throws MobileVdException {
         Settings.of(app).edit().clear().commit();
         for (ArtifactStore.Installed model : studio().models()) {
             app.device().store().delete(model.name());
@@ -106,7 +118,7 @@ final class Phone {
                     door.pass();
                     return freeBytes.getAsLong();
                 });
-        controller = Robolectric.buildActivity(MainActivity.class).setup();
+        controller = Robolectric.buildActivity(MainActivity.class, intent).setup();
         settle();
         return door;
     }
@@ -195,6 +207,40 @@ final class Phone {
         return uri;
     }
 
+    /** Where the chosen model lies. */
+    Path modelFolder() {
+        return studio().model().artifact().root();
+    }
+
+    /** The chosen model as an .mvd file. */
+    byte[] mvd() throws IOException {
+        Path artifact = modelFolder();
+        ByteArrayOutputStream bytes = new ByteArrayOutputStream();
+        try (ZipOutputStream zip = new ZipOutputStream(bytes);
+                var files = Files.walk(artifact)) {
+            zip.setLevel(1);
+            zip.putNextEntry(new ZipEntry("manifest.json"));
+            Files.copy(artifact.resolve("manifest.json"), zip);
+            for (Path path : (Iterable<Path>) files.filter(Files::isRegularFile)::iterator) {
+                String name = artifact.relativize(path).toString();
+                if (!name.equals("manifest.json")) {
+                    zip.putNextEntry(new ZipEntry(name));
+                    Files.copy(path, zip);
+                }
+            }
+        }
+        return bytes.toByteArray();
+    }
+
+    /** Give a model a manifest of a version that is not known yet. */
+    void makeNewer(Path model) throws Exception {
+        Path manifest = model.resolve("manifest.json");
+        String text = Files.readString(manifest).replace("\"schema_version\": 1", "\"schema_version\": 2");
+        Files.writeString(manifest, text);
+        byte[] digest = MessageDigest.getInstance("SHA-256").digest(text.getBytes(StandardCharsets.UTF_8));
+        Files.writeString(model.resolve("manifest.sha256"), HexFormat.of().formatHex(digest) + "  manifest.json\n");
+    }
+
     /** The repository's demo picture. */
     Uri picture() throws IOException {
         return content("demo.png", Files.readAllBytes(ROOT.resolve("models/demo.png")));
@@ -234,5 +280,22 @@ final class Phone {
         Bitmap bitmap = Bitmap.createBitmap(decor.getWidth(), decor.getHeight(), Bitmap.Config.ARGB_8888);
         decor.draw(new Canvas(bitmap));
         return bitmap;
+    }
+
+    /** The screen behind a dialog, as the system draws the two. */
+    static Bitmap screenshot(Activity activity, Dialog dialog) {
+        Bitmap screen = screenshot(activity);
+        Canvas canvas = new Canvas(screen);
+        canvas.drawColor(Color.argb(dialog.getWindow().getAttributes().dimAmount, 0, 0, 0));
+        View decor = dialog.getWindow().getDecorView();
+        float density = decor.getResources().getDisplayMetrics().density;
+        // The width that the system offers first; a theme's least width is above it.
+        decor.measure(
+                View.MeasureSpec.makeMeasureSpec(Math.round(320 * density), View.MeasureSpec.AT_MOST),
+                View.MeasureSpec.makeMeasureSpec(screen.getHeight(), View.MeasureSpec.AT_MOST));
+        decor.layout(0, 0, decor.getMeasuredWidth(), decor.getMeasuredHeight());
+        canvas.translate((screen.getWidth() - decor.getWidth()) / 2f, (screen.getHeight() - decor.getHeight()) / 2f);
+        decor.draw(canvas);
+        return screen;
     }
 }

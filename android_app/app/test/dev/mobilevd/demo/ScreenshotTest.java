@@ -5,6 +5,7 @@ import static org.junit.Assert.assertTrue;
 import static org.robolectric.Shadows.shadowOf;
 
 import android.app.Activity;
+import android.app.Dialog;
 import android.content.Intent;
 import android.graphics.Bitmap;
 import android.graphics.BitmapFactory;
@@ -25,6 +26,7 @@ import org.robolectric.RobolectricTestRunner;
 import org.robolectric.RuntimeEnvironment;
 import org.robolectric.annotation.Config;
 import org.robolectric.annotation.GraphicsMode;
+import org.robolectric.shadows.ShadowDialog;
 
 /**
  * Every screen as a picture, held against the one in {@code pictures}. `build.py test-app --record` writes these anew;
@@ -69,6 +71,24 @@ public final class ScreenshotTest {
     }
 
     @Test
+    @Config(qualifiers = "w411dp-h891dp-port-notnight-mdpi")
+    public void modelsLight() throws Exception {
+        everyStateOfModels("upright-light");
+    }
+
+    @Test
+    @Config(qualifiers = "w411dp-h891dp-port-night-mdpi")
+    public void modelsDark() throws Exception {
+        everyStateOfModels("upright-dark");
+    }
+
+    @Test
+    @Config(qualifiers = "de-w891dp-h411dp-land-night-mdpi")
+    public void germanWide() throws Exception {
+        clip("german-wide-dark", Backend.CPU);
+    }
+
+    @Test
     @Config(qualifiers = "de-w411dp-h891dp-port-notnight-mdpi", fontScale = 1.6f)
     public void germanInLargeLetters() throws Exception {
         Phone phone = new Phone();
@@ -90,6 +110,12 @@ public final class ScreenshotTest {
     @Config(qualifiers = "w411dp-h891dp-port-notnight-mdpi")
     public void onAnNpu() throws Exception {
         clip("npu-upright-light", Backend.NPU);
+    }
+
+    @Test
+    @Config(qualifiers = "w411dp-h891dp-port-night-mdpi")
+    public void onAnNpuInTheDark() throws Exception {
+        clip("npu-upright-dark", Backend.NPU);
     }
 
     @Test
@@ -123,9 +149,7 @@ public final class ScreenshotTest {
         phone.restart(gate.runtimes());
         shoot("start-" + how, phone.open());
         phone.choosePicture();
-        if (how.startsWith("upright")) {
-            shoot("picture-" + how, phone.activity());
-        }
+        shoot("picture-" + how, phone.activity());
         phone.click(R.id.go);
         phone.untilLoading("unet");
         phone.studio().setTimes(8.4);
@@ -141,6 +165,30 @@ public final class ScreenshotTest {
         Intent nothing = new Intent().putExtra("run_id", "x").putExtra("artifact", "demo");
         shoot("benchmark-" + how, Robolectric.buildActivity(BenchmarkActivity.class, nothing).setup().get());
         phone.until("the measuring is over", () -> true);
+        report();
+    }
+
+    private void everyStateOfModels(String how) throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        Path demo = phone.modelFolder();
+        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("my-model.mvd", phone.mvd())));
+        phone.untilIdle();
+        shoot("installed-" + how, phone.activity());
+        phone.click(R.id.message_close);
+
+        phone.makeNewer(demo);
+        phone.studio().refreshModels();
+        phone.until("the change is noticed", () -> phone.studio().models().get(0).problem() != null);
+        phone.click(R.id.model);
+        Dialog dialog = ShadowDialog.getLatestDialog();
+        shoot("models-" + how, Phone.screenshot(phone.activity(), dialog));
+        dialog.dismiss();
+
+        Files.write(phone.modelFolder().resolve("unet/model.onnx.data"), new byte[10]);
+        phone.studio().refreshModels();
+        phone.until("the loss is noticed", () -> phone.studio().manifest() == null);
+        shoot("damaged-" + how, phone.activity());
         report();
     }
 
@@ -175,7 +223,10 @@ public final class ScreenshotTest {
     }
 
     private void shoot(String name, Activity activity) throws IOException {
-        Bitmap found = Phone.screenshot(activity);
+        shoot(name, Phone.screenshot(activity));
+    }
+
+    private void shoot(String name, Bitmap found) throws IOException {
         Path golden = GOLDEN.resolve(name + ".png");
         if (RECORD) {
             write(found, golden);

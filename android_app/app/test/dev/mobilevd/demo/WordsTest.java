@@ -69,6 +69,9 @@ public final class WordsTest {
         assertEquals("412 ms", Words.time(411.7).in(context));
         assertEquals("1.0 s", Words.time(999.7).in(context));
         assertEquals("12,3 s", Words.time(12_340).in(in(Locale.GERMAN)));
+        assertEquals("1\u00a0240 ms", Words.milliseconds(1239.6).in(context));
+        assertEquals("12\u00a0345 ms", Words.milliseconds(12_345).in(in(Locale.GERMAN)));
+        assertEquals("9,2 ms", Words.milliseconds(9.2).in(in(Locale.GERMAN)));
     }
 
     private static Context in(Locale locale) {

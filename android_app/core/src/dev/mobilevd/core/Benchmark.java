@@ -61,14 +61,15 @@ public final class Benchmark {
      * Measure, and write {@code folder}/RUN_ID.json, aside and renamed. While it runs, .RUN_ID.json.partial says how
      * far it is. A failure of the run is a result too, with the state "failed".
      *
+     * @param starting gives the runtimes; what it throws is a failure of the run
      * @return the file
      * @throws MobileVdException {@link Problem#BENCHMARK_INVALID} for a run id that cannot be a file's name, or
      *     numbers of calls that make no sense;
      *     {@link Problem#NOT_WRITTEN}
      */
     public static Path run(
-            Request request, Device device, ArtifactStore store, Runtimes runtimes, RunTrace trace, Path folder,
-            Cancellation cancellation)
+            Request request, Device device, ArtifactStore store, Supplier<Runtimes> starting, RunTrace trace,
+            Path folder, Cancellation cancellation)
             throws MobileVdException {
         if (!RUN_ID.matcher(request.runId()).matches()) {
             throw new MobileVdException(Problem.BENCHMARK_INVALID, "the run id \"" + request.runId() + "\"");
@@ -84,16 +85,21 @@ public final class Benchmark {
             throw new MobileVdException(error, Problem.NOT_WRITTEN, folder.toString(), error.toString());
         }
         Path file = folder.resolve(request.runId() + ".json");
-        new Benchmark(request, device, file).run(store, runtimes, trace, cancellation);
+        new Benchmark(request, device, file).run(store, starting, trace, cancellation);
         return file;
     }
 
-    private void run(ArtifactStore store, Runtimes runtimes, RunTrace trace, Cancellation cancellation)
+    private void run(ArtifactStore store, Supplier<Runtimes> starting, RunTrace trace, Cancellation cancellation)
             throws MobileVdException {
         MemoryInfo.Snapshot memory = device.memory().read();
         String thermalBefore = device.thermal().get();
-        MobileVdException failure = null;
+        Throwable failure = null;
+        String onnxruntime = "unknown";
+        SdkVersion qnn = null;
         try {
+            Runtimes runtimes = starting.get();
+            onnxruntime = runtimes.onnxruntime();
+            qnn = runtimes.qnn();
             Artifact artifact = store.open(request.artifact());
             check(artifact.manifest());
             Pipeline.Request calls =
@@ -101,8 +107,8 @@ public final class Benchmark {
                             picture(artifact.manifest().pipeline()), 0, request.backend(), request.warmup(),
                             request.samples(), request.components().isEmpty() ? null : request.components());
             new Pipeline(artifact, runtimes, device.memory(), trace).run(calls, new Watcher(), cancellation);
-        } catch (MobileVdException problem) {
-            failure = problem;
+        } catch (MobileVdException | RuntimeException | OutOfMemoryError | LinkageError error) {
+            failure = error;
         }
         Map<String, Object> result = new LinkedHashMap<>();
         result.put("schema_version", SCHEMA_VERSION);
@@ -123,9 +129,7 @@ public final class Benchmark {
         result.put("warmup", request.warmup());
         result.put(
                 "runtime",
-                fields(
-                        "onnxruntime", runtimes.onnxruntime(), "qnn",
-                        runtimes.qnn() == null ? null : runtimes.qnn().toString()));
+                fields("onnxruntime", onnxruntime, "qnn", qnn == null ? null : qnn.toString()));
         result.put("components", measured.stream().map(Benchmark::timing).collect(Collectors.toList()));
         result.put("thermal_before", thermalBefore);
         result.put("thermal_after", device.thermal().get());
@@ -144,9 +148,10 @@ public final class Benchmark {
         }
     }
 
-    private Map<String, Object> error(MobileVdException failure) {
-        return fields(
-                "message", failure.getMessage(), "component", component, "step", stage == null ? null : stage.id());
+    private Map<String, Object> error(Throwable failure) {
+        // Of what nobody foresaw the kind says more than the message, which may be missing.
+        String message = failure instanceof MobileVdException ? failure.getMessage() : failure.toString();
+        return fields("message", message, "component", component, "step", stage == null ? null : stage.id());
     }
 
     private static Map<String, Object> timing(ComponentRun run) {

@@ -11,6 +11,7 @@ import java.util.ArrayList;
 import java.util.List;
 import java.util.Map;
 import java.util.Set;
+import java.util.function.Supplier;
 import java.util.stream.Collectors;
 import org.junit.Before;
 import org.junit.Rule;
@@ -41,11 +42,15 @@ public class BenchmarkTest {
     }
 
     private Map<String, Object> run(Benchmark.Request request) throws Exception {
+        return run(request, () -> runtimes);
+    }
+
+    private Map<String, Object> run(Benchmark.Request request, Supplier<Runtimes> starting) throws Exception {
         Benchmark.Device device =
                 new Benchmark.Device(
                         "Example", "Made-up Phone", null, "9", 28, "0.1.0", Golden.PLENTY, () -> thermal.remove(0));
         RunTrace trace = new RunTrace(temporary.getRoot().toPath().resolve("trace.json"));
-        Path file = Benchmark.run(request, device, store, runtimes, trace, folder, Golden.NEVER);
+        Path file = Benchmark.run(request, device, store, starting, trace, folder, Golden.NEVER);
         assertEquals(List.of(file), Golden.files(folder));
         String results = System.getProperty("mobilevd.results", "");
         if (!results.isEmpty()) { // Python's tests read them
@@ -125,6 +130,33 @@ public class BenchmarkTest {
     }
 
     @Test
+    public void aRuntimeThatDoesNotStartIsAResultToo() throws Exception {
+        Map<String, Supplier<Runtimes>> failing =
+                Map.of(
+                        "run-8-state", () -> fail(new IllegalStateException("two of them")),
+                        "run-8-memory", () -> fail(new OutOfMemoryError()),
+                        "run-8-library", () -> fail(new UnsatisfiedLinkError("no libonnxruntime.so")),
+                        "run-8-again", () -> fail(new NoClassDefFoundError("OrtEnvironment")));
+        for (Map.Entry<String, Supplier<Runtimes>> one : failing.entrySet()) {
+            thermal.addAll(List.of("none", "none"));
+            Map<String, Object> result = run(request(one.getKey(), "tiny", 1, Set.of()), one.getValue());
+            assertEquals("failed", result.get("state"));
+            String message = (String) ((Map<?, ?>) result.get("error")).get("message");
+            assertTrue(message, message.matches("java[.]lang[.]\\w+(: .+)?"));
+            assertEquals("unknown", ((Map<?, ?>) result.get("runtime")).get("onnxruntime"));
+            Files.delete(folder.resolve(one.getKey() + ".json"));
+        }
+    }
+
+    private static Runtimes fail(RuntimeException error) {
+        throw error;
+    }
+
+    private static Runtimes fail(Error error) {
+        throw error;
+    }
+
+    @Test
     public void whatCannotBeAResultIsRefused() {
         for (int samples : new int[] {0, -1, 10_001}) {
             Golden.assertFails(Problem.BENCHMARK_INVALID, () -> run(request("run-6", "tiny", samples, Set.of())));
@@ -153,7 +185,7 @@ public class BenchmarkTest {
         Benchmark.Device device =
                 new Benchmark.Device("E", "M", "SM8650", "14", 34, "0.1.0", watching, () -> null);
         RunTrace trace = new RunTrace(temporary.getRoot().toPath().resolve("trace.json"));
-        Benchmark.run(request("run-7", "tiny", 1, Set.of()), device, store, runtimes, trace, folder, Golden.NEVER);
+        Benchmark.run(request("run-7", "tiny", 1, Set.of()), device, store, () -> runtimes, trace, folder, Golden.NEVER);
         assertTrue(seen.toString(), seen.contains(Map.of("state", "running", "component", "unet", "sample", 0L)));
     }
 }

@@ -169,10 +169,11 @@ public class NpuSimulatorTest {
         String first = artifact.manifest().components().get(0).name();
         Benchmark.Device device =
                 new Benchmark.Device("E", "M", "SM8650", "14", 34, "0.1.0", Golden.PLENTY, () -> "none");
+        Runtimes runtimes = Runtimes.of(new CpuRuntime(scratch), phone());
         Path file =
                 Benchmark.run(
                         new Benchmark.Request("sim", name, 2, 1, Runtimes.Asked.NPU, Set.of(first)), device,
-                        store, Runtimes.of(new CpuRuntime(scratch), phone()),
+                        store, () -> runtimes,
                         new RunTrace(temporary.getRoot().toPath().resolve("trace.json")), folder, Golden.NEVER);
         Map<String, Object> result = Json.readObject(Files.readAllBytes(file));
         assertEquals(null, result.get("error"));
