@@ -162,7 +162,7 @@ def run(
     for target in recipe.npu.targets if recipe.npu else ():
         for c in components:
             assert recipe.npu is not None
-            options = {"npu": dataclasses.asdict(recipe.npu) | {"targets": target}}
+            options = {"npu": recipe.npu.deciding(target)}
             ranges = peaks.get(c.name, {})
             compiled = run_stage(f"compile {c.name} {target}", options, flow.compile, c, target, ranges)
             binary = flow.binary(c, target, compiled)

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobilevd_deploy.apart import die_with_parent, own_python, peak_bytes
+from mobilevd_deploy.apart import die_with_parent, memory_bytes, own_python, peak_bytes
 from mobilevd_deploy.devices import table
 from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError
 from mobilevd_deploy.progress import Progress, duration
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     import onnx
 
     from mobilevd_deploy.pipeline import Array
-
-DEFAULT_TIMEOUT_S = 4 * 3600.0
 
 _PROVIDER = "QNNExecutionProvider"
 # onnxruntime writes the newest version that it knows; the wrapper's one node needs none of it.
@@ -113,8 +111,6 @@ def compile_context(
     options: NpuOptions,
     *,
     float16: bool,
-    memory_bytes: int | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> ContextBinary:
@@ -127,7 +123,7 @@ def compile_context(
     Raises:
         ExportError: the compiler refuses operations; they are named, with its reasons.
         VendorError: it failed, crashed, ran out of time, or made something else than it was asked for.
-        ResourceError: it needs more than `memory_bytes`, or more than the machine has.
+        ResourceError: it needs more memory than `options` allow, or than the machine has.
         UsageError: onnxruntime-qnn is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +131,7 @@ def compile_context(
         made = aside / "context.onnx"
         job = _compile_job(model, target, options, float16) | {"context": str(made.resolve())}
         what = f"compiling {model} for {target.name}"
-        ran = _run_child(what, job, aside, memory_bytes, timeout_s, progress, stop)
+        ran = _run_child(what, job, aside, *_limits(options), progress, stop)
         wrapper, context = folder / f"{target.name}.onnx", folder / f"{target.name}.bin"
         binary, sdk = _rewrite_wrapper(made, context.name)
         soc, arch = read_target(binary)
@@ -168,8 +164,6 @@ def measure_traffic(
     options: NpuOptions,
     *,
     float16: bool,
-    memory_bytes: int | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Traffic:
     """Compile `model` and sum the DRAM traffic that the compiler scheduled; nothing is kept.
 
@@ -180,7 +174,7 @@ def measure_traffic(
         folder = Path(name)
         job = _compile_job(model, target, options, float16)
         job["options"] |= {"profiling_level": "optrace", "profiling_file_path": str(folder / "profile.csv")}
-        ran = _run_child(f"compiling {model} for {target.name}", job, folder, memory_bytes, timeout_s)
+        ran = _run_child(f"compiling {model} for {target.name}", job, folder, *_limits(options))
         graph = read_qnn_graph(_graph_json(folder), model)
         schedules = [*folder.glob("*_schematic.bin")]
         if len(schedules) != 1:
@@ -229,18 +223,14 @@ class NpuSimRunner:
     """A context binary on the simulator of the NPU, which computes as the chip does, and far slower.
 
     It needs what `compile_context` wrote: the wrapper with the binary beside it. The process lives for one
-    call. `memory_bytes` and `timeout_s` limit each call.
+    call, however long that takes: what is too large to be simulated is for the caller to decide.
     """
 
-    def __init__(
-        self, wrapper: Path, *, memory_bytes: int | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
-    ) -> None:
+    def __init__(self, wrapper: Path) -> None:
         _check_installed()
         if not wrapper.is_file():
             raise UsageError(f"{wrapper} does not exist", next_step="compile it first")
         self._wrapper = wrapper
-        self._memory_bytes = memory_bytes
-        self._timeout_s = timeout_s
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Map inputs by name to outputs by name. Raises VendorError, ResourceError."""
@@ -251,8 +241,7 @@ class NpuSimRunner:
             for i, value in enumerate(feeds.values()):
                 np.save(folder / f"in{i}.npy", value)
             job = {"model": str(self._wrapper.resolve()), "options": {}, "feeds": list(feeds)}
-            what = f"simulating {self._wrapper}"
-            ran = _run_child(what, job, folder, self._memory_bytes, self._timeout_s)
+            ran = _run_child(f"simulating {self._wrapper}", job, folder, None, math.inf)
             return {key: np.load(folder / f"out{i}.npy") for i, key in enumerate(ran.result["outputs"])}
 
 
@@ -430,6 +419,12 @@ def _fresh_folder(path: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _limits(options: NpuOptions) -> tuple[int, float]:
+    """Return the bytes and seconds that a compilation may take which starts now."""
+    memory = int(options.compiler_memory_gb * 1e9) or memory_bytes()[1]
+    return memory, options.compiler_hours * 3600
 
 
 def _compile_job(model: Path, target: Target, options: NpuOptions, float16: bool) -> dict[str, Any]:
@@ -629,12 +624,13 @@ def _follow(
         if memory_bytes is not None and peak > memory_bytes:
             raise ResourceError(
                 f"{what} takes more than {memory_bytes / 1e9:.2f} GB{_during(log)}",
-                next_step="raise the limit, or make the graph smaller",
+                next_step="close other programs, raise npu.compiler_memory_gb in the recipe if it is set, "
+                "or cut the UNet into more parts (npu.parts)",
             )
         if time.monotonic() - begun > timeout_s:
             raise VendorError(
                 f"{what} was not done after {duration(timeout_s)}{_during(log)}",
-                next_step="raise the limit, or choose a lower npu.optimization_mode",
+                next_step="raise npu.compiler_hours in the recipe, or choose a lower npu.optimization_mode",
             )
 
 
