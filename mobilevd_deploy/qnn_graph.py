@@ -209,8 +209,7 @@ def check_graph(graph: QnnGraph, precision: str, allow: Sequence[str] = ()) -> N
             next_step="compile the quantised model",
         )
     faults = {op.node: f"{op.node} ({op.type}) runs in floating point" for op in graph.float_islands}
-    if not precision.endswith("a8"):
-        faults |= {n.node: f"{n.node} reads {n.tensor} as {n.dtype}" for n in graph.narrowed}
+    faults |= {n.node: f"{n.node} reads {n.tensor} as {n.dtype}" for n in graph.narrowed}
     faults = {node: fault for node, fault in faults.items() if not any(fnmatchcase(node, a) for a in allow)}
     if faults:
         shown = [*faults.values()][:_SHOWN]
