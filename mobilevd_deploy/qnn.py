@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from mobilevd_deploy.apart import die_with_parent, memory_bytes, own_python, peak_bytes
 from mobilevd_deploy.devices import table
-from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError
+from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError, listed
 from mobilevd_deploy.progress import Progress, duration
 from mobilevd_deploy.qnn_graph import DramBytes, QnnGraph, Traffic, origin, read_qnn_graph, read_traffic
 from mobilevd_deploy.recipe import NpuOptions
@@ -54,7 +54,6 @@ _KEPT_METADATA = ("ep_compatibility_info", "external_dependencies")
 _TARGET_TEXT = re.compile(rb"soc_type=([A-Za-z0-9]+);arch=([0-9]+)")
 # Where the compiler's stages begin, as parts of the whole; measured on the demo's UNet.
 _STAGES = {"Graph Optimizations": 0.2, "Graph Sequencing for Target": 0.7, "VTCM Allocation": 0.9}
-_SHOWN = 8
 _POLL_MS = 100
 _FULL_DISK_BYTES = 2**20
 
@@ -640,8 +639,8 @@ def _failure(
     """Say why the child did not do its job; None if it did."""
     if log.refused and (log.is_refused or status):
         return ExportError(
-            f"{what}: {len(log.refused)} operations do not run on the NPU\n  "
-            + "\n  ".join(_describe_refused(model, log.refused)),
+            f"{what}: {len(log.refused)} operations do not run on the NPU"
+            + listed([*_describe_refused(model, log.refused)]),
             next_step="choose another graph form in the recipe",
         )
     if status == 0 and "error" not in result:
@@ -667,16 +666,13 @@ def _describe_refused(model: Path, refused: Mapping[str, tuple[str, str]]) -> It
     shapes = _shapes(graph)
     nodes = {node.name: node for node in graph.node}
     ours = {name: node for name in refused if (node := origin(name, nodes.keys())) is not None}
-    shown = list(ours or refused)[:_SHOWN]
-    for name in shown:
+    for name in ours or refused:
         kind, reason = refused[name]
         node = nodes.get(ours.get(name, ""))
         shape = shapes.get(node.output[0]) if node is not None else None
         size = f" -> {'x'.join(map(str, shape))}" if shape else ""
         hint = "; its layer has no quantised output" if "standalone DQ" in reason else ""
         yield f"{ours.get(name, name)} ({kind}{size}): {reason}{hint}"
-    if more := len(ours or refused) - len(shown):
-        yield f"and {more} more"
 
 
 def _during(log: _Log) -> str:
