@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
     from mobilevd_deploy.pipeline import Array
 
+SIMULATE_UP_TO_FLOPS = 20e9
+"""A component with more is not simulated: on two cores its run would take from minutes to days."""
+
 _PROVIDER = "QNNExecutionProvider"
 # onnxruntime writes the newest version that it knows; the wrapper's one node needs none of it.
 _WRAPPER_IR, _WRAPPER_OPSET = 10, 21
