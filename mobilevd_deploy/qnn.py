@@ -286,7 +286,7 @@ def lint(
         *_lint_io(graph),
         *_lint_data_files(graph, model.parent),
         *_lint_norms(graph, shapes, vtcm_mb or 8),
-        *_lint_allocation(graph, float16),
+        *_lint_allocation(graph, shapes, float16),
         *(() if float16 else _lint_silu(graph, shapes)),
         *(_lint_range(graph, model.parent, peaks or {}) if float16 else ()),
     )
@@ -339,14 +339,18 @@ def _lint_norms(
     graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]], vtcm_mb: int
 ) -> Iterator[Finding]:
     for node in graph.node:
-        if node.op_type in ("GroupNormalization", "InstanceNormalization"):
-            size = 2 * math.prod(shapes.get(node.input[0], (0,))[1:])
+        if node.op_type in ("GroupNormalization", "InstanceNormalization", "LayerNormalization"):
+            axis = -1 if node.op_type.startswith("Layer") else 1
+            axis = next((a.i for a in node.attribute if a.name == "axis"), axis)
+            size = 2 * math.prod(shapes.get(node.input[0], (0,))[axis:])
             if size > vtcm_mb * 2**20:
                 what = f"normalises {size / 2**20:.1f} MiB at once, more than {vtcm_mb} MiB of VTCM"
                 yield Finding("vtcm", node.name, what, "executorch #1430")
 
 
-def _lint_allocation(graph: onnx.GraphProto, float16: bool) -> Iterator[Finding]:
+def _lint_allocation(
+    graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]], float16: bool
+) -> Iterator[Finding]:
     import onnx
 
     width = {onnx.TensorProto.FLOAT: 2 if float16 else 4}
@@ -354,8 +358,10 @@ def _lint_allocation(graph: onnx.GraphProto, float16: bool) -> Iterator[Finding]
         math.prod(i.dims) * width.get(i.data_type, onnx.helper.tensor_dtype_to_np_dtype(i.data_type).itemsize)
         for i in graph.initializer
     )
+    # Inputs and outputs stay float32.
+    size += sum(4 * math.prod(shapes.get(value.name, (0,))) for value in (*graph.input, *graph.output))
     if size >= 2**31:
-        what = f"{size / 2**30:.2f} GiB of weights; a graph may allocate 2 GiB"
+        what = f"{size / 2**30:.2f} GiB of weights, inputs and outputs; a graph may allocate 2 GiB"
         yield Finding("allocation", graph.name or "graph", what, "ai-hub-models #129, #274")
 
 

@@ -561,13 +561,23 @@ def test_lint_names_norms_above_vtcm(tmp_path):
     assert rules(model, vtcm_mb=8) == {}
 
 
-def test_lint_adds_up_weights(tmp_path):
-    big = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2**15, 2**14, 1, 1])
+@pytest.mark.parametrize(("axis", "is_found"), [(1, True), (-1, False)])
+def test_lint_counts_what_a_layer_norm_needs_at_once(tmp_path, axis, is_found):
+    shape = [2, 256, 256, 33]
+    scale = numpy_helper.from_array(np.ones(shape[axis:], np.float32), "scale")
+    node = helper.make_node("LayerNormalization", ["x", "scale"], ["y"], name="net.norm/Norm", axis=axis)
+    model = save(tmp_path / "m.onnx", [node], {"x": shape}, {"y": shape}, [scale])
+    assert rules(model, vtcm_mb=4) == ({"vtcm": "net.norm/Norm"} if is_found else {})
+
+
+@pytest.mark.parametrize("rows", [2**15, 2**15 - 1])
+def test_lint_adds_up_weights_inputs_and_outputs(tmp_path, rows):
+    big = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[rows, 2**14, 1, 1])
     big.data_location = TensorProto.EXTERNAL
     big.external_data.add(key="location", value="w.data")
     (tmp_path / "w.data").touch()
     node = helper.make_node("Conv", ["x", "w"], ["y"], name="net/Conv")
-    model = save(tmp_path / "m.onnx", [node], {"x": [1, 2**14, 1, 1]}, {"y": [1, 2**15, 1, 1]}, [big])
+    model = save(tmp_path / "m.onnx", [node], {"x": [1, 2**14, 1, 1]}, {"y": [1, rows, 1, 1]}, [big])
     assert rules(model, float16=False) == {"allocation": "graph"}  # 2 GiB in float32
     assert rules(model, float16=True) == {}
 
