@@ -4,7 +4,8 @@
     python benchmarks/full_size.py --preset benchmarks/small.toml --work build/small --result small
 
 No weights of MobileVD are public, so they are drawn (`mobilevd-deploy init`): sizes, FLOPs, memory, operators
-and times do not depend on training. One picture calibrates and one judges. Stages that an interrupted run
+and times do not depend on training. Quality does, so the floors of components and clip are set to 0 dB, and
+that of the conditioning to 0.01. One picture calibrates and one judges. Stages that an interrupted run
 finished are not repeated, and keep the cost that they had; without --keep the work folder is removed at last.
 Writes results/full_size.json (another name with --result).
 --parts N cuts the UNet into N context binaries. --second-target exports once more, for another chip: what was

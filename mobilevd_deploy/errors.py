@@ -15,6 +15,19 @@ MobileVDError                 exit 1   says what is wrong, where, and what to do
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import islice
+
+_SHOWN = 8
+
+
+def listed(faults: Collection[str]) -> str:
+    """Return the first faults below each other, indented, and how many more there are."""
+    lines = [*islice(faults, _SHOWN)]
+    if rest := len(faults) - len(lines):
+        lines.append(f"and {rest} more")
+    return "".join(f"\n  {line}" for line in lines)
+
 
 class MobileVDError(Exception):
     """Base of all errors here: `what` is wrong (with its place), `next_step` is what to do."""

@@ -1,7 +1,7 @@
 """Pictures in, clips out.
 
 In a program a picture is float32 (1, 3, H, W) and a clip float32 (T, 3, H, W), RGB in [-1, 1]; outside it is
-whatever a person has: any image file in, GIF, MP4 or PNG out.
+whatever a person has: any image file or the first frame of a clip in, GIF, MP4 or PNG out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 CLIP_SUFFIXES = (".gif", ".mp4", ".png")
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Picture:
 
 
 def read_picture(path: str | Path, width: int, height: int) -> Picture:
-    """Read any image file and fit it to width x height px.
+    """Read any image file, or the first frame of a clip, and fit it to width x height px.
 
     The picture is turned upright (EXIF), laid over white where it is transparent, and reduced to 8-bit sRGB.
     Then the largest centred part with the aspect ratio of width x height is resized with a Lanczos filter:
@@ -73,6 +74,8 @@ def fit(image: Image.Image, width: int, height: int) -> tuple[Image.Image, str]:
 
 
 def _read_rgb(path: Path) -> tuple[Image.Image, list[str]]:
+    if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+        return _first_frame(path), ["first frame"]
     try:
         with warnings.catch_warnings():
             # What matters ends in an error below; the warnings are about odd metadata, or about pictures of
@@ -97,6 +100,22 @@ def _read_rgb(path: Path) -> tuple[Image.Image, list[str]]:
         raise MediaError(
             f"{path} is damaged or truncated: {error}", next_step="use an intact image"
         ) from error
+
+
+def _first_frame(path: Path) -> Image.Image:
+    import imageio_ffmpeg
+
+    frames = imageio_ffmpeg.read_frames(str(path))
+    try:
+        size = next(frames)["size"]
+        return Image.frombytes("RGB", size, next(frames))
+    except (OSError, RuntimeError, StopIteration, ValueError) as error:
+        raise MediaError(
+            f"{path} is not a clip that can be read",
+            next_step=f"see what `ffmpeg -i {path.name} -frames:v 1 frame.png` says, or name that picture",
+        ) from error
+    finally:
+        frames.close()
 
 
 def _to_rgb(opened: Image.Image) -> tuple[Image.Image, list[str]]:

@@ -46,15 +46,19 @@ from mobilevd_deploy.onnx_export import DATA, MODEL
 from mobilevd_deploy.pipeline import Job, OnnxRunner, PartsRunner, run_component
 from mobilevd_deploy.probe import Tensors, psnr_db, sqnr_db
 from mobilevd_deploy.progress import Progress, shares
-from mobilevd_deploy.qnn import ContextBinary, NpuSimRunner, compile_context, find_target, lint
+from mobilevd_deploy.qnn import (
+    SIMULATE_UP_TO_FLOPS,
+    ContextBinary,
+    NpuSimRunner,
+    compile_context,
+    find_target,
+    lint,
+)
 from mobilevd_deploy.qnn_graph import check_graph
 from mobilevd_deploy.quantize import conditioning, quantise, sensitivity
 from mobilevd_deploy.recipe import Recipe
 from mobilevd_deploy.split import Cut, compiler_bytes, compiler_work, fewest_parts, plan_cut, write_parts
 from mobilevd_deploy.stages import StageOutput, Stages
-
-SIMULATE_UP_TO_FLOPS = 20e9
-"""A component with more is not simulated: on two cores its run would take from minutes to days."""
 
 JUDGE_ALL_UP_TO_FLOPS = 100e9
 """A component with more is judged on one picture, and not block by block: at the paper's size a run of the
@@ -162,7 +166,7 @@ def run(
     for target in recipe.npu.targets if recipe.npu else ():
         for c in components:
             assert recipe.npu is not None
-            options = {"npu": dataclasses.asdict(recipe.npu) | {"targets": target}}
+            options = {"npu": recipe.npu.deciding(target)}
             ranges = peaks.get(c.name, {})
             compiled = run_stage(f"compile {c.name} {target}", options, flow.compile, c, target, ranges)
             binary = flow.binary(c, target, compiled)

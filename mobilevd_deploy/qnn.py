@@ -35,9 +35,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobilevd_deploy.apart import die_with_parent, own_python, peak_bytes
+from mobilevd_deploy.apart import die_with_parent, memory_bytes, own_python, peak_bytes
 from mobilevd_deploy.devices import table
-from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError
+from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError, listed
 from mobilevd_deploy.progress import Progress, duration
 from mobilevd_deploy.qnn_graph import DramBytes, QnnGraph, Traffic, origin, read_qnn_graph, read_traffic
 from mobilevd_deploy.recipe import NpuOptions
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 
     from mobilevd_deploy.pipeline import Array
 
-DEFAULT_TIMEOUT_S = 4 * 3600.0
+SIMULATE_UP_TO_FLOPS = 20e9
+"""A component with more is not simulated: on two cores its run would take from minutes to days."""
 
 _PROVIDER = "QNNExecutionProvider"
 # onnxruntime writes the newest version that it knows; the wrapper's one node needs none of it.
@@ -56,7 +57,6 @@ _KEPT_METADATA = ("ep_compatibility_info", "external_dependencies")
 _TARGET_TEXT = re.compile(rb"soc_type=([A-Za-z0-9]+);arch=([0-9]+)")
 # Where the compiler's stages begin, as parts of the whole; measured on the demo's UNet.
 _STAGES = {"Graph Optimizations": 0.2, "Graph Sequencing for Target": 0.7, "VTCM Allocation": 0.9}
-_SHOWN = 8
 _POLL_MS = 100
 _FULL_DISK_BYTES = 2**20
 
@@ -113,8 +113,6 @@ def compile_context(
     options: NpuOptions,
     *,
     float16: bool,
-    memory_bytes: int | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> ContextBinary:
@@ -127,7 +125,7 @@ def compile_context(
     Raises:
         ExportError: the compiler refuses operations; they are named, with its reasons.
         VendorError: it failed, crashed, ran out of time, or made something else than it was asked for.
-        ResourceError: it needs more than `memory_bytes`, or more than the machine has.
+        ResourceError: it needs more memory than `options` allow, or than the machine has.
         UsageError: onnxruntime-qnn is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +133,7 @@ def compile_context(
         made = aside / "context.onnx"
         job = _compile_job(model, target, options, float16) | {"context": str(made.resolve())}
         what = f"compiling {model} for {target.name}"
-        ran = _run_child(what, job, aside, memory_bytes, timeout_s, progress, stop)
+        ran = _run_child(what, job, aside, *_limits(options), progress, stop)
         wrapper, context = folder / f"{target.name}.onnx", folder / f"{target.name}.bin"
         binary, sdk = _rewrite_wrapper(made, context.name)
         soc, arch = read_target(binary)
@@ -168,8 +166,6 @@ def measure_traffic(
     options: NpuOptions,
     *,
     float16: bool,
-    memory_bytes: int | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Traffic:
     """Compile `model` and sum the DRAM traffic that the compiler scheduled; nothing is kept.
 
@@ -180,7 +176,7 @@ def measure_traffic(
         folder = Path(name)
         job = _compile_job(model, target, options, float16)
         job["options"] |= {"profiling_level": "optrace", "profiling_file_path": str(folder / "profile.csv")}
-        ran = _run_child(f"compiling {model} for {target.name}", job, folder, memory_bytes, timeout_s)
+        ran = _run_child(f"compiling {model} for {target.name}", job, folder, *_limits(options))
         graph = read_qnn_graph(_graph_json(folder), model)
         schedules = [*folder.glob("*_schematic.bin")]
         if len(schedules) != 1:
@@ -229,18 +225,14 @@ class NpuSimRunner:
     """A context binary on the simulator of the NPU, which computes as the chip does, and far slower.
 
     It needs what `compile_context` wrote: the wrapper with the binary beside it. The process lives for one
-    call. `memory_bytes` and `timeout_s` limit each call.
+    call, however long that takes: what is too large to be simulated is for the caller to decide.
     """
 
-    def __init__(
-        self, wrapper: Path, *, memory_bytes: int | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
-    ) -> None:
+    def __init__(self, wrapper: Path) -> None:
         _check_installed()
         if not wrapper.is_file():
             raise UsageError(f"{wrapper} does not exist", next_step="compile it first")
         self._wrapper = wrapper
-        self._memory_bytes = memory_bytes
-        self._timeout_s = timeout_s
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Map inputs by name to outputs by name. Raises VendorError, ResourceError."""
@@ -251,8 +243,7 @@ class NpuSimRunner:
             for i, value in enumerate(feeds.values()):
                 np.save(folder / f"in{i}.npy", value)
             job = {"model": str(self._wrapper.resolve()), "options": {}, "feeds": list(feeds)}
-            what = f"simulating {self._wrapper}"
-            ran = _run_child(what, job, folder, self._memory_bytes, self._timeout_s)
+            ran = _run_child(f"simulating {self._wrapper}", job, folder, None, math.inf)
             return {key: np.load(folder / f"out{i}.npy") for i, key in enumerate(ran.result["outputs"])}
 
 
@@ -295,7 +286,7 @@ def lint(
         *_lint_io(graph),
         *_lint_data_files(graph, model.parent),
         *_lint_norms(graph, shapes, vtcm_mb or 8),
-        *_lint_allocation(graph, float16),
+        *_lint_allocation(graph, shapes, float16),
         *(() if float16 else _lint_silu(graph, shapes)),
         *(_lint_range(graph, model.parent, peaks or {}) if float16 else ()),
     )
@@ -348,14 +339,18 @@ def _lint_norms(
     graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]], vtcm_mb: int
 ) -> Iterator[Finding]:
     for node in graph.node:
-        if node.op_type in ("GroupNormalization", "InstanceNormalization"):
-            size = 2 * math.prod(shapes.get(node.input[0], (0,))[1:])
+        if node.op_type in ("GroupNormalization", "InstanceNormalization", "LayerNormalization"):
+            axis = -1 if node.op_type.startswith("Layer") else 1
+            axis = next((a.i for a in node.attribute if a.name == "axis"), axis)
+            size = 2 * math.prod(shapes.get(node.input[0], (0,))[axis:])
             if size > vtcm_mb * 2**20:
                 what = f"normalises {size / 2**20:.1f} MiB at once, more than {vtcm_mb} MiB of VTCM"
                 yield Finding("vtcm", node.name, what, "executorch #1430")
 
 
-def _lint_allocation(graph: onnx.GraphProto, float16: bool) -> Iterator[Finding]:
+def _lint_allocation(
+    graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]], float16: bool
+) -> Iterator[Finding]:
     import onnx
 
     width = {onnx.TensorProto.FLOAT: 2 if float16 else 4}
@@ -363,8 +358,10 @@ def _lint_allocation(graph: onnx.GraphProto, float16: bool) -> Iterator[Finding]
         math.prod(i.dims) * width.get(i.data_type, onnx.helper.tensor_dtype_to_np_dtype(i.data_type).itemsize)
         for i in graph.initializer
     )
+    # Inputs and outputs stay float32.
+    size += sum(4 * math.prod(shapes.get(value.name, (0,))) for value in (*graph.input, *graph.output))
     if size >= 2**31:
-        what = f"{size / 2**30:.2f} GiB of weights; a graph may allocate 2 GiB"
+        what = f"{size / 2**30:.2f} GiB of weights, inputs and outputs; a graph may allocate 2 GiB"
         yield Finding("allocation", graph.name or "graph", what, "ai-hub-models #129, #274")
 
 
@@ -430,6 +427,12 @@ def _fresh_folder(path: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _limits(options: NpuOptions) -> tuple[int, float]:
+    """Return the bytes and seconds that a compilation may take which starts now."""
+    memory = int(options.compiler_memory_gb * 1e9) or memory_bytes()[1]
+    return memory, options.compiler_hours * 3600
 
 
 def _compile_job(model: Path, target: Target, options: NpuOptions, float16: bool) -> dict[str, Any]:
@@ -629,12 +632,13 @@ def _follow(
         if memory_bytes is not None and peak > memory_bytes:
             raise ResourceError(
                 f"{what} takes more than {memory_bytes / 1e9:.2f} GB{_during(log)}",
-                next_step="raise the limit, or make the graph smaller",
+                next_step="close other programs, raise npu.compiler_memory_gb in the recipe if it is set, "
+                "or cut the UNet into more parts (npu.parts)",
             )
         if time.monotonic() - begun > timeout_s:
             raise VendorError(
                 f"{what} was not done after {duration(timeout_s)}{_during(log)}",
-                next_step="raise the limit, or choose a lower npu.optimization_mode",
+                next_step="raise npu.compiler_hours in the recipe, or choose a lower npu.optimization_mode",
             )
 
 
@@ -644,8 +648,8 @@ def _failure(
     """Say why the child did not do its job; None if it did."""
     if log.refused and (log.is_refused or status):
         return ExportError(
-            f"{what}: {len(log.refused)} operations do not run on the NPU\n  "
-            + "\n  ".join(_describe_refused(model, log.refused)),
+            f"{what}: {len(log.refused)} operations do not run on the NPU"
+            + listed([*_describe_refused(model, log.refused)]),
             next_step="choose another graph form in the recipe",
         )
     if status == 0 and "error" not in result:
@@ -671,16 +675,13 @@ def _describe_refused(model: Path, refused: Mapping[str, tuple[str, str]]) -> It
     shapes = _shapes(graph)
     nodes = {node.name: node for node in graph.node}
     ours = {name: node for name in refused if (node := origin(name, nodes.keys())) is not None}
-    shown = list(ours or refused)[:_SHOWN]
-    for name in shown:
+    for name in ours or refused:
         kind, reason = refused[name]
         node = nodes.get(ours.get(name, ""))
         shape = shapes.get(node.output[0]) if node is not None else None
         size = f" -> {'x'.join(map(str, shape))}" if shape else ""
         hint = "; its layer has no quantised output" if "standalone DQ" in reason else ""
         yield f"{ours.get(name, name)} ({kind}{size}): {reason}{hint}"
-    if more := len(ours or refused) - len(shown):
-        yield f"and {more} more"
 
 
 def _during(log: _Log) -> str:

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from mobilevd_deploy.errors import ExportError, VendorError
+from mobilevd_deploy.errors import ExportError, VendorError, listed
 
 # Qnn_DataType_t of QnnTypes.h: the low byte is the width, written as if decimal.
 _KINDS = {0: "int", 1: "uint", 2: "float", 3: "sfixed", 4: "ufixed", 5: "bool"}
@@ -29,7 +29,6 @@ _WIDTHS = {0x04: 4, 0x08: 8, 0x16: 16, 0x32: 32, 0x64: 64}
 _ROLES: dict[int, Role] = {0: "input", 1: "output", 3: "inner", 4: "constant"}
 _MOVES = ("Transpose", "Reshape", "StridedSlice", "Concat", "Cast")
 _CARRIERS = ("Quantize", "Dequantize", *_MOVES)
-_SHOWN = 8
 _TRAFFIC_KEYS = ["opid", "dram_read", "dram_write", "vtcm_read", "vtcm_write", "is_dma"]
 _LOW_32_BITS = 0xFFFFFFFF
 
@@ -209,15 +208,11 @@ def check_graph(graph: QnnGraph, precision: str, allow: Sequence[str] = ()) -> N
             next_step="compile the quantised model",
         )
     faults = {op.node: f"{op.node} ({op.type}) runs in floating point" for op in graph.float_islands}
-    if not precision.endswith("a8"):
-        faults |= {n.node: f"{n.node} reads {n.tensor} as {n.dtype}" for n in graph.narrowed}
+    faults |= {n.node: f"{n.node} reads {n.tensor} as {n.dtype}" for n in graph.narrowed}
     faults = {node: fault for node, fault in faults.items() if not any(fnmatchcase(node, a) for a in allow)}
     if faults:
-        shown = [*faults.values()][:_SHOWN]
-        rest = len(faults) - len(shown)
         raise ExportError(
-            f"the compiled graph is not {precision} throughout:\n  "
-            + "\n  ".join(shown + ([f"and {rest} more"] if rest else [])),
+            f"the compiled graph is not {precision} throughout:{listed(faults.values())}",
             next_step="choose another graph form, or allow these names in the recipe (npu.allow)",
         )
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from mobilevd_deploy.checkpoint import _written_aside
 from mobilevd_deploy.data import data_dir
-from mobilevd_deploy.errors import ExportError, UsageError
+from mobilevd_deploy.errors import ExportError, UsageError, listed
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.onnx_export import DATA, MODEL, _fold_constants, _name_nodes, _quiet
 from mobilevd_deploy.probe import Tensors, sqnr_db
@@ -743,32 +743,36 @@ def _is_silu(graph: _Graph, mul: NodeProto) -> bool:
 
 
 def check_coverage(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda _: False) -> None:
-    """Refuse values that reach an op, or the graph's output, without a Q and DQ on the way."""
-    graph = _Graph(model)
-    for node in model.graph.node:
-        if node.op_type in _PAIR or node.op_type in _MOVES or is_float(_module(node)):
-            continue
-        for operand in graph.operands(node):
-            for origin in graph.origins(operand):
-                _check_origin(graph, node, origin, is_float)
-    for output in model.graph.output:
-        for origin in graph.origins(output.name):
-            if not isinstance(origin, NodeProto) or not (
-                origin.op_type == "DequantizeLinear" or is_float(_module(origin))
+    """Refuse values that reach an op, or the graph's output, without a Q and DQ on the way; name them all."""
+    gaps = dict.fromkeys(_gaps(_Graph(model), is_float))
+    if gaps:
+        raise ExportError(
+            "values without a range; what makes and what reads them would run in float32 or not on the NPU:"
+            + listed(gaps),
+            next_step="make each of these ops a module of its own with one instance per call, as in "
+            "npu/ops.py (for SiLU: npu.ops.SiLU), or allow it by a rule with 32 bits",
+        )
+
+
+def _gaps(graph: _Graph, is_float: Callable[[str], bool]) -> Iterator[str]:
+    """Yield what reads a value without a range, and which."""
+    readers = [
+        (f"{node.name} ({node.op_type})", operand, node)
+        for node in graph.graph.node
+        if node.op_type not in (*_PAIR, *_MOVES) and not is_float(_module(node))
+        for operand in graph.operands(node)
+    ]
+    outputs = [(f"the output {output.name}", output.name, None) for output in graph.graph.output]
+    for reader, operand, node in (*readers, *outputs):
+        for origin in graph.origins(operand):
+            if not isinstance(origin, NodeProto):
+                yield f"{reader} reads {origin}"
+            elif not (
+                origin.op_type == "DequantizeLinear"
+                or is_float(_module(origin))
+                or (node is not None and _fuses(graph, origin, node))
             ):
-                raise _gap(origin, f"the output {output.name}")
-
-
-def _check_origin(graph: _Graph, node: NodeProto, origin: Origin, is_float: Callable[[str], bool]) -> None:
-    if isinstance(origin, NodeProto):
-        if origin.op_type == "DequantizeLinear" or is_float(_module(origin)) or _fuses(graph, origin, node):
-            return
-        if {origin.op_type, node.op_type} == {"Sigmoid", "Mul"}:
-            raise ExportError(
-                f"{node.name}: SiLU without a range between its halves runs in float32, and so does the norm",
-                next_step="use npu.ops.SiLU",
-            )
-    raise _gap(origin, f"{node.name} ({node.op_type})")
+                yield f"{reader} reads {origin.name} ({origin.op_type})"
 
 
 def _fuses(graph: _Graph, first: NodeProto, second: NodeProto) -> bool:
@@ -783,15 +787,6 @@ def _fuses(graph: _Graph, first: NodeProto, second: NodeProto) -> bool:
         isinstance(origin, NodeProto) and origin.op_type == "DequantizeLinear" and graph.is_constant(origin)
         for name in others
         for origin in graph.origins(name)
-    )
-
-
-def _gap(origin: Origin, reader: str) -> ExportError:
-    source = f"{origin.name} ({origin.op_type})" if isinstance(origin, NodeProto) else origin
-    return ExportError(
-        f"{reader} reads {source} as floats, so both would run in float32 or not on the NPU",
-        next_step="make it a module of its own with one instance per call, as in npu/ops.py, "
-        "or allow it by a rule with 32 bits",
     )
 
 

@@ -131,7 +131,8 @@ class NpuOptions:
     htp_graph_finalization_optimization_mode. `parts`: how many the UNet is cut into; 0, as for the other
     components: as few as stay below 2 GiB each, and below 8 GB for the compiler. Operations that run in
     float32 although the graph asks for integers, or tensors narrower than asked, fail the export unless their
-    name matches `allow`.
+    name matches `allow`. A compilation is ended above `compiler_memory_gb` (0: what memory is free when it
+    starts), and after `compiler_hours`.
     """
 
     targets: tuple[str, ...] = ("SM8650",)
@@ -139,15 +140,25 @@ class NpuOptions:
     vtcm_mb: int = 8
     parts: int = 0
     allow: tuple[str, ...] = ()
+    compiler_memory_gb: float = 0
+    compiler_hours: float = 4
 
     def __post_init__(self) -> None:
         if not self.targets:
             raise SpecError("npu.targets: there is none")
         if twice := sorted({name for name in self.targets if self.targets.count(name) > 1}):
             raise SpecError(f"npu.targets: {twice[0]!r} is named twice")
-        for name in ("vtcm_mb", "parts"):
+        for name in ("vtcm_mb", "parts", "compiler_memory_gb"):
             if getattr(self, name) < 0:
                 raise SpecError(f"npu.{name}: {getattr(self, name)} is negative")
+        if not self.compiler_hours > 0:
+            raise SpecError(f"npu.compiler_hours: {self.compiler_hours} leaves no time")
+
+    def deciding(self, target: str) -> dict[str, Any]:
+        """Return as plain values what decides the binary for `target`: all but limits and other targets."""
+        limits = ("compiler_memory_gb", "compiler_hours")
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in limits}
+        return values | {"targets": target}
 
 
 @dataclass(frozen=True)

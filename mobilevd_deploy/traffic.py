@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from fnmatch import fnmatch
@@ -31,8 +31,8 @@ from mobilevd_deploy.probe import Tensors
 from mobilevd_deploy.profiles import SCHEMA_VERSION, TrafficReport, TrafficRow, now, write_durably
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.qnn import Target, find_target, measure_traffic
-from mobilevd_deploy.qnn_graph import DramBytes, Traffic
-from mobilevd_deploy.quantize import quantise
+from mobilevd_deploy.qnn_graph import Traffic
+from mobilevd_deploy.quantize import block_of, quantise
 from mobilevd_deploy.recipe import NpuOptions, Recipe
 from mobilevd_deploy.skeleton import rewrites, rewritten_skeleton
 from mobilevd_deploy.spec import ModelSpec, from_dict
@@ -40,7 +40,7 @@ from mobilevd_deploy.spec import ModelSpec, from_dict
 WHOLE_UP_TO_FLOPS = 200e9
 """The schedule of a larger graph takes gigabytes and hours: its blocks are compiled one by one."""
 
-_DEPTH = 3
+_DEPTH = 3  # names that tell the parts of a block apart
 _DRAWN = 40
 
 
@@ -128,7 +128,7 @@ def export_block(block: Block, recipe: Recipe, folder: Path) -> None:
 def measure_artifact(artifact: Artifact, progress: Progress | None = None) -> TrafficReport:
     """Measure an artifact as it was compiled for its first target: each component with its parts.
 
-    A part is what stands up to three names deep. A UNet of more than `WHOLE_UP_TO_FLOPS` is measured block by
+    A part is a block, with its modules below it. A UNet of more than `WHOLE_UP_TO_FLOPS` is measured block by
     block, with random weights. Raises UsageError if the artifact was compiled for no chip.
     """
     progress, recipe = progress or Progress(), from_dict(Recipe, artifact.manifest.recipe)
@@ -144,12 +144,14 @@ def measure_artifact(artifact: Artifact, progress: Progress | None = None) -> Tr
         artifact.verify(component)
         if component.name == "unet" and component.flops > WHOLE_UP_TO_FLOPS:
             spec = from_dict(ModelSpec, artifact.manifest.model)
-            rows.append(_joined(component.name, _block_rows(spec, recipe, recipe.npu, ["*"], progress)))
+            note = "block by block with random weights; what stands between blocks is not in it"
+            blocks = _block_rows(spec, recipe, recipe.npu, ["*"], progress)
+            rows.append(_joined(component.name, blocks, note))
             continue
         progress.begin(component.name)
         model = artifact.path(component, role)
         found = measure_traffic(model, target, recipe.npu, float16=recipe.quant is None)
-        rows.append(_row(component.name, found))
+        rows.append(_row(component.name, found, block_of))
         progress.end()
     digest = file_sha256(artifact.root / MANIFEST)
     return _report(artifact.manifest.name, digest, recipe, recipe.npu, rows)
@@ -217,25 +219,30 @@ def _block_rows(
         progress.begin(block.path)
         if not (known := block.structure in measured):
             measured[block.structure] = measure_block(block, recipe, options, target)
-        rows.append(_row(block.path, measured[block.structure], block.floor_bytes))
+        rows.append(_row(block.path, measured[block.structure], _beginning, block.floor_bytes))
         progress.end(reused=known)
     return rows
 
 
-def _row(path: str, found: Traffic, floor: int | None = None) -> TrafficRow:
-    parts = {"inputs and outputs": found.edges}
+def _row(path: str, found: Traffic, part_of: Callable[[str], str], floor: int | None = None) -> TrafficRow:
+    """Sum up the modules by what `part_of` says that each is part of; a part has its modules below it."""
+    parts: dict[str, list[TrafficRow]] = {}
     for module, moved in found.modules.items():
-        name = ".".join(module.split(".")[:_DEPTH]) or "others"
-        parts[name] = parts.get(name, DramBytes()) + moved
-    rows = [TrafficRow(name, moved.read, moved.written) for name, moved in parts.items()]
-    return TrafficRow(path, found.total.read, found.total.written, floor, _spills_first(rows))
+        row = TrafficRow(module or "others", moved.read, moved.written)
+        parts.setdefault(part_of(row.path), []).append(row)
+    rows = [_joined(name, modules) for name, modules in parts.items()]
+    edges = TrafficRow("inputs and outputs", found.edges.read, found.edges.written)
+    return dataclasses.replace(_joined(path, [edges, *rows]), floor=floor)
 
 
-def _joined(path: str, rows: Sequence[TrafficRow]) -> TrafficRow:
+def _joined(path: str, rows: Sequence[TrafficRow], note: str | None = None) -> TrafficRow:
     read, written = sum(row.read for row in rows), sum(row.written for row in rows)
-    parts = [dataclasses.replace(row, parts=()) for row in rows]
-    note = "block by block with random weights; what stands between blocks is not in it"
-    return TrafficRow(path, read, written, None, _spills_first(parts), note)
+    parts = () if [row.path for row in rows] == [path] else _spills_first(rows)
+    return TrafficRow(path, read, written, None, parts, note)
+
+
+def _beginning(module: str) -> str:
+    return ".".join(module.split(".")[:_DEPTH])
 
 
 def _spills_first(rows: Sequence[TrafficRow]) -> tuple[TrafficRow, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from mobilevd_deploy.artifact import Artifact, Component
 from mobilevd_deploy.calibration import drawn_pictures
@@ -12,7 +13,7 @@ from mobilevd_deploy.errors import MobileVDError
 from mobilevd_deploy.pipeline import Array, Job, Loader, loader, run_component
 from mobilevd_deploy.probe import psnr_db, sqnr_db
 from mobilevd_deploy.progress import Progress
-from mobilevd_deploy.qnn import read_target
+from mobilevd_deploy.qnn import SIMULATE_UP_TO_FLOPS, read_target
 from mobilevd_deploy.recipe import Recipe
 from mobilevd_deploy.spec import from_dict
 
@@ -32,9 +33,11 @@ class Check:
 def verify(artifact: Artifact, *, simulate: bool = False, progress: Progress | None = None) -> list[Check]:
     """Check digests, the chips that the binaries name, and every graph's outputs on a drawn picture.
 
-    The float graphs are the reference. Quantised graphs run on onnxruntime; with `simulate` the context
-    binaries run on the HTP simulator, where 16-bit ones have to agree with the quantised graph. Floors are
-    the recipe's. Nothing that is damaged is run.
+    The float graphs are the reference. Quantised graphs run on onnxruntime. With `simulate` the context
+    binaries run on the HTP simulator, each on what those before it gave there: on the same inputs 16-bit ones
+    have to agree with the quantised graph, others with the float graph, and the clip that comes out with the
+    clips of both. A component above `SIMULATE_UP_TO_FLOPS` is left out, and then there is no such clip.
+    Floors are the recipe's. Nothing that is damaged is run.
     """
     progress, manifest = progress or Progress(), artifact.manifest
     files = _check("files", None, lambda: _digests(artifact))
@@ -48,41 +51,72 @@ def verify(artifact: Artifact, *, simulate: bool = False, progress: Progress | N
     checks, recipe = [files, *targets], from_dict(Recipe, manifest.recipe)
     floors, scheme, spec = recipe.floors, recipe.quant, manifest.pipeline
     picture = drawn_pictures(spec.width, spec.height, 1, _SEED).values[0]
-    reference, quantised = Job(picture, _SEED), Job(picture, _SEED)
+    reference, quantised, simulated = (Job(picture, _SEED) for _ in range(3))
+    left_out: list[str] = []
     progress.plan({c.name: max(c.flops, 1) for c in manifest.components})
     for c in manifest.components:
         progress.begin(c.name)
         run_component(c, loader(artifact, "onnx"), [reference])
-        exact, feeds = reference.outputs[c.name], reference.feeds(c)
+        exact = reference.outputs[c.name]
         if scheme is not None:
             load = loader(artifact, "quantised")
-            checks.append(_agrees("quantised graph", c, load, feeds, exact, floors.quantised_sqnr_db))
+            feeds = reference.feeds(c)
+            check, _ = _agrees("quantised graph", c, load, feeds, exact, floors.quantised_sqnr_db)
+            checks.append(check)
             run_component(c, load, [quantised])
+        given = None
         if simulate and c.npu:
-            what, expected, floor = "float16 binary, simulated", exact, floors.float16_sqnr_db
-            if scheme is not None:
-                what, floor = "binary, simulated", floors.quantised_sqnr_db
-            if scheme is not None and scheme.of(c.name).narrowest >= 16:
-                expected = loader(artifact, "quantised")(c).run(feeds)[c.outputs[0].name]
-                what, floor = "binary, simulated, against the quantised graph", floors.simulator_db
-            checks.append(_agrees(what, c, loader(artifact, "npu-sim"), feeds, expected, floor))
+            check, given = _simulate(artifact, c, recipe, simulated.feeds(c))
+            checks.append(check)
+        if given is None:
+            left_out.append(c.name)
+        simulated.outputs[c.name] = exact if given is None else given
         progress.end()
-    if scheme is not None:
-        last = manifest.components[-1].name
-        psnr = psnr_db(reference.outputs[last], quantised.outputs[last], peak=2.0)
-        checks.append(_above("quantised clip, PSNR", None, psnr, floors.clip_psnr_db))
+    last = manifest.components[-1].name
+    clips = [("quantised clip", reference, quantised)] if scheme is not None else []
+    if simulate and any(c.npu for c in manifest.components):
+        if left_out:
+            why = f"there is none: {', '.join(left_out)} did not run on the simulator"
+            checks.append(Check("simulated clip", None, True, why))
+        else:
+            clips.append(("simulated clip", reference, simulated))
+            if scheme is not None:
+                clips.append(("simulated clip, against the quantised graphs'", quantised, simulated))
+    for what, expected, job in clips:
+        psnr = psnr_db(expected.outputs[last], job.outputs[last], peak=2.0)
+        checks.append(_above(f"{what}, PSNR", None, psnr, floors.clip_psnr_db))
     return checks
+
+
+def _simulate(
+    artifact: Artifact, component: Component, recipe: Recipe, feeds: dict[str, Array]
+) -> tuple[Check, Array | None]:
+    """Run a binary on the simulator and compare; None: it was not simulated, or did not run."""
+    scheme, floors = recipe.quant, recipe.floors
+    kind: Literal["onnx", "quantised"] = "onnx"
+    if scheme is None:
+        what, floor = "float16 binary, simulated", floors.float16_sqnr_db
+    elif scheme.of(component.name).narrowest < 16:
+        what, floor = "binary, simulated", floors.quantised_sqnr_db
+    else:
+        kind, floor = "quantised", floors.simulator_db
+        what = "binary, simulated, against the quantised graph"
+    if component.flops > SIMULATE_UP_TO_FLOPS:
+        why = f"not simulated, {component.flops / 1e9:.0f} GFLOPs are too many for it"
+        return Check(what, component.name, True, why), None
+    expected = loader(artifact, kind)(component).run(feeds)[component.outputs[0].name]
+    return _agrees(what, component, loader(artifact, "npu-sim"), feeds, expected, floor)
 
 
 def _agrees(
     what: str, component: Component, load: Loader, feeds: dict[str, Array], expected: Array, floor: float
-) -> Check:
-    """Run a component and compare; one that does not run is a check that failed."""
+) -> tuple[Check, Array | None]:
+    """Run a component and compare; return None too where it does not run, which is a check that failed."""
     try:
         given = load(component).run(feeds)[component.outputs[0].name]
     except MobileVDError as error:
-        return Check(what, component.name, False, error.what)
-    return _above(what, component.name, sqnr_db(expected, given), floor)
+        return Check(what, component.name, False, error.what), None
+    return _above(what, component.name, sqnr_db(expected, given), floor), given
 
 
 def _above(what: str, component: str | None, value: float, floor: float) -> Check:

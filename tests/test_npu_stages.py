@@ -24,6 +24,7 @@ pytest.importorskip("onnxruntime_qnn")
 
 from mobilevd_deploy import npu_stages, verify
 from mobilevd_deploy.artifact import Artifact, Component, FileEntry, TensorSpec
+from mobilevd_deploy.calibration import drawn_pictures
 from mobilevd_deploy.deploy import deploy
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError, VendorError
 from mobilevd_deploy.npu import ops
@@ -159,7 +160,47 @@ def test_verify_passes_what_was_made(artifact: Artifact) -> None:
     checks = verify.verify(artifact, simulate=True)
     assert [check for check in checks if not check.ok] == []
     assert {check.what for check in checks} >= {"files", "SM8650 binary", "quantised graph"}
-    assert sum("simulated" in check.what for check in checks) == 4
+    simulated = [check for check in checks if "simulated" in check.what]
+    assert [check.component for check in simulated if check.component] == [
+        component.name for component in artifact.manifest.components
+    ]
+    clips = {check.what: check.detail for check in checks if "clip" in check.what}
+    assert [*clips] == [
+        "quantised clip, PSNR",
+        "simulated clip, PSNR",
+        "simulated clip, against the quantised graphs', PSNR",
+    ]
+    assert all(detail.endswith("dB, floor 15 dB") for detail in clips.values())
+
+
+def test_the_simulated_clip_is_made_of_what_the_binaries_gave_each_other(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = artifact.manifest.pipeline
+    picture = drawn_pictures(spec.width, spec.height, 1, verify._SEED).values[0]
+    clip = Pipeline.open(artifact, ["npu-sim"]).generate(picture, verify._SEED)
+    compared: list[Any] = []
+
+    def noted(expected: Any, given: Any, **options: Any) -> float:
+        compared.append(given)
+        return psnr_db(expected, given, **options)
+
+    monkeypatch.setattr(verify, "psnr_db", noted)
+    verify.verify(artifact, simulate=True)
+    np.testing.assert_array_equal(compared[1], clip)
+    np.testing.assert_array_equal(compared[2], clip)
+
+
+def test_verify_says_what_is_too_large_for_the_simulator(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = max(component.flops for component in artifact.manifest.components)
+    monkeypatch.setattr(verify, "SIMULATE_UP_TO_FLOPS", most - 1)
+    checks = verify.verify(artifact, simulate=True)
+    assert all(check.ok for check in checks)
+    (large,) = (check for check in checks if "not simulated" in check.detail)
+    (clip,) = (check for check in checks if "simulated clip" in check.what)
+    assert f"there is none: {large.component} did not run" in clip.detail
 
 
 @pytest.fixture

@@ -73,8 +73,10 @@ def write_unsupported(path: Path) -> Path:
     return save(path, nodes, {"x": [1, 4, 8, 8]}, {"y": [1, 4]})
 
 
-def compile_float(model: Path, folder: Path, target: Target = SM8650, **options) -> ContextBinary:
-    return compile_context(model, folder, target, NpuOptions(), **{"float16": True} | options)
+def compile_float(
+    model: Path, folder: Path, target: Target = SM8650, npu: NpuOptions | None = None, **options
+) -> ContextBinary:
+    return compile_context(model, folder, target, npu or NpuOptions(), **{"float16": True} | options)
 
 
 def picture() -> np.ndarray:
@@ -208,7 +210,7 @@ REFUSAL = """[V:onnxruntime:, a.cc:1 LogNodeSupport] Validation FAILED for 3 nod
 def test_refusal_ends_the_compilation_at_once(model, tmp_path, stub):
     stub(f"print({REFUSAL!r} + 'ComposeGraph Graph name: g', flush=True)", "time.sleep(60)")
     with pytest.raises(ExportError, match=r"block\.conv/Conv \(Conv -> 1x16x16x16\): too wide"):
-        compile_float(model, tmp_path / "out", timeout_s=30)
+        compile_float(model, tmp_path / "out", npu=NpuOptions(compiler_hours=30 / 3600))
 
 
 def test_refusals_of_the_first_pass_do_not_count(model, tmp_path, stub):
@@ -346,9 +348,20 @@ def test_missing_wrapper(tmp_path):
 
 
 def test_memory_limit(model, tmp_path):
-    with pytest.raises(ResourceError, match=r"takes more than 0\.04 GB"):
-        compile_float(model, tmp_path, memory_bytes=40_000_000)
+    with pytest.raises(ResourceError, match=r"takes more than 0\.04 GB") as caught:
+        compile_float(model, tmp_path, npu=NpuOptions(compiler_memory_gb=0.04))
+    assert "npu.compiler_memory_gb" in str(caught.value.next_step)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_compilation_may_take_what_is_free_when_it_starts(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(qnn, "memory_bytes", lambda: (int(8e9), 30_000_000))
+    for compilation in (
+        lambda: compile_float(model, tmp_path),
+        lambda: measure_traffic(model, SM8650, NpuOptions(), float16=True),
+    ):
+        with pytest.raises(ResourceError, match=r"takes more than 0\.03 GB"):
+            compilation()
 
 
 @pytest.fixture
@@ -367,8 +380,9 @@ def children(monkeypatch) -> list[subprocess.Popen[bytes]]:
 
 def test_time_limit_ends_the_child(model, tmp_path, stub, children):
     stub("time.sleep(60)")
-    with pytest.raises(VendorError, match=r"not done after 0\.5 s"):
-        compile_float(model, tmp_path / "out", timeout_s=0.5)
+    with pytest.raises(VendorError, match=r"not done after 0\.5 s") as caught:
+        compile_float(model, tmp_path / "out", npu=NpuOptions(compiler_hours=0.5 / 3600))
+    assert "npu.compiler_hours" in str(caught.value.next_step)
     assert [child.returncode for child in children] == [-signal.SIGKILL]
 
 
@@ -547,13 +561,23 @@ def test_lint_names_norms_above_vtcm(tmp_path):
     assert rules(model, vtcm_mb=8) == {}
 
 
-def test_lint_adds_up_weights(tmp_path):
-    big = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2**15, 2**14, 1, 1])
+@pytest.mark.parametrize(("axis", "is_found"), [(1, True), (-1, False)])
+def test_lint_counts_what_a_layer_norm_needs_at_once(tmp_path, axis, is_found):
+    shape = [2, 256, 256, 33]
+    scale = numpy_helper.from_array(np.ones(shape[axis:], np.float32), "scale")
+    node = helper.make_node("LayerNormalization", ["x", "scale"], ["y"], name="net.norm/Norm", axis=axis)
+    model = save(tmp_path / "m.onnx", [node], {"x": shape}, {"y": shape}, [scale])
+    assert rules(model, vtcm_mb=4) == ({"vtcm": "net.norm/Norm"} if is_found else {})
+
+
+@pytest.mark.parametrize("rows", [2**15, 2**15 - 1])
+def test_lint_adds_up_weights_inputs_and_outputs(tmp_path, rows):
+    big = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[rows, 2**14, 1, 1])
     big.data_location = TensorProto.EXTERNAL
     big.external_data.add(key="location", value="w.data")
     (tmp_path / "w.data").touch()
     node = helper.make_node("Conv", ["x", "w"], ["y"], name="net/Conv")
-    model = save(tmp_path / "m.onnx", [node], {"x": [1, 2**14, 1, 1]}, {"y": [1, 2**15, 1, 1]}, [big])
+    model = save(tmp_path / "m.onnx", [node], {"x": [1, 2**14, 1, 1]}, {"y": [1, rows, 1, 1]}, [big])
     assert rules(model, float16=False) == {"allocation": "graph"}  # 2 GiB in float32
     assert rules(model, float16=True) == {}
 

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from mobilevd_deploy.recipe import load_recipe
 from mobilevd_deploy.training.clips import HELD_OUT, Clip, make_clip
 from mobilevd_deploy.training.quality import gradient_energy, score, summarise
 
@@ -55,3 +59,23 @@ def test_summary_counts_the_lost_and_subtracts_the_baseline(clip: Clip) -> None:
     assert values["darts_lost_share"] == pytest.approx(
         one.lost / (one.lost + len(one.position_errors)), abs=1e-3
     )
+
+
+# ---- what was measured ----
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("form", ["quantised", "npu-sim"])
+def test_integers_cost_the_demo_at_most_a_third_of_a_decibel(form: str) -> None:
+    result = json.loads((RESULTS / f"demo_quality_{form.replace('-', '_')}.json").read_bytes())
+    assert result["precision"] == "w8a16"
+    assert result["values"]["clips"] == result[form]["clips"] >= 12
+    assert result["values"]["psnr_db"] - result[form]["psnr_db"] <= 0.3
+
+
+def test_the_demos_unet_keeps_the_floor_of_the_shipped_recipe() -> None:
+    floor = load_recipe("xiaomi-14-pro").floors.quantised_sqnr_db
+    result = json.loads((RESULTS / "quantisation.json").read_bytes())
+    (shipped,) = (s for s in result["settings"] if s["name"] == "W8A16, headroom 1.25")
+    assert shipped["unet_sqnr_db"]["worst"] >= floor >= 30

@@ -10,6 +10,7 @@ from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.recipe import (
     Floors,
     GraphForms,
+    NpuOptions,
     PassName,
     QuantRule,
     QuantScheme,
@@ -47,6 +48,14 @@ def test_defaults_are_written_out_and_read_back():
     assert values["floors"] == dataclasses.asdict(Floors())
     assert values["quant"] is values["npu"] is None
     assert from_dict(Recipe, values) == recipe
+
+
+def test_a_raised_limit_decides_nothing_about_a_binary():
+    options = NpuOptions(targets=("SM8650", "SM8750"))
+    raised = dataclasses.replace(options, targets=("SM8750",), compiler_memory_gb=20, compiler_hours=8)
+    assert options.deciding("SM8750") == raised.deciding("SM8750")
+    assert options.deciding("SM8750") != options.deciding("SM8650")
+    assert options.deciding("SM8650") != dataclasses.replace(options, vtcm_mb=4).deciding("SM8650")
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -105,6 +114,8 @@ def test_a_file_by_path(tmp_path):
         ('[[quant.rules]]\nmodules = "a"\nbits = 4', "unknown key 'bits'"),
         ("[npu]\ntargets = []", "there is none"),
         ('[npu]\ntargets = ["SM8650", "SM8650"]', "named twice"),
+        ("[npu]\ncompiler_memory_gb = -1", "negative"),
+        ("[npu]\ncompiler_hours = 0", "no time"),
         ('[quant]\n[npu]\noptimization_mode = 1\n[graph]\ngroup_norm = "instance"', "instance norms wrongly"),
         ("passes = [", "mine.toml"),
         ("description = 3", "expected str"),

@@ -155,7 +155,9 @@ def test_an_artifact_is_measured_by_component_and_a_large_unet_by_block(
 
     def planned(model: Path, target: Target, options: NpuOptions, *, float16: bool) -> Traffic:
         asked.append((model.parent.name, target.name, options.optimization_mode, float16))
-        return Traffic({"a.b.c.d": DramBytes(3, 2), "": DramBytes(1, 0)}, DramBytes(5, 7))
+        block = "up_blocks.3.attentions.1"
+        modules = {f"{block}.to_q.conv": DramBytes(1, 2), block: DramBytes(2, 0), "": DramBytes(1, 0)}
+        return Traffic(modules, DramBytes(5, 7))
 
     monkeypatch.setattr(traffic, "measure_traffic", planned)
     report = measure_artifact(artifact)
@@ -165,7 +167,10 @@ def test_an_artifact_is_measured_by_component_and_a_large_unet_by_block(
     assert report.what == artifact.manifest.name
     assert (report.target, report.precision, report.optimization_mode) == ("SM8750", "float16", 2)
     assert (report.read, report.written) == (9 * len(asked), 9 * len(asked))
-    assert report.rows[0].parts == (row("inputs and outputs", 5, 7), row("a.b.c", 3, 2), row("others", 1, 0))
+    block = "up_blocks.3.attentions.1"
+    modules = row(f"{block}.to_q.conv", 1, 2), row(block, 2, 0)
+    parts = row("inputs and outputs", 5, 7), row(block, 3, 2, *modules), row("others", 1, 0)
+    assert report.rows[0].parts == parts
 
     monkeypatch.setattr(traffic, "WHOLE_UP_TO_FLOPS", 0)
     monkeypatch.setattr(traffic, "export_block", lambda *_: None)
