@@ -71,7 +71,7 @@ def test_memory_does_not_grow_with_the_samples(kind: str, folder: Path) -> None:
     assert peak(10) < peak(2) + picture
 
 
-@pytest.mark.parametrize("make", [lambda _: drawn_pictures(32, 16, 4, 0), lambda f: read_copies(f, 4)])
+@pytest.mark.parametrize("make", [lambda _: drawn_pictures(128, 64, 4, 0), lambda f: read_copies(f, 4)])
 def test_pictures_reach_another_process(make: Callable[[Path], Pictures], folder: Path) -> None:
     pictures = make(folder)
     received = pickle.loads(pickle.dumps(pictures))
