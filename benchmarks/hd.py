@@ -65,7 +65,7 @@ def mapped(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and write the result."""
+    """Measure, and write the result after each compiled part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint and graphs; it stays")
     parser.add_argument("--parts", type=int, default=24)
@@ -114,10 +114,13 @@ def main() -> None:
         }
         progress.begin("compile")
         assert recipe.npu is not None
-        made = compile_files([files[number - 1] for number in options.compile], recipe.npu, float_bytes=2)
+
+        def keep(i: int, row: dict[str, Any]) -> None:
+            rows[options.compile[i] - 1] |= row
+            write_result("hd", result | mapped(rows))
+
+        compile_files([files[number - 1] for number in options.compile], recipe.npu, 2, keep)
         progress.end()
-        for number, row in zip(options.compile, made, strict=True):
-            rows[number - 1] |= row
         print(write_result("hd", result | mapped(rows)))
 
 

@@ -18,7 +18,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,33 @@ ROLES = {"w8a16": ("quantised", 4), "float16": ("model", 2)}
 """Of a precision: the graph's role in the artifact, and bytes of a float in the binary."""
 
 
-def compile_files(files: Sequence[Path], options: NpuOptions, float_bytes: int) -> list[dict[str, Any]]:
+def compile_files(
+    files: Sequence[Path],
+    options: NpuOptions,
+    float_bytes: int,
+    keep: Callable[[int, dict[str, Any]], None] = lambda number, row: None,
+) -> list[dict[str, Any]]:
     """Compile graphs side by side; return for each what it took, and what came out or what went wrong.
 
-    `float_bytes`: 2 for graphs to compute in float16, 4 for quantised ones.
+    `float_bytes`: 2 for graphs to compute in float16, 4 for quantised ones. `keep` gets each row as soon
+    as it is there, with the file's index.
     """
 
-    def compile_one(file: Path, expected: int, folder: Path, stop: threading.Event) -> dict[str, Any]:
-        float16, row = float_bytes == 2, {"expected_peak_bytes": expected}
+    lock = threading.Lock()
+
+    def compile_one(i: int, file: Path, expected: int, folder: Path, stop: threading.Event) -> dict[str, Any]:
+        row = {"expected_peak_bytes": expected} | compile_or_say(file, folder, stop)
+        with lock:
+            keep(i, row)
+        return row
+
+    def compile_or_say(file: Path, folder: Path, stop: threading.Event) -> dict[str, Any]:
+        float16 = float_bytes == 2
         try:
             made = compile_context(file, folder, find_target(TARGET), options, float16=float16, stop=stop)
         except MobileVDError as error:
-            return row | {"error": error.what.replace(str(file.parent), "")}
-        return row | {
+            return {"error": error.what.replace(str(file.parent), "")}
+        return {
             "seconds": round(made.seconds, 1),
             "peak_bytes": made.peak_bytes,
             "binary_bytes": made.bytes,
@@ -61,7 +75,7 @@ def compile_files(files: Sequence[Path], options: NpuOptions, float_bytes: int) 
     expected = [compiler_bytes(graph, float_bytes) for graph in graphs]
     with tempfile.TemporaryDirectory() as name:
         tasks = [
-            functools.partial(compile_one, file, peak, Path(name) / str(i))
+            functools.partial(compile_one, i, file, peak, Path(name) / str(i))
             for i, (file, peak) in enumerate(zip(files, expected, strict=True))
         ]
         work = [compiler_work(graph) for graph in graphs]
