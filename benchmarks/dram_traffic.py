@@ -89,7 +89,7 @@ def steps() -> list[Step]:
         Step("spatial", "float16", 0, change(HEADS, query_tile=256, linear="matmul")),
         Step("spatial", "float16", 0, change(HEADS, query_tile=256, frames="sequential")),
         Step("spatial", "float16", 0, change(HEADS, attention="tiles", query_tile=128)),
-        Step("spatial", "float16", 0, change(HEADS, attention="whole")),
+        *(Step("spatial", precision, 0, change(HEADS, attention="whole")) for precision in RECIPES),
         Step("spatial", "float16", 3, HEADS),
         Step("spatial", "w8a16", 3, HEADS),
     ]

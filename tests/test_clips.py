@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.training.clips import HELD_OUT, Clip, locate, make_clip, make_clips
 
 
@@ -32,6 +33,11 @@ def test_batches_are_channels_first_and_sizes_are_free() -> None:
     assert batch.shape == (2, 6, 3, 72, 96)
     single = make_clip(1, 4, frames=6, height=72, width=96)
     assert np.array_equal(batch[1].transpose(0, 2, 3, 1), single.frames)
+
+
+def test_a_map_that_two_darts_do_not_fit_is_refused() -> None:
+    with pytest.raises(UsageError, match="do not fit 32x16 pixels"):
+        make_clips(0, range(20), height=16, width=32, frames=1)  # some have a single dart
 
 
 def test_darts_stay_inside_and_move_at_one_of_two_speeds(clips: list[Clip]) -> None:

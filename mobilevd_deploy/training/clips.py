@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mobilevd_deploy.errors import UsageError
+
 HELD_OUT = 1_000_000_000
 """Clips from this index on are never trained on."""
 
@@ -24,6 +26,7 @@ _SPEEDS = (1.5, 3.0)  # px per frame, for the length above
 _DIRECTIONS = 8
 _AIR = 1.0  # px between a dart's nose and the wall when it turns
 _EDGE = 2.0  # px over which an edge fades
+_TRIES = 1000  # to place two darts apart; two or three do on the demo's map
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Clip:
 
 
 def make_clip(seed: int, index: int, *, frames: int = 14, height: int = 64, width: int = 128) -> Clip:
-    """Draw clip `index` of stream `seed`."""
+    """Draw clip `index` of stream `seed`. Raises UsageError for a map that two darts do not fit."""
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
     count = 1 if rng.random() < 0.25 else 2
     kinds = np.sort(rng.integers(len(_LENGTHS), size=count))  # slow ones first: they are drawn below
@@ -52,10 +55,15 @@ def make_clip(seed: int, index: int, *, frames: int = 14, height: int = 64, widt
     velocities = np.asarray(_SPEEDS)[kinds, None] * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     margins = lengths / 2 + _AIR
     size = np.array([width, height])
-    while True:
+    for _ in range(_TRIES):
         start = margins[:, None] + rng.random((count, 2)) * (size - 2 * margins[:, None])
         if count == 1 or np.linalg.norm(start[0] - start[1]) > lengths.max():
             break
+    else:
+        raise UsageError(
+            f"procedural clips do not fit {width}x{height} pixels",
+            next_step="name calibration pictures of your own",
+        )
     if count == 2 and kinds[0] == kinds[1] and start[0, 1] > start[1, 1]:
         start = start[::-1].copy()  # equal speeds: the lower one in the picture is in front
     positions, headings = _bounce(start, velocities, margins, size, frames)
