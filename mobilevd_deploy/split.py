@@ -27,7 +27,7 @@ ALLOCATION_LIMIT = 2**31
 COMPILER_LIMIT = 8 * 10**9
 """Bytes of memory that the compiler may take for one graph, so that 16 GB take two at a time. MobileVD's UNet
 in such parts is compiled in less than half the time of the whole, and moves 3 % more to and from DRAM.
-Source: benchmarks/results/parts.json."""
+Source: benchmarks/README.md, "Full size"."""
 
 # A cut may lie this share of a part's size away from where parts would be equal, to find a cheaper place.
 _SLACK = 0.3
@@ -60,7 +60,8 @@ def weight_bytes(model: ModelProto, float_bytes: int) -> int:
 def compiler_bytes(model: ModelProto, float_bytes: int) -> int:
     """About how much memory the Hexagon compiler takes for a graph whose shapes are inferred, at most.
 
-    Fits what it took for MobileVD's UNet and for parts of it: benchmarks/results/parts.json.
+    Fits what it took for MobileVD's UNet and for parts of it, from 1 to 17 GB. Far above for attention on
+    large maps: 14 GB against 7.4 GB for HD's first part (benchmarks/results/hd.json).
     """
     flow = _Flow(model)
     return _compiler_bytes(flow, flow.order, float_bytes)
