@@ -218,6 +218,11 @@ def memory_bytes() -> tuple[int, int]:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         free = int(found[1]) * 1024 if found else there
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{n}").read_text()) for n in ("max", "current"))
+        # What was read from files counts as used, and is given back when it is wanted.
+        cached = re.findall(
+            r"^(?:in)?active_file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.M
+        )
+        used -= sum(map(int, cached))
     except (OSError, ValueError):  # not Linux, or no limit ("max")
         return there, free
     return min(there, limit), min(free, limit - used)

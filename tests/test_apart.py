@@ -228,3 +228,14 @@ def test_an_interruption_ends_all() -> None:
     with pytest.raises(KeyboardInterrupt):
         side_by_side([wait, interrupt], [1, 1], [1, 1], budget=2, workers=2)
     assert ended == [True, True]
+
+
+def test_memory_of_a_container_is_free_though_it_caches_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        "/proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n",
+        "/sys/fs/cgroup/memory.max": "8000000000\n",
+        "/sys/fs/cgroup/memory.current": "7900000000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 900000000\ninactive_file 5000000000\nactive_file 2000000000\n",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda path: said[str(path)])
+    assert apart.memory_bytes()[1] == 8_000_000_000 - 900_000_000
