@@ -192,10 +192,10 @@ class _Flow:
         """Run one float component on every picture; a file per picture holds it and all outputs so far."""
         is_first, count = component == self.components[0], len(pictures.values)
         runner = self._float_runner(component)
-        for index, picture in enumerate(pictures.values):
+        for index in range(count):
             path = self._sample_path(index)
             path.parent.mkdir(parents=True, exist_ok=True)
-            job = Job(picture, index) if is_first else self._load(path)
+            job = Job(pictures.values[index], index) if is_first else self._load(path)
             run_component(component, lambda _: runner, [job])
             arrays: dict[str, Any] = {"image": job.image, **job.outputs}
             np.savez(path, **arrays)

@@ -76,17 +76,29 @@ def compiler_work(model: ModelProto) -> int:
 def fewest_parts(model: ModelProto, float_bytes: int, limit: int = ALLOCATION_LIMIT) -> int:
     """Return how many parts `plan_cut` has to make.
 
-    Each stays below `limit` bytes, a tenth to spare, and below `COMPILER_LIMIT` for the compiler. Raises
-    ExportError: no number of parts does.
+    Each stays below `limit` bytes, a tenth to spare, and below `COMPILER_LIMIT` for the compiler, or as near
+    to it as cuts come: one operation may be above. Raises ExportError: no number of parts is below `limit`.
     """
-    flow, count = _Flow(model), 1
-    while True:
-        groups = [[i for i in part.nodes if i in flow.carrying] for part in plan_cut(model, count).parts]
-        weights = max(sum(flow.node_bytes(i, float_bytes) for i in group) for group in groups)
-        compiler = max(_compiler_bytes(flow, group, float_bytes) for group in groups)
-        if weights <= 0.9 * limit and compiler <= COMPILER_LIMIT:
+    flow, allowed = _Flow(model), 0.9 * limit
+    shares = weight_bytes(model, float_bytes) / allowed, compiler_bytes(model, float_bytes) / COMPILER_LIMIT
+    found: list[tuple[int, int]] = []
+    for count in range(1, 2 * math.ceil(max(shares)) + 1):
+        try:
+            parts = plan_cut(model, count).parts
+        except ExportError:
+            break
+        groups = [[i for i in part.nodes if i in flow.carrying] for part in parts]
+        if max(sum(flow.node_bytes(i, float_bytes) for i in group) for group in groups) > allowed:
+            continue
+        found.append((max(_compiler_bytes(flow, group, float_bytes) for group in groups), count))
+        if found[-1][0] <= COMPILER_LIMIT:
             return count
-        count += 1
+    if not found:
+        raise ExportError(
+            f"{model.graph.name}: no cut leaves parts below {limit / 2**30:.1f} GiB of weights",
+            next_step="quantise the weights, or make the network smaller",
+        )
+    return min(found)[1]
 
 
 def _compiler_bytes(flow: _Flow, nodes: Sequence[int], float_bytes: int) -> int:

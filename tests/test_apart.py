@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -179,7 +180,7 @@ def test_a_large_network_is_exported_step_by_step(
 def test_tasks_share_a_budget() -> None:
     lock, running, most = threading.Lock(), set[int](), list[tuple[int, ...]]()
 
-    def task(size: int) -> int:
+    def task(size: int, _stop: threading.Event) -> int:
         with lock:
             running.add(size)
             most.append(tuple(sorted(running)))
@@ -189,7 +190,7 @@ def test_tasks_share_a_budget() -> None:
         return 10 * size
 
     sizes = [1, 9, 4, 5, 2]
-    tasks = [lambda _stop, size=size: task(size) for size in sizes]  # type: ignore[misc]
+    tasks = [functools.partial(task, size) for size in sizes]
     assert side_by_side(tasks, sizes, sizes, budget=7, workers=2) == [10, 90, 40, 50, 20]
     assert most[0] == (9,)  # the longest first, and alone, since it is over the budget
     assert all(len(sizes) == 1 or sum(sizes) <= 7 for sizes in most)

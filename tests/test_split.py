@@ -14,7 +14,16 @@ from onnx import TensorProto, helper, numpy_helper
 from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.errors import ExportError
 from mobilevd_deploy.pipeline import Array, OnnxRunner, PartsRunner
-from mobilevd_deploy.split import ALLOCATION_LIMIT, Cut, fewest_parts, plan_cut, weight_bytes, write_parts
+from mobilevd_deploy.split import (
+    ALLOCATION_LIMIT,
+    COMPILER_LIMIT,
+    Cut,
+    compiler_bytes,
+    fewest_parts,
+    plan_cut,
+    weight_bytes,
+    write_parts,
+)
 
 
 def cut_and_run(path: Path, parts: int, feeds: dict[str, Array]) -> tuple[Cut, dict[str, Array]]:
@@ -132,6 +141,25 @@ def test_how_many_parts_a_limit_needs() -> None:
     for part in plan_cut(model, count).parts:
         read = {name for i in part.nodes for name in model.graph.node[i].input}
         assert sum(2 * int(np.prod(initializers[n].dims)) for n in read if n in initializers) <= 0.45 * size
+
+
+def test_one_operation_may_take_the_compiler_more_than_wanted() -> None:
+    shape = numpy_helper.from_array(np.array([10**9, 8]), "shape")
+    axes = numpy_helper.from_array(np.array([0]), "axes")
+    graph = helper.make_graph(
+        [
+            helper.make_node("Expand", ["x", "shape"], ["large"]),
+            helper.make_node("Tanh", ["large"], ["t"]),
+            helper.make_node("ReduceSum", ["t", "axes"], ["y"]),
+        ],
+        "large",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 8))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 8))],
+        [shape, axes],
+    )
+    model = onnx.shape_inference.infer_shapes(helper.make_model(graph), data_prop=True)
+    assert compiler_bytes(model, 2) > 2 * COMPILER_LIMIT
+    assert fewest_parts(model, 2) == 2
 
 
 def test_weights_near_the_limit_count() -> None:
