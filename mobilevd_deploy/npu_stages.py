@@ -1,7 +1,7 @@
 """From float ONNX to proven context binaries: what deploy() adds where a recipe has `quant` or `npu`.
 
     calibrate          run the float graphs on pictures, keep what every component gave
-    quantise <name>    AIMET, judged on pictures that did not calibrate
+    quantise <name>    AIMET, judged on pictures that did not calibrate; so is the graph that it wrote
     judge clip         the quantised graphs in a row against the float clip
     ranges <name>      instead of these two, for float16: how large do values get?
     compile <name>     one QNN context binary for each target, read back
@@ -48,17 +48,16 @@ from mobilevd_deploy.probe import Tensors, psnr_db, sqnr_db
 from mobilevd_deploy.progress import Progress, shares
 from mobilevd_deploy.qnn import (
     SIMULATE_UP_TO_FLOPS,
-    ContextBinary,
     NpuSimRunner,
     compile_context,
     find_target,
     lint,
 )
 from mobilevd_deploy.qnn_graph import check_graph
-from mobilevd_deploy.quantize import conditioning, quantise, sensitivity
+from mobilevd_deploy.quantize import Runner, answers, conditioning, quantise, sensitivity
 from mobilevd_deploy.recipe import Recipe
 from mobilevd_deploy.split import Cut, compiler_bytes, compiler_work, fewest_parts, plan_cut, write_parts
-from mobilevd_deploy.stages import StageOutput, Stages
+from mobilevd_deploy.stages import Pieces, StageOutput, StageRecord, Stages
 
 JUDGE_ALL_UP_TO_FLOPS = 100e9
 """A component with more is judged on one picture, and not block by block: at the paper's size a run of the
@@ -142,13 +141,22 @@ def run(
             costs |= steps.costs
         return StageOutput(files, steps=costs)
 
+    def quantise_stage(component: Component) -> StageOutput:
+        steps = Steps(apart, progress)
+        output = steps.run("AIMET", flow.quantise, component)
+        ratios = steps.run("onnxruntime", flow.condition, component)
+        return StageOutput(output.files, output.values | {"conditioning": ratios}, steps.costs)
+
     stages.run("calibrate", {"pictures": pictures.sha256}, calibrate)
     drift: dict[str, dict[str, float | None]] = {}
     found = {component.name: component for component in components}
     quality = None
     if recipe.quant:
         scheme = {"quant": dataclasses.asdict(recipe.quant), "floors": dataclasses.asdict(recipe.floors)}
-        records = {c.name: run_stage(f"quantise {c.name}", scheme, flow.quantise, c) for c in components}
+        records = {
+            c.name: stages.run(f"quantise {c.name}", scheme, functools.partial(quantise_stage, c)).values
+            for c in components
+        }
         drift["quantised"] = {name: record["drift"] for name, record in records.items()}
         clip = run_stage("judge clip", scheme, flow.judge_clip)["psnr_db"]
         quality = Quality(
@@ -168,7 +176,9 @@ def run(
             assert recipe.npu is not None
             options = {"npu": recipe.npu.deciding(target)}
             ranges = peaks.get(c.name, {})
-            compiled = run_stage(f"compile {c.name} {target}", options, flow.compile, c, target, ranges)
+            stage = f"compile {c.name} {target}"
+            pieces = stages.pieces(stage, options)
+            compiled = run_stage(stage, options, flow.compile, c, target, ranges, pieces)
             binary = flow.binary(c, target, compiled)
             found[c.name] = dataclasses.replace(found[c.name], npu=(*found[c.name].npu, binary))
             floors = {"floors": dataclasses.asdict(recipe.floors)}
@@ -221,16 +231,7 @@ class _Flow:
         exact = [job.outputs[name] for job in judges[: len(given)]]
         drift = min(sqnr_db(expected, out) for expected, out in zip(exact, given, strict=True))
         self._require(name, "the quantised network", drift, self.recipe.floors.quantised_sqnr_db)
-        ratios = conditioning(quantised.run, quantised.run_float, feeds, given, exact)
-        floor = self.recipe.floors.conditioning
-        for tensor, ratio in ratios.items():
-            if not floor <= ratio <= 1 / floor:
-                raise ParityError(
-                    f"{name}: when {tensor} changes, the quantised output moves {ratio:.2f} times as far as "
-                    f"the float one; from {floor:g} to {1 / floor:.2f} is allowed",
-                    next_step="calibrate with more pictures, or keep layers at 16 bit with quant.rules",
-                )
-        progress.advance(0.6)
+        progress.advance(0.5)
         quantised.export(self._quantised(name), feeds[0], [output])
         expected = self._expected_path(name)
         np.savez(expected, given=given[0])
@@ -238,8 +239,40 @@ class _Flow:
         blocks = {block: _plain(drift) for block, drift in alone.items()}
         return StageOutput(
             (*self._existing(self._quantised(name)), expected),
-            {"drift": _plain(drift), "conditioning": ratios, "sensitivity": blocks},
+            {"drift": _plain(drift), "sensitivity": blocks},
         )
+
+    def condition(self, component: Component, progress: Progress) -> dict[str, float]:
+        """Hold the QDQ graph against AIMET's simulation, and its answers to each input against the float's.
+
+        onnxruntime runs the graphs, one after the other for the sake of memory: it is faster than
+        AIMET, and this is the graph that is compiled.
+        """
+        name, output, judges = component.name, component.outputs[0].name, self._judges()
+        feeds = [job.feeds(component) for job in judges]
+        count = 1 if component.flops > JUDGE_ALL_UP_TO_FLOPS else len(judges)
+        exact = [job.outputs[name] for job in judges[:count]]
+
+        def runner(model: Path) -> Runner:
+            session = OnnxRunner(model / MODEL)
+            return lambda values: session.run(values)[output]
+
+        run = runner(self._quantised(name))
+        given = [np.asarray(run(values)) for values in feeds[:count]]
+        drift = min(sqnr_db(expected, out) for expected, out in zip(exact, given, strict=True))
+        self._require_agreement(component, "the written graph", given[0], drift)
+        moved = answers(run, feeds, given)
+        progress.advance(0.9)
+        run = runner(self.folder.artifact / name)
+        ratios, floor = conditioning(moved, answers(run, feeds, exact)), self.recipe.floors.conditioning
+        for tensor, ratio in ratios.items():
+            if not floor <= ratio <= 1 / floor:
+                raise ParityError(
+                    f"{name}: when {tensor} changes, the quantised output moves {ratio:.2f} times as far as "
+                    f"the float one; from {floor:g} to {1 / floor:.2f} is allowed",
+                    next_step="calibrate with more pictures, or keep layers at 16 bit with quant.rules",
+                )
+        return ratios
 
     def judge_clip(self, _: Progress) -> StageOutput:
         """Run the quantised graphs one after the other and compare the clip with the float clip."""
@@ -271,14 +304,18 @@ class _Flow:
         return StageOutput((), largest_magnitudes(network, samples))
 
     def compile(
-        self, component: Component, target: str, peaks: Mapping[str, float], progress: Progress
+        self,
+        component: Component,
+        target: str,
+        peaks: Mapping[str, float],
+        pieces: Pieces,
+        progress: Progress,
     ) -> StageOutput:
-        """Compile one component for one chip; `peaks` is what `lint` wants."""
+        """Compile one component for one chip; `peaks` is what `lint` wants. A finished part is a piece."""
         assert self.recipe.npu is not None
-        quantised = self.recipe.quant is not None
+        npu, chip, quantised = self.recipe.npu, find_target(target), self.recipe.quant is not None
         model = self._quantised(component.name) if quantised else self.folder.artifact / component.name
-        vtcm = self.recipe.npu.vtcm_mb
-        for finding in lint(model / MODEL, float16=not quantised, vtcm_mb=vtcm, peaks=peaks):
+        for finding in lint(model / MODEL, float16=not quantised, vtcm_mb=npu.vtcm_mb, peaks=peaks):
             if finding.next_step:
                 raise ExportError(f"{component.name}: {finding}", next_step=finding.next_step)
             progress.say(f"{component.name}: {finding}")
@@ -287,49 +324,52 @@ class _Flow:
         floats = [f"{rule.modules}/*" for rule in rules if 32 in (rule.weights, rule.activations)]
         root = self.folder.artifact / component.name / target
 
-        def compile_part(path: Path, folder: Path, share: Progress, stop: threading.Event) -> ContextBinary:
-            assert self.recipe.npu is not None
-            chip, float16 = find_target(target), not quantised
-            made = compile_context(
-                path, folder, chip, self.recipe.npu, float16=float16, progress=share, stop=stop
-            )
-            check_graph(made.graph, self._precision, [*self.recipe.npu.allow, *floats])
-            return made
+        def compile_part(path: Path, part: str, share: Progress, stop: threading.Event) -> StageRecord:
+            folder = root / part.replace(" ", "")
 
-        with self._cut(component, model / MODEL, progress) as cut:
-            count = len(cut)
+            def act() -> StageOutput:
+                made = compile_context(
+                    path, folder, chip, npu, float16=not quantised, progress=share, stop=stop
+                )
+                check_graph(made.graph, self._precision, [*npu.allow, *floats])
+                values = {
+                    "folder": folder.relative_to(self.folder.artifact).as_posix(),
+                    "arch": made.arch,
+                    "qnn_api": made.qnn_api,
+                    "sdk": made.sdk,
+                    "dram_read": made.dram.read if made.dram else None,
+                    "dram_written": made.dram.written if made.dram else None,
+                }
+                step = f"compiler part {part}" if part else "compiler"
+                cost = StageCost(round(made.seconds, 3), made.peak_bytes)
+                return StageOutput((made.wrapper, made.context), values, {step: cost})
+
+            record = pieces.run(f"part {part or 1}", act)
+            share.advance(1)
+            return record
+
+        with self._cut(component, model / MODEL, pieces, progress) as cut:
+            names = [f"{n} of {len(cut)}" if len(cut) > 1 else "" for n in range(1, len(cut) + 1)]
             graphs = [_shaped(path) for path, _, _ in cut]
             needed = [compiler_bytes(graph, 4 if quantised else 2) for graph in graphs]
             work = [compiler_work(graph) for graph in graphs]
             tasks = [
-                functools.partial(compile_part, path, root / f"{n}of{count}" if count > 1 else root, share)
-                for n, ((path, _, _), share) in enumerate(zip(cut, shares(progress, work), strict=True), 1)
+                functools.partial(compile_part, path, name, share)
+                for (path, _, _), name, share in zip(cut, names, shares(progress, work), strict=True)
             ]
             # The compiler has one thread for most of its time.
             made = side_by_side(tasks, needed, work, budget=memory_bytes()[1], workers=os.cpu_count() or 1)
         parts = [
-            {
-                "folder": binary.context.parent.relative_to(self.folder.artifact).as_posix(),
-                "inputs": inputs,
-                "outputs": outputs,
-                "dram_read": binary.dram.read if binary.dram else None,
-                "dram_written": binary.dram.written if binary.dram else None,
-            }
-            for binary, (_, inputs, outputs) in zip(made, cut, strict=True)
+            record.values | {"inputs": inputs, "outputs": outputs}
+            for record, (_, inputs, outputs) in zip(made, cut, strict=True)
         ]
-        files = [path for binary in made for path in (binary.wrapper, binary.context)]
-        steps = {
-            f"compiler part {n} of {count}" if count > 1 else "compiler": StageCost(
-                round(binary.seconds, 3), binary.peak_bytes
-            )
-            for n, binary in enumerate(made, start=1)
-        }
-        values = {"arch": made[0].arch, "qnn_api": made[0].qnn_api, "sdk": made[0].sdk, "parts": parts}
-        return StageOutput(tuple(files), values, steps)
+        files = [self.folder.root / file.path for record in made for file in record.files]
+        steps = {step: cost for record in made for step, cost in record.steps.items()}
+        return StageOutput(tuple(files), {"parts": parts}, steps)
 
     @contextlib.contextmanager
     def _cut(
-        self, component: Component, model: Path, progress: Progress
+        self, component: Component, model: Path, pieces: Pieces, progress: Progress
     ) -> Iterator[list[tuple[Path, list[str], list[str]]]]:
         """Yield the files to compile with their inputs and outputs: the model, or proven parts of it."""
         assert self.recipe.npu is not None
@@ -345,13 +385,13 @@ class _Flow:
         progress.say(f"{component.name}: cut into {count} parts; {crossing} cross, as float32")
         files = write_parts(model, cut)
         try:
-            self._check_parts(component, files, cut)
+            pieces.run("row of parts", lambda: self._check_parts(component, files, cut))
             yield [(f, [*part.inputs], [*part.outputs]) for f, part in zip(files, cut.parts, strict=True)]
         finally:
             for file in files:
                 file.unlink()
 
-    def _check_parts(self, component: Component, files: Sequence[Path], cut: Cut) -> None:
+    def _check_parts(self, component: Component, files: Sequence[Path], cut: Cut) -> StageOutput:
         """Run the parts in a row on onnxruntime and compare with what the whole gave."""
         judge, output = self._judges()[0], component.outputs[0].name
         chain = PartsRunner(cut.parts, lambda part: OnnxRunner(files[cut.parts.index(part)]))
@@ -361,6 +401,7 @@ class _Flow:
             self._require(component.name, what, drift, self.recipe.floors.onnx_sqnr_db)
         else:
             self._require_agreement(component, what, given, drift)
+        return StageOutput()
 
     def simulate(self, component: Component, target: str, progress: Progress) -> StageOutput:
         """Run one binary on the simulator, on the first judge; compare with AIMET and with the float run."""
@@ -396,16 +437,14 @@ class _Flow:
 
     def binary(self, component: Component, target: str, values: Mapping[str, Any]) -> NpuBinary:
         """Describe what was compiled."""
-        root = self.folder.artifact
+        root, first = self.folder.artifact, values["parts"][0]
         parts = []
         for part in values["parts"]:
             roles = {"wrapper": f"{target}.onnx", "context": f"{target}.bin"}
             files = {role: FileEntry.of(root, root / part["folder"] / name) for role, name in roles.items()}
             wiring = tuple(part["inputs"]), tuple(part["outputs"])
             parts.append(NpuPart(files, *wiring, part["dram_read"], part["dram_written"]))
-        return NpuBinary(
-            target, values["arch"], self._precision, values["qnn_api"], values["sdk"], tuple(parts)
-        )
+        return NpuBinary(target, first["arch"], self._precision, first["qnn_api"], first["sdk"], tuple(parts))
 
     # ---- parts ----
 

@@ -4,6 +4,7 @@ quantise          a deploy-form network and samples -> Quantised, its simulation
 Quantised.export  ONNX with QuantizeLinear and DequantizeLinear (Q, DQ), repaired and checked
 relabel           the repair: 16-bit second operands of matrix products
 check_quantised   refuses what would compile, and be wrong or run in float32 without a word
+answers           how far does the output move with each input?
 conditioning      does each input still matter as much as before?
 sensitivity       which block costs how much?
 
@@ -901,34 +902,31 @@ def _name_pairs(model: onnx.ModelProto) -> None:
 # ---- what was lost ----
 
 
-def conditioning(
-    run: Runner,
-    reference: Runner,
-    samples: Sequence[Tensors],
-    given: Sequence[Array],
-    expected: Sequence[Array],
-) -> dict[str, float]:
-    """Return by input how much the output of `run` answers to it, over how much that of `reference` does.
+def answers(run: Runner, samples: Sequence[Tensors], given: Sequence[Array]) -> dict[str, float]:
+    """Return by input how far the output of `run` moves when this input alone is taken from another sample.
 
-    The answer is the RMS of the output's change when this input alone is taken from another sample, over
-    the first samples, each with the next. `given` and `expected` are what `run` and `reference` give for
-    these, and how many they are. 1 is perfect, 0 an input that does not matter any more. An input to which
-    the reference does not answer either has 1, or inf if `run` does.
-
-    Raises UsageError for fewer than two samples.
+    The RMS over the first samples, each with the next; `given` is what `run` gives for these, and how many
+    they are. Raises UsageError for fewer than two samples.
     """
     if len(samples) < 2:
         raise UsageError("conditioning needs two samples or more")
-    answers: list[dict[str, float]] = []
-    for runner, bases in ((run, given), (reference, expected)):
-        squares = dict.fromkeys(samples[0], 0.0)
-        for i, base in enumerate(bases):
-            sample, other = samples[i], samples[(i + 1) % len(samples)]
-            for name in squares:
-                changed = np.asarray(runner(sample | {name: other[name]}), np.float64) - base
-                squares[name] += float(np.sum(changed * changed))
-        answers.append({name: math.sqrt(square) for name, square in squares.items()})
-    return {name: _ratio(value, answers[1][name]) for name, value in answers[0].items()}
+    squares = dict.fromkeys(samples[0], 0.0)
+    for i, base in enumerate(given):
+        sample, other = samples[i], samples[(i + 1) % len(samples)]
+        for name in squares:
+            changed = np.asarray(run(sample | {name: other[name]}), np.float64) - base
+            squares[name] += float(np.sum(changed * changed))
+    sizes = sum(base.size for base in given)
+    return {name: math.sqrt(square / sizes) for name, square in squares.items()}
+
+
+def conditioning(given: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
+    """Return by input how much a network answers to it over how much the reference does; see `answers`.
+
+    1 is perfect, 0 an input that does not matter any more. An input to which the reference does not answer
+    either has 1, or inf if the network does.
+    """
+    return {name: _ratio(value, reference[name]) for name, value in given.items()}
 
 
 def _ratio(value: float, reference: float) -> float:

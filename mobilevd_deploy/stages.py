@@ -3,12 +3,11 @@
 A stage's input digest covers the key of the whole run, the stage's name and own inputs, and digest and output
 files of every stage before it. Its record is written in one rename, after its files are on the disk: so a
 process that is killed leaves a finished stage or none. A record counts only while its digest fits and its
-files are intact.
+files are intact. A long stage keeps records of its pieces in the same way.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +22,8 @@ from mobilevd_deploy.artifact import FileEntry, PartialArtifact, StageCost, disk
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.spec import from_dict
+
+_FOLDER = "stages"
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ class Stages:
         self._progress = progress or Progress()
         self._key = digest(key)
         self._records: dict[str, StageRecord] = {}
-        self._folder = partial.root / "stages"
-        key_file = self._folder / "key"
+        folder = partial.root / _FOLDER
+        key_file = folder / "key"
         if not key_file.is_file() or key_file.read_bytes() != self._key.encode():
             partial.clear()
-            self._folder.mkdir()
+            folder.mkdir()
             _write_durably(key_file, self._key)
 
     @property
@@ -97,54 +98,81 @@ class Stages:
         """
         if name in self._records:
             raise ValueError(f"stage {name!r} ran already")
-        before = [[r.name, r.digest, [f.sha256 for f in r.files]] for r in self._records.values()]
-        expected = digest({"key": self._key, "name": name, "inputs": inputs, "before": before})
+        expected = self._digest(name, inputs)
         self._progress.begin(name)
-        record = self._find(name, expected)
+        record = _find(self._partial, name, expected)
         reused = record is not None
         if record is None:
             with disk_guard(self._partial.root, disk_bytes):
-                record = self._run(name, expected, action)
+                reset_peak()
+                record = _make(self._partial, name, expected, action)
         self._records[name] = record
         self._progress.end(reused=reused)
         return record
 
-    def _read(self, name: str) -> StageRecord | None:
-        try:
-            return from_dict(StageRecord, json.loads(self._path(name).read_bytes()))
-        except (OSError, ValueError, SpecError):
-            return None
+    def pieces(self, name: str, inputs: Mapping[str, Any]) -> Pieces:
+        """Return the pieces of the stage `name` that is about to run with these `inputs`."""
+        return Pieces(self._partial, name, self._digest(name, inputs))
 
-    def _find(self, name: str, expected: str) -> StageRecord | None:
-        record = self._read(name)
-        with contextlib.suppress(OSError):
-            if record and record.digest == expected and all(self._is_intact(f) for f in record.files):
-                return record
-        return None
+    def _digest(self, name: str, inputs: Mapping[str, Any]) -> str:
+        before = [[r.name, r.digest, [f.sha256 for f in r.files]] for r in self._records.values()]
+        return digest({"key": self._key, "name": name, "inputs": inputs, "before": before})
 
-    def _is_intact(self, entry: FileEntry) -> bool:
-        self._partial.borrow(entry.path)
-        path = self._partial.root / entry.path
-        return path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256
 
-    def _run(self, name: str, expected: str, action: Callable[[], StageOutput]) -> StageRecord:
-        self._path(name).unlink(missing_ok=True)
-        reset_peak()
-        begun = time.monotonic()
-        output = action()
-        peak = max([peak_bytes(), *(step.peak_bytes for step in output.steps.values())])
-        cost = StageCost(round(time.monotonic() - begun, 3), peak)
-        for path in output.files:
-            fsync(path)
-            fsync(path.parent)
-        files = tuple(FileEntry.of(self._partial.root, path) for path in output.files)
-        values = json.loads(json.dumps(output.values))
-        record = StageRecord(name, expected, files, values, cost, output.steps)
-        _write_durably(self._path(name), json.dumps(dataclasses.asdict(record)))
-        return record
+@dataclass(frozen=True)
+class Pieces:
+    """What a stage finished of its work, so that a run that comes after a kill goes on from there.
 
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.json"
+    `stage` and `digest` are the stage's. May be used in threads and in a child process.
+    """
+
+    partial: PartialArtifact
+    stage: str
+    digest: str
+
+    def run(self, name: str, action: Callable[[], StageOutput]) -> StageRecord:
+        """Return the record of a piece: of an earlier run if the stage's inputs are the same, else anew."""
+        name = f"{self.stage}, {name}"
+        found = _find(self.partial, name, self.digest)
+        return found or _make(self.partial, name, self.digest, action)
+
+
+def _path(partial: PartialArtifact, name: str) -> Path:
+    return partial.root / _FOLDER / f"{name}.json"
+
+
+def _find(partial: PartialArtifact, name: str, expected: str) -> StageRecord | None:
+    try:
+        record = from_dict(StageRecord, json.loads(_path(partial, name).read_bytes()))
+        if record.digest == expected and all(_is_intact(partial, file) for file in record.files):
+            return record
+    except (OSError, ValueError, SpecError):
+        pass
+    return None
+
+
+def _is_intact(partial: PartialArtifact, entry: FileEntry) -> bool:
+    partial.borrow(entry.path)
+    path = partial.root / entry.path
+    return path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256
+
+
+def _make(
+    partial: PartialArtifact, name: str, expected: str, action: Callable[[], StageOutput]
+) -> StageRecord:
+    _path(partial, name).unlink(missing_ok=True)
+    begun = time.monotonic()
+    output = action()
+    peak = max([peak_bytes(), *(step.peak_bytes for step in output.steps.values())])
+    cost = StageCost(round(time.monotonic() - begun, 3), peak)
+    for path in output.files:
+        fsync(path)
+        fsync(path.parent)
+    files = tuple(FileEntry.of(partial.root, path) for path in output.files)
+    values = json.loads(json.dumps(output.values))
+    record = StageRecord(name, expected, files, values, cost, output.steps)
+    _write_durably(_path(partial, name), json.dumps(dataclasses.asdict(record)))
+    return record
 
 
 def digest(values: Mapping[str, Any]) -> str:

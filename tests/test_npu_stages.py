@@ -28,6 +28,7 @@ from mobilevd_deploy.calibration import drawn_pictures
 from mobilevd_deploy.deploy import deploy
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError, VendorError
 from mobilevd_deploy.npu import ops
+from mobilevd_deploy.onnx_export import export_onnx
 from mobilevd_deploy.pipeline import Job, Pipeline
 from mobilevd_deploy.probe import psnr_db
 from mobilevd_deploy.progress import Progress
@@ -297,13 +298,30 @@ def test_an_input_that_eight_bits_kill_is_refused(activations: Literal[8, 16], t
     outputs = (TensorSpec("latents", shape, "float32", "NCHW"),)
     component = Component("unet", "onnx", files, inputs, outputs, 0, 0, {})
     recipe = dataclasses.replace(RECIPE, quant=dataclasses.replace(RECIPE.quant, activations=activations))
+    export_onnx(network, job.gather(inputs), ["latents"], folder.artifact / "unet", SHIPPED.onnx)
     flow = npu_stages._Flow(recipe, (component,), lambda _: network, folder)  # type: ignore[arg-type]
+    flow.quantise(component, Progress())
     if activations == 16:
-        answers = flow.quantise(component, Progress()).values["conditioning"]
-        assert answers["image_latents"] == pytest.approx(1, abs=0.1)
+        assert flow.condition(component, Progress())["image_latents"] == pytest.approx(1, abs=0.1)
         return
     with pytest.raises(ParityError, match=r"when image_latents changes, .* moves 0\.00 times as far"):
-        flow.quantise(component, Progress())
+        flow.condition(component, Progress())
+
+
+def test_a_written_graph_that_is_not_what_was_simulated_is_refused(
+    artifact: Artifact, halted: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(halted, tmp_path / "copy"))
+    folder = SimpleNamespace(artifact=copied / "artifact", work=copied / "work")
+    components = artifact.manifest.components
+    flow = npu_stages._Flow(RECIPE, components, lambda _: None, folder)  # type: ignore[arg-type]
+    quality = artifact.manifest.quality
+    assert quality is not None
+    decoder = components[3]
+    assert flow.condition(decoder, Progress()) == pytest.approx(quality.conditioning["decoder"])
+    spoil(copied / "artifact" / "decoder" / "quantised" / "model.onnx", 1.1)
+    with pytest.raises(ParityError, match=r"decoder: the written graph, seen from AIMET, gives 2\d\.\d dB"):
+        flow.condition(decoder, Progress())
 
 
 def test_a_clip_below_its_floor_fails(artifact: Artifact, halted: Path, tmp_path: Path) -> None:
@@ -407,6 +425,35 @@ def test_two_parts_are_compiled_and_run_in_a_row(
     assert len(again.parts) == 3
 
 
+def test_parts_that_were_compiled_before_a_stop_stay(
+    checkpoint: Path, halted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(RECIPE, npu=dataclasses.replace(RECIPE.npu, parts=3))
+    real, compiled = npu_stages.compile_context, list[str]()
+
+    def stop_at_the_second(model: Path, *arguments: Any, **options: Any) -> Any:
+        if "of3" in model.name:
+            if len(compiled) == 1:
+                raise KeyboardInterrupt
+            compiled.append(model.name)
+        return real(model, *arguments, **options)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the row of parts was compared already")
+
+    monkeypatch.setattr(npu_stages.os, "cpu_count", lambda: 1)  # one after the other
+    monkeypatch.setattr(npu_stages, "compile_context", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        go_on(halted, checkpoint, tmp_path / "cut", recipe)
+    monkeypatch.setattr(npu_stages._Flow, "_check_parts", refuse)
+    monkeypatch.setattr(
+        npu_stages, "compile_context", lambda m, *a, **o: compiled.append(m.name) or real(m, *a, **o)
+    )
+    (binary,) = deploy(checkpoint, recipe, tmp_path / "cut").manifest.components[2].npu
+    assert len(binary.parts) == 3
+    assert sorted(name for name in compiled if "of3" in name) == [f"model-{n}of3.onnx" for n in (1, 2, 3)]
+
+
 def test_plan_names_every_stage_that_runs(artifact: Artifact) -> None:
     planned = npu_stages.plan(RECIPE, dict.fromkeys(("image_encoder", "vae_encoder", "unet", "decoder"), 1.0))
     ran = [name for name in artifact.manifest.stages if not name.startswith("export ")]
@@ -506,6 +553,6 @@ def test_another_chip_costs_its_compilation_alone(
     refused = dataclasses.replace(
         other, quant=wider, floors=dataclasses.replace(RECIPE.floors, simulator_db=500)
     )
-    with pytest.raises(ParityError, match="the simulator, seen from AIMET"):
+    with pytest.raises(ParityError, match="seen from AIMET"):
         deploy(checkpoint, refused, output)
     second.verify()

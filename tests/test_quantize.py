@@ -33,6 +33,7 @@ from mobilevd_deploy.probe import Tensors, sqnr_db
 from mobilevd_deploy.quantize import (
     RULES,
     Quantised,
+    answers,
     block_of,
     check_interface,
     check_operands,
@@ -834,24 +835,27 @@ def test_conditioning_is_the_share_that_is_left() -> None:
     def run(inputs: Tensors) -> np.ndarray:
         return inputs["a"] + 5
 
-    given, expected = [run(s) for s in samples], [reference(s) for s in samples]
-    ratios = conditioning(run, reference, samples, given, expected)
-    assert ratios == pytest.approx({"a": 0.5, "b": 0, "c": 1})
-    ratios = conditioning(reference, run, samples, expected[:1], given[:1])
-    assert ratios == pytest.approx({"a": 2, "b": np.inf, "c": 1})
+    moved, expected = (answers(f, samples, [f(s) for s in samples]) for f in (run, reference))
+    assert conditioning(moved, expected) == pytest.approx({"a": 0.5, "b": 0, "c": 1})
+    assert conditioning(expected, moved) == pytest.approx({"a": 2, "b": np.inf, "c": 1})
+    once = answers(reference, samples, [reference(samples[0])])
+    change = samples[1]["b"] - samples[0]["b"]
+    assert once["b"] == pytest.approx(np.sqrt(np.mean(change * change)))
 
 
 def test_conditioning_of_a_quantised_network(quantised: Quantised) -> None:
     samples = [sample(5), sample(6)]
-    given, expected = ([run(s) for s in samples] for run in (quantised.run, quantised.run_float))
-    ratios = conditioning(quantised.run, quantised.run_float, samples, given, expected)
+    moved, expected = (
+        answers(run, samples, [run(s) for s in samples]) for run in (quantised.run, quantised.run_float)
+    )
+    ratios = conditioning(moved, expected)
     assert [*ratios] == [*sample(0)]
     assert all(0.9 < ratio < 1.1 for ratio in ratios.values())
 
 
 def test_conditioning_needs_another_sample() -> None:
     with pytest.raises(UsageError, match="two samples"):
-        conditioning(lambda _: 0.0, lambda _: 0.0, [sample(0)], [np.zeros(1)], [np.zeros(1)])
+        answers(lambda _: 0.0, [sample(0)], [np.zeros(1)])
 
 
 def test_sensitivity_finds_the_block_that_costs_most() -> None:

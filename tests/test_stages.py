@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 from pathlib import Path
@@ -141,6 +142,46 @@ def test_a_name_runs_once(output):
         stages.run("load", {}, StageOutput)
         with pytest.raises(ValueError, match="ran already"):
             stages.run("load", {}, StageOutput)
+
+
+def test_pieces_of_a_stage_that_did_not_end(output):
+    ran = []
+
+    def run(inputs, last):
+        with PartialArtifact(output) as partial:
+            stages = Stages(partial, KEY)
+            pieces = pickle.loads(pickle.dumps(stages.pieces("compile", inputs)))
+
+            def piece(name):
+                ran.append(name)
+                path = partial.work / name
+                path.write_text(name)
+                return StageOutput((path,), {"length": len(name)})
+
+            def stage():
+                first = pieces.run("first", lambda: piece("first"))
+                last()
+                second = pieces.run("second", lambda: piece("second"))
+                return StageOutput(values={"all": [first.values, second.values]})
+
+            return stages.run("compile", inputs, stage).values
+
+    def stop():
+        raise KeyboardInterrupt
+
+    for expected in (["first"], []):
+        ran.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run({"for": "SM8650"}, stop)
+        assert ran == expected
+    assert run({"for": "SM8650"}, lambda: None) == {"all": [{"length": 5}, {"length": 6}]}
+    assert ran == ["second"]
+    run({"for": "SM8750"}, lambda: None)
+    assert ran == ["second", "first", "second"]
+    (output.with_name(".out.partial") / "work" / "first").write_text("harmed")
+    run({"for": "SM8750"}, lambda: None)  # no file of the stage itself
+    run({"for": "SM8750", "anew": True}, lambda: None)
+    assert ran[3:] == ["first", "second"]
 
 
 def test_a_full_disk_inside_a_stage(output):
