@@ -129,7 +129,7 @@ class NpuOptions:
 
     `targets` are part numbers of devices.toml ("SM8650"). `optimization_mode` is QNN's
     htp_graph_finalization_optimization_mode. `parts`: how many the UNet is cut into; 0, as for the other
-    components: as few as stay below 2 GiB each, and below 8 GB for the compiler. Operations that run in
+    components: as few as stay below 2 GiB each, and below 6.5 GB for the compiler. Operations that run in
     float32 although the graph asks for integers, or tensors narrower than asked, fail the export unless their
     name matches `allow`. A compilation is ended above `compiler_memory_gb` (0: what memory is free when it
     starts), and after `compiler_hours`.
