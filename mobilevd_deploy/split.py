@@ -60,7 +60,7 @@ def weight_bytes(model: ModelProto, float_bytes: int) -> int:
 def compiler_bytes(model: ModelProto, float_bytes: int) -> int:
     """About how much memory the Hexagon compiler takes for a graph whose shapes are inferred, at most.
 
-    Fits what it took for MobileVD's UNet in parts and whole at W8A16, and for the parts of HD in float16, from
+    Fits what it took for MobileVD's UNet at W8A16, whole and in parts, and for the parts of HD in float16:
     1 to 16 GB (benchmarks/results/full_size.json, hd.json).
     """
     flow = _Flow(model)
