@@ -344,7 +344,7 @@ class _Flow:
                 cost = StageCost(round(made.seconds, 3), made.peak_bytes)
                 return StageOutput((made.wrapper, made.context), values, {step: cost})
 
-            record = pieces.run(f"part {part or 1}", act)
+            record = pieces.run(f"part {part or 1}", act, share)
             share.advance(1)
             return record
 
@@ -385,7 +385,7 @@ class _Flow:
         progress.say(f"{component.name}: cut into {count} parts; {crossing} cross, as float32")
         files = write_parts(model, cut)
         try:
-            pieces.run("row of parts", lambda: self._check_parts(component, files, cut))
+            pieces.run("row of parts", lambda: self._check_parts(component, files, cut), progress)
             yield [(f, [*part.inputs], [*part.outputs]) for f, part in zip(files, cut.parts, strict=True)]
         finally:
             for file in files:

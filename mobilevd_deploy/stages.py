@@ -130,11 +130,13 @@ class Pieces:
     stage: str
     digest: str
 
-    def run(self, name: str, action: Callable[[], StageOutput]) -> StageRecord:
+    def run(self, name: str, action: Callable[[], StageOutput], progress: Progress) -> StageRecord:
         """Return the record of a piece: of an earlier run if the stage's inputs are the same, else anew."""
         name = f"{self.stage}, {name}"
-        found = _find(self.partial, name, self.digest)
-        return found or _make(self.partial, name, self.digest, action)
+        if found := _find(self.partial, name, self.digest):
+            progress.say(f"{name}: done in an earlier run")
+            return found
+        return _make(self.partial, name, self.digest, action)
 
 
 def _path(partial: PartialArtifact, name: str) -> Path:

@@ -145,7 +145,11 @@ def test_a_name_runs_once(output):
 
 
 def test_pieces_of_a_stage_that_did_not_end(output):
-    ran = []
+    ran, said = [], []
+
+    class Heard(Progress):
+        def say(self, sentence):
+            said.append(sentence)
 
     def run(inputs, last):
         with PartialArtifact(output) as partial:
@@ -159,9 +163,9 @@ def test_pieces_of_a_stage_that_did_not_end(output):
                 return StageOutput((path,), {"length": len(name)})
 
             def stage():
-                first = pieces.run("first", lambda: piece("first"))
+                first = pieces.run("first", lambda: piece("first"), Heard())
                 last()
-                second = pieces.run("second", lambda: piece("second"))
+                second = pieces.run("second", lambda: piece("second"), Heard())
                 return StageOutput(values={"all": [first.values, second.values]})
 
             return stages.run("compile", inputs, stage).values
@@ -174,6 +178,7 @@ def test_pieces_of_a_stage_that_did_not_end(output):
         with pytest.raises(KeyboardInterrupt):
             run({"for": "SM8650"}, stop)
         assert ran == expected
+    assert said == ["compile, first: done in an earlier run"]
     assert run({"for": "SM8650"}, lambda: None) == {"all": [{"length": 5}, {"length": 6}]}
     assert ran == ["second"]
     run({"for": "SM8750"}, lambda: None)
