@@ -54,7 +54,7 @@ from mobilevd_deploy.qnn import (
     lint,
 )
 from mobilevd_deploy.qnn_graph import check_graph
-from mobilevd_deploy.quantize import Runner, answers, conditioning, quantise, sensitivity
+from mobilevd_deploy.quantize import answers, conditioning, quantise, sensitivity
 from mobilevd_deploy.recipe import Recipe
 from mobilevd_deploy.split import Cut, compiler_bytes, compiler_work, fewest_parts, plan_cut, write_parts
 from mobilevd_deploy.stages import Pieces, StageOutput, StageRecord, Stages
@@ -144,7 +144,10 @@ def run(
     def quantise_stage(component: Component) -> StageOutput:
         steps = Steps(apart, progress)
         output = steps.run("AIMET", flow.quantise, component)
-        ratios = steps.run("onnxruntime", flow.condition, component)
+        # Two processes, because onnxruntime keeps what it held: 17.7 GB for both graphs of the paper's UNet.
+        quantised = steps.run("judge quantised", flow.answers_of_quantised, component)
+        ratios = conditioning(quantised, steps.run("judge float", flow.answers_of_float, component))
+        flow.require_conditioning(component, ratios)
         return StageOutput(output.files, output.values | {"conditioning": ratios}, steps.costs)
 
     stages.run("calibrate", {"pictures": pictures.sha256}, calibrate)
@@ -224,17 +227,16 @@ class _Flow:
             self.recipe.quant.of(name),
             state=state,
         )
-        judges, large = self._judges(), component.flops > JUDGE_ALL_UP_TO_FLOPS
-        feeds = [job.feeds(component) for job in judges]
+        feeds, exact = self._judged(component)
         progress.advance(0.4)
-        given = [quantised.run(values) for values in feeds[: 1 if large else None]]
-        exact = [job.outputs[name] for job in judges[: len(given)]]
+        given = [quantised.run(values) for values in feeds[: len(exact)]]
         drift = min(sqnr_db(expected, out) for expected, out in zip(exact, given, strict=True))
         self._require(name, "the quantised network", drift, self.recipe.floors.quantised_sqnr_db)
         progress.advance(0.5)
         quantised.export(self._quantised(name), feeds[0], [output])
         expected = self._expected_path(name)
         np.savez(expected, given=given[0])
+        large = component.flops > JUDGE_ALL_UP_TO_FLOPS
         alone = {} if large else sensitivity(quantised, feeds[0])
         blocks = {block: _plain(drift) for block, drift in alone.items()}
         return StageOutput(
@@ -242,37 +244,33 @@ class _Flow:
             {"drift": _plain(drift), "sensitivity": blocks},
         )
 
-    def condition(self, component: Component, progress: Progress) -> dict[str, float]:
-        """Hold the QDQ graph against AIMET's simulation, and its answers to each input against the float's.
+    def answers_of_quantised(self, component: Component, _: Progress) -> dict[str, float]:
+        """Run the QDQ graph, hold it against AIMET's simulation, and return its answers to each input.
 
-        onnxruntime runs the graphs, one after the other for the sake of memory: it is faster than
-        AIMET, and this is the graph that is compiled.
+        onnxruntime is faster than AIMET, and this is the graph that is compiled.
         """
-        name, output, judges = component.name, component.outputs[0].name, self._judges()
-        feeds = [job.feeds(component) for job in judges]
-        count = 1 if component.flops > JUDGE_ALL_UP_TO_FLOPS else len(judges)
-        exact = [job.outputs[name] for job in judges[:count]]
-
-        def runner(model: Path) -> Runner:
-            session = OnnxRunner(model / MODEL)
-            return lambda values: session.run(values)[output]
-
-        run = runner(self._quantised(name))
-        given = [np.asarray(run(values)) for values in feeds[:count]]
+        feeds, exact = self._judged(component)
+        run = self._run(self._quantised(component.name), component)
+        given = [run(values) for values in feeds[: len(exact)]]
         drift = min(sqnr_db(expected, out) for expected, out in zip(exact, given, strict=True))
         self._require_agreement(component, "the written graph", given[0], drift)
-        moved = answers(run, feeds, given)
-        progress.advance(0.9)
-        run = runner(self.folder.artifact / name)
-        ratios, floor = conditioning(moved, answers(run, feeds, exact)), self.recipe.floors.conditioning
+        return answers(run, feeds, given)
+
+    def answers_of_float(self, component: Component, _: Progress) -> dict[str, float]:
+        """Return the answers of the float graph to each input."""
+        feeds, exact = self._judged(component)
+        return answers(self._run(self.folder.artifact / component.name, component), feeds, exact)
+
+    def require_conditioning(self, component: Component, ratios: Mapping[str, float]) -> None:
+        """Refuse a component in which an input no longer matters as it did."""
+        floor = self.recipe.floors.conditioning
         for tensor, ratio in ratios.items():
             if not floor <= ratio <= 1 / floor:
                 raise ParityError(
-                    f"{name}: when {tensor} changes, the quantised output moves {ratio:.2f} times as far as "
-                    f"the float one; from {floor:g} to {1 / floor:.2f} is allowed",
+                    f"{component.name}: when {tensor} changes, the quantised output moves {ratio:.2f} times "
+                    f"as far as the float one; from {floor:g} to {1 / floor:.2f} is allowed",
                     next_step="calibrate with more pictures, or keep layers at 16 bit with quant.rules",
                 )
-        return ratios
 
     def judge_clip(self, _: Progress) -> StageOutput:
         """Run the quantised graphs one after the other and compare the clip with the float clip."""
@@ -482,6 +480,18 @@ class _Flow:
 
     def _judges(self) -> list[Job]:
         return [self._load(path) for path in self._jobs()[-JUDGES:]]
+
+    def _judged(self, component: Component) -> tuple[list[Tensors], list[Any]]:
+        """Return every judge's inputs, and the float outputs of those that judge this component."""
+        judges = self._judges()
+        count = 1 if component.flops > JUDGE_ALL_UP_TO_FLOPS else len(judges)
+        exact = [job.outputs[component.name] for job in judges[:count]]
+        return [job.feeds(component) for job in judges], exact
+
+    def _run(self, folder: Path, component: Component) -> Callable[[Tensors], Any]:
+        """Return what runs a component's graph and gives its output."""
+        session, output = OnnxRunner(folder / MODEL), component.outputs[0].name
+        return lambda values: session.run(values)[output]
 
     def _require_agreement(self, component: Component, what: str, given: Any, drift: float) -> float:
         """Hold what `component` gave for the first judge against AIMET's simulation; return their SQNR in dB.

@@ -301,11 +301,13 @@ def test_an_input_that_eight_bits_kill_is_refused(activations: Literal[8, 16], t
     export_onnx(network, job.gather(inputs), ["latents"], folder.artifact / "unet", SHIPPED.onnx)
     flow = npu_stages._Flow(recipe, (component,), lambda _: network, folder)  # type: ignore[arg-type]
     flow.quantise(component, Progress())
+    answers = flow.answers_of_quantised(component, Progress()), flow.answers_of_float(component, Progress())
+    ratios = npu_stages.conditioning(*answers)
     if activations == 16:
-        assert flow.condition(component, Progress())["image_latents"] == pytest.approx(1, abs=0.1)
+        assert ratios["image_latents"] == pytest.approx(1, abs=0.1)
         return
     with pytest.raises(ParityError, match=r"when image_latents changes, .* moves 0\.00 times as far"):
-        flow.condition(component, Progress())
+        flow.require_conditioning(component, ratios)
 
 
 def test_a_written_graph_that_is_not_what_was_simulated_is_refused(
@@ -318,10 +320,11 @@ def test_a_written_graph_that_is_not_what_was_simulated_is_refused(
     quality = artifact.manifest.quality
     assert quality is not None
     decoder = components[3]
-    assert flow.condition(decoder, Progress()) == pytest.approx(quality.conditioning["decoder"])
+    answers = flow.answers_of_quantised(decoder, Progress()), flow.answers_of_float(decoder, Progress())
+    assert npu_stages.conditioning(*answers) == pytest.approx(quality.conditioning["decoder"])
     spoil(copied / "artifact" / "decoder" / "quantised" / "model.onnx", 1.1)
     with pytest.raises(ParityError, match=r"decoder: the written graph, seen from AIMET, gives 2\d\.\d dB"):
-        flow.condition(decoder, Progress())
+        flow.answers_of_quantised(decoder, Progress())
 
 
 def test_a_clip_below_its_floor_fails(artifact: Artifact, halted: Path, tmp_path: Path) -> None:
