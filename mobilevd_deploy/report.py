@@ -237,8 +237,8 @@ def _components(manifest: Manifest, recipe: Recipe) -> str:
     return (
         _table(head, rows, wide=1)
         + '<p class="note">In running order. FLOPs are 2 per multiply-accumulate, counted on the graphs. '
-        "SQNR compares each file's outputs on a fixed probe with the trained network's in float32; "
-        f"the export fails below {recipe.floors.onnx_sqnr_db:g} dB.</p>"
+        "SQNR is that of the last form that was measured, against the network in float32; Drift has all of "
+        f"them. The export fails below {recipe.floors.onnx_sqnr_db:g} dB for the float graphs.</p>"
     )
 
 
