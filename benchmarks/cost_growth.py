@@ -1,10 +1,11 @@
 """How time and memory of an export grow with parameters, frames and pixels: writes results/cost_growth.json.
 
-    python benchmarks/cost_growth.py
+    python benchmarks/cost_growth.py [--only "14 frames" ...]
 
 The UNet of benchmarks/midsize.toml with drawn weights, at three widths, three lengths and three sizes, one of
 them changed at a time. Each step runs in a process of its own, as for a large network: rewrite, write ONNX,
 quantise (AIMET, one sample, with the QDQ graph written), compile (SM8650, W8A16, the shipped recipe).
+--only: these rows, added to those that are there.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import write_result
+from _common import RESULTS, write_result
 
 from mobilevd_deploy.apart import Steps
 from mobilevd_deploy.artifact import StageCost
@@ -62,7 +64,7 @@ def sizes() -> dict[str, ModelSpec]:
         "4 frames": dataclasses.replace(base, frames=4),
         "14 frames": dataclasses.replace(base, frames=14),
         "128x64 pixels": dataclasses.replace(base, height=64, width=128),
-        "512x256 pixels": dataclasses.replace(base, height=256, width=512),
+        "384x192 pixels": dataclasses.replace(base, height=192, width=384),
     }
 
 
@@ -125,15 +127,17 @@ def main() -> None:
     """Measure, and write the result after each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--note", default="", help="what else the machine did")
-    note: str = parser.parse_args().note
-    recipe, rows = load_recipe("xiaomi-14-pro"), {}
+    every = sizes()
+    parser.add_argument("--only", nargs="*", choices=every, default=[*every], metavar="ROW")
+    options = parser.parse_args()
+    path = RESULTS / "cost_growth.json"
     with make_progress() as progress:
-        every = sizes()
-        progress.plan(dict.fromkeys(every, 1.0))
-        for name, spec in every.items():
+        progress.plan(dict.fromkeys(options.only, 1.0))
+        for name in options.only:
             progress.begin(name)
-            rows[name] = measure(spec, recipe)
-            write_result("cost_growth", {"weights": "drawn, not trained", "note": note, "rows": rows})
+            row = measure(every[name], load_recipe("xiaomi-14-pro")) | {"note": options.note}
+            kept = json.loads(path.read_bytes())["rows"] if path.exists() else {}
+            write_result("cost_growth", {"weights": "drawn, not trained", "rows": kept | {name: row}})
             progress.end()
 
 
