@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -160,6 +161,29 @@ def test_one_operation_may_take_the_compiler_more_than_wanted() -> None:
     model = onnx.shape_inference.infer_shapes(helper.make_model(graph), data_prop=True)
     assert compiler_bytes(model, 2) > 2 * COMPILER_LIMIT
     assert fewest_parts(model, 2) == 2
+
+
+@pytest.mark.parametrize(("float_bytes", "other"), [(4, 1.0), (2, 1.6)])
+def test_what_attention_gives_takes_the_compiler_less(float_bytes: int, other: float) -> None:
+    """1e9 values of scores and 1e9 of their softmax; 64e6 of a linear layer, and 64e6 of the answer."""
+    tokens, channels = 31_623, 2048
+    model = helper.make_model(
+        onnx.parser.parse_graph(
+            f"""g (float[{tokens},{channels}] x, float[{channels},{tokens}] k)
+            => (float[{tokens},{channels}] y) <float[{channels},{channels}] w>
+            {{ q = MatMul(x, w)
+               s = MatMul(q, k)
+               p = Softmax(s)
+               y = MatMul(p, x) }}"""
+        )
+    )
+    model.graph.initializer.append(
+        TensorProto(name="w", data_type=TensorProto.FLOAT, dims=(channels, channels))
+    )
+    expected = 0.4e9 + 4.5 * float_bytes * channels**2
+    expected += 0.45 * (2 * tokens**2 + tokens * channels) + other * tokens * channels
+    shaped = onnx.shape_inference.infer_shapes(model)
+    assert compiler_bytes(shaped, float_bytes) == pytest.approx(expected)
 
 
 def test_weights_near_the_limit_count() -> None:
