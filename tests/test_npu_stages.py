@@ -8,7 +8,7 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jsonschema
 import numpy as np
@@ -23,7 +23,7 @@ pytest.importorskip("aimet_torch")
 pytest.importorskip("onnxruntime_qnn")
 
 from mobilevd_deploy import npu_stages, verify
-from mobilevd_deploy.artifact import Artifact, Component, FileEntry, TensorSpec
+from mobilevd_deploy.artifact import Artifact, Component, FileEntry, PartialArtifact, TensorSpec
 from mobilevd_deploy.calibration import drawn_pictures
 from mobilevd_deploy.deploy import deploy
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError, VendorError
@@ -87,6 +87,19 @@ def go_on(halted: Path, checkpoint: Path, output: Path, recipe: Recipe = RECIPE)
     """Finish the export elsewhere; what is stopped stays as it is."""
     shutil.copytree(halted, output.with_name(f".{output.name}.partial"))
     return deploy(checkpoint, recipe, output)
+
+
+def flow_in(
+    root: Path,
+    components: tuple[Component, ...],
+    recipe: Recipe = RECIPE,
+    network: nn.Module | None = None,
+) -> npu_stages._Flow:
+    """Return the stages' actions in a folder that has an `artifact` and a `work` below it."""
+    folder = SimpleNamespace(artifact=root / "artifact", work=root / "work")
+    return npu_stages._Flow(
+        recipe, components, lambda _: network or nn.Identity(), cast(PartialArtifact, folder)
+    )
 
 
 def spoil(model: Path, factor: float) -> None:
@@ -287,19 +300,20 @@ def test_an_input_that_eight_bits_kill_is_refused(activations: Literal[8, 16], t
         TensorSpec("image_latents", shape, "float32", "NCHW", None, "component:vae_encoder"),
     )
     network, rng = QuietInput().eval().requires_grad_(False), np.random.default_rng(0)
-    folder = SimpleNamespace(artifact=tmp_path / "artifact", work=tmp_path / "work")
-    (folder.work / "calibration").mkdir(parents=True)
+    (tmp_path / "work" / "calibration").mkdir(parents=True)
     for i in range(6):
         quiet = rng.uniform(-size, size, shape).astype(np.float32)
         job = Job(np.zeros((1, 3, 32, 32), np.float32), i, {"vae_encoder": quiet})
         given = network(*(torch.from_numpy(value) for value in job.gather(inputs).values())).numpy()
-        np.savez(folder.work / "calibration" / f"{i}.npz", image=job.image, vae_encoder=quiet, unet=given)
+        np.savez(
+            tmp_path / "work" / "calibration" / f"{i}.npz", image=job.image, vae_encoder=quiet, unet=given
+        )
     files = {"model": FileEntry("unet/model.onnx", "0" * 64, 0)}
     outputs = (TensorSpec("latents", shape, "float32", "NCHW"),)
     component = Component("unet", "onnx", files, inputs, outputs, 0, 0, {})
     recipe = dataclasses.replace(RECIPE, quant=dataclasses.replace(RECIPE.quant, activations=activations))
-    export_onnx(network, job.gather(inputs), ["latents"], folder.artifact / "unet", SHIPPED.onnx)
-    flow = npu_stages._Flow(recipe, (component,), lambda _: network, folder)  # type: ignore[arg-type]
+    export_onnx(network, job.gather(inputs), ["latents"], tmp_path / "artifact" / "unet", SHIPPED.onnx)
+    flow = flow_in(tmp_path, (component,), recipe, network)
     flow.quantise(component, Progress())
     answers = flow.answers_of_quantised(component, Progress()), flow.answers_of_float(component, Progress())
     ratios = npu_stages.conditioning(*answers)
@@ -313,10 +327,8 @@ def test_an_input_that_eight_bits_kill_is_refused(activations: Literal[8, 16], t
 def test_a_written_graph_that_is_not_what_was_simulated_is_refused(
     artifact: Artifact, halted: Path, tmp_path: Path
 ) -> None:
-    copied = Path(shutil.copytree(halted, tmp_path / "copy"))
-    folder = SimpleNamespace(artifact=copied / "artifact", work=copied / "work")
-    components = artifact.manifest.components
-    flow = npu_stages._Flow(RECIPE, components, lambda _: None, folder)  # type: ignore[arg-type]
+    copied, components = Path(shutil.copytree(halted, tmp_path / "copy")), artifact.manifest.components
+    flow = flow_in(copied, components)
     quality = artifact.manifest.quality
     assert quality is not None
     decoder = components[3]
@@ -329,8 +341,7 @@ def test_a_written_graph_that_is_not_what_was_simulated_is_refused(
 
 def test_a_clip_below_its_floor_fails(artifact: Artifact, halted: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(halted, tmp_path / "copy"))
-    folder = SimpleNamespace(artifact=copied / "artifact", work=copied / "work")
-    flow = npu_stages._Flow(RECIPE, artifact.manifest.components, lambda _: None, folder)  # type: ignore[arg-type]
+    flow = flow_in(copied, artifact.manifest.components)
     quality = artifact.manifest.quality
     assert quality is not None
     assert flow.judge_clip(Progress()).values["psnr_db"] == pytest.approx(quality.clip_psnr_db)
