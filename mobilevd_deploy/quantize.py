@@ -37,6 +37,8 @@ import onnx_ir.passes.common
 import torch
 from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from mobilevd_deploy.checkpoint import _written_aside
 from mobilevd_deploy.data import data_dir
@@ -93,7 +95,7 @@ def quantise(
     with _silence():
         _swap_arithmetic(network.eval().requires_grad_(False), aimet.arithmetic)
         sources = _sources(network, first)
-        with _blaming_aimet("simulate", network):
+        with _blaming_aimet("simulate", network), _Hollow():
             sim = aimet.sim(
                 network,
                 _arguments(first),
@@ -155,10 +157,13 @@ class Quantised:
         # AIMET leaves files behind that no graph refers to.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".aimet-") as aside:
             raw = Path(aside) / MODEL
-            with _silence(), _blaming_aimet("export", self.sim.model):
-                _load_aimet().export(
-                    self.sim.model,
-                    _arguments(inputs),
+            network, arguments, aimet = self.sim.model, _arguments(inputs), _load_aimet()
+            with _silence(), _blaming_aimet("export", network), contextlib.ExitStack() as stack:
+                with _Hollow():
+                    stack.enter_context(aimet.int32_biases(network, arguments))
+                aimet.export(
+                    network,
+                    arguments,
                     str(raw),
                     input_names=list(inputs),
                     output_names=list(output_names),
@@ -167,6 +172,7 @@ class Quantised:
                     optimize=False,
                     verbose=False,
                     prequantize_constants=True,
+                    export_int32_bias=False,  # they are there
                     force_activation_as="unsigned",
                 )
             model = _load_folded(raw)
@@ -210,6 +216,7 @@ class Quantised:
 class _Aimet:
     sim: Any  # QuantizationSimModel
     export: Any
+    int32_biases: Any  # a context in which every bias has a quantiser; runs the network to find their scales
     quantiser: Any  # QuantizeDequantize
     multiply: Any
     arithmetic: Mapping[type[nn.Module], Callable[[Any], nn.Module]]
@@ -246,7 +253,12 @@ def _load_aimet() -> _Aimet:
         ops.Concat: lambda concat: custom.Concat(concat.dim),
     }
     return _Aimet(
-        QuantizationSimModel, aimet_torch.onnx.export, QuantizeDequantize, custom.Multiply, arithmetic
+        QuantizationSimModel,
+        aimet_torch.onnx.export,
+        aimet_torch.onnx._concretize_int32_bias_quantizers,
+        QuantizeDequantize,
+        custom.Multiply,
+        arithmetic,
     )
 
 
@@ -285,6 +297,27 @@ def _run_all(model: nn.Module, samples: Iterable[Tensors]) -> None:
         with _blaming_aimet("calibrate", model):
             model(*_arguments(sample))
         del sample  # before the next one is made
+
+
+class _Hollow(TorchFunctionMode):
+    """Run a network for its shapes and its course: what costs most gives values that mean nothing.
+
+    AIMET runs it four times to trace it, to count inputs and outputs, and to find the scales of biases; of
+    all that no value matters.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Take one channel in and one out, repeated; round nothing."""
+        if func in (torch.fake_quantize_per_tensor_affine, torch.fake_quantize_per_channel_affine):
+            return args[0].view_as(args[0])
+        if func is F.linear or (func is F.conv2d and args[6:] == (1,)):  # no groups
+            values, weight, _, *how = args
+            axis = -1 if func is F.linear else 1
+            one = func(values.narrow(axis, 0, 1), weight[:1, :1], None, *how)
+            shape = [-1] * one.ndim
+            shape[axis] = len(weight)
+            return one.expand(shape)
+        return func(*args, **(kwargs or {}))
 
 
 def _swap_arithmetic(network: nn.Module, swaps: Mapping[type[nn.Module], Callable[[Any], nn.Module]]) -> None:

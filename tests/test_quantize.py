@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import subprocess
@@ -408,6 +409,33 @@ def test_second_operands_are_relabelled(graph: onnx.ModelProto) -> None:
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     quantise_little(ops.SiLU()).export(tmp_path, little_sample(0), ["y"])
     assert capfd.readouterr() == ("", "")
+
+
+def test_arithmetic_that_is_skipped_makes_no_difference(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "_Hollow", contextlib.nullcontext)
+    quantise(tiny_unet(), map(sample, range(4)), QuantScheme()).export(tmp_path, sample(0), ["latents"])
+    for name in (MODEL, DATA):
+        assert (tmp_path / name).read_bytes() == (exported / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, stride=2, padding=(1, 0)),
+        nn.Conv2d(4, 8, 1, groups=2),
+        nn.Linear(9, 5),
+        nn.Linear(9, 5, bias=False),
+    ],
+    ids=repr,
+)
+def test_skipped_arithmetic_has_the_shape_of_the_real(layer: nn.Module) -> None:
+    x = torch.randn(2, 4, 7, 9)
+    with torch.no_grad():
+        real = layer(x)
+        with quantize._Hollow():
+            assert layer(x).shape == real.shape
 
 
 def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
