@@ -89,7 +89,20 @@ def steps() -> list[Step]:
         Step("spatial", "float16", 0, change(HEADS, query_tile=256, linear="matmul")),
         Step("spatial", "float16", 0, change(HEADS, query_tile=256, frames="sequential")),
         Step("spatial", "float16", 0, change(HEADS, attention="tiles", query_tile=128)),
-        *(Step("spatial", precision, 0, change(HEADS, attention="whole")) for precision in RECIPES),
+        *(
+            Step(subject, precision, 0, change(HEADS, attention="whole"))
+            for precision in RECIPES
+            for subject in SUBJECTS
+        ),
+        *(
+            Step("spatio-temporal", "w8a16", 0, change(HEADS, attention=attention, temporal_conv="columns"))
+            for attention in ("whole", "tiles")
+        ),
+        *(
+            Step(subject, precision, 0, change(HEADS, attention="tiles"))
+            for precision in RECIPES
+            for subject in SUBJECTS
+        ),
         Step("spatial", "float16", 3, HEADS),
         Step("spatial", "w8a16", 3, HEADS),
     ]

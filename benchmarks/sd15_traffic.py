@@ -3,11 +3,11 @@
     python benchmarks/sd15_traffic.py        what is not in results/sd15_traffic.json yet
 
 diffusers' network at a 64x64 latent, batch 1, with random weights, in the forms and at the precision of the
-recipe xiaomi-14-pro, and once more with smaller tiles of queries. It is compiled block by block, equal blocks
-once, largest maps first; a block's inputs and outputs count, and in float32, though in one graph they would
-have 16 bits and some would stay on the chip (`interface` is their part). `least` is weights, inputs and
-outputs once, at 8 and 16 bits. The embedding of the time step is folded. Every block is kept as soon as it is
-measured; a sum is written once all are.
+recipe xiaomi-14-pro, but attention one head at a time, and once more with smaller tiles of queries. It is
+compiled block by block, equal blocks once, largest maps first; a block's inputs and outputs count, and in
+float32, though in one graph they would have 16 bits and some would stay on chip (`interface` is their
+part). `least` is weights, inputs and outputs once, at 8 and 16 bits. The time step's embedding is folded.
+Every block is kept as soon as it is measured; a sum is written once all are.
 """
 
 from __future__ import annotations
@@ -285,7 +285,8 @@ def main() -> None:
         for tile in QUERY_TILES:
             rows = kept.get(str(tile), {}).get("blocks", {})
             moved = {path: DramBytes(row["read"], row["written"]) for path, row in rows.items()}
-            found = list(parts(unet, inputs, dataclasses.replace(recipe.graph, query_tile=tile)))
+            forms = dataclasses.replace(recipe.graph, attention="heads", query_tile=tile)
+            found = list(parts(unet, inputs, forms))
             for part in sorted(found, key=lambda part: -part.inputs[0].shape[2]):
                 block = as_block(part)
                 if part.path not in moved:
