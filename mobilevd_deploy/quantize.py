@@ -159,7 +159,7 @@ class Quantised:
             raw = Path(aside) / MODEL
             network, arguments, aimet = self.sim.model, _arguments(inputs), _load_aimet()
             with _silence(), _blaming_aimet("export", network), contextlib.ExitStack() as stack:
-                with _Hollow():
+                with torch.no_grad(), _Hollow():
                     stack.enter_context(aimet.int32_biases(network, arguments))
                 aimet.export(
                     network,
