@@ -635,11 +635,19 @@ class PartialArtifact:
     def _is_ours(self) -> bool:
         return self._lock_path.is_file() and not self.root.is_symlink() and not self._lock_path.is_symlink()
 
+    def _is_foreign(self) -> bool:
+        # By one listing: a run that ends in the meantime takes its lock file and then the folder away. An
+        # empty folder is what a run leaves that was killed between making it and making the lock file.
+        names: set[str] = set()
+        with contextlib.suppress(FileNotFoundError):
+            names = {path.name for path in self.root.iterdir()}
+        if self.root.is_symlink() or self._lock_path.is_symlink() or self._lock_path.is_dir():
+            return True
+        return bool(names) and self.LOCK not in names
+
     def _claim(self) -> None:
         self.root.parent.mkdir(parents=True, exist_ok=True)
-        # An empty folder is what a run leaves that was killed between making it and making the lock file.
-        foreign = self.root.is_symlink() or (self.root.exists() and any(self.root.iterdir()))
-        if foreign and not self._is_ours():
+        if self._is_foreign():
             raise UsageError(
                 f"{self.root} exists and is not ours, so it is not touched",
                 next_step="choose another -o, or remove it yourself",
@@ -648,8 +656,12 @@ class PartialArtifact:
 
     def _take_lock(self) -> None:
         while self._lock is None:
-            self.root.mkdir(exist_ok=True)
-            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+            with contextlib.suppress(FileExistsError):
+                self.root.mkdir()
+            try:
+                lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            except FileNotFoundError:
+                continue  # the holder has finished and removed the folder
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

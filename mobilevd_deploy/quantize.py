@@ -230,6 +230,7 @@ def _load_aimet() -> _Aimet:
             import aimet_torch.onnx
             from aimet_torch.nn import QuantizationMixin
             from aimet_torch.nn.modules import custom
+            from aimet_torch.onnx import _concretize_int32_bias_quantizers
             from aimet_torch.quantization.affine import QuantizeDequantize
             from aimet_torch.quantsim import QuantizationSimModel
     except ImportError as error:
@@ -255,7 +256,7 @@ def _load_aimet() -> _Aimet:
     return _Aimet(
         QuantizationSimModel,
         aimet_torch.onnx.export,
-        aimet_torch.onnx._concretize_int32_bias_quantizers,
+        _concretize_int32_bias_quantizers,
         QuantizeDequantize,
         custom.Multiply,
         arithmetic,
