@@ -802,7 +802,8 @@ def devices(
     as_json: Json = False,
 ) -> None:
     """List phones, their chips and HTP versions, and on which hosted phone each is profiled."""
-    from mobilevd_deploy.devices import find, list_devices, render_devices
+    from mobilevd_deploy.devices import find, render_devices
+    from mobilevd_deploy.profiling.hub.hosted import list_devices
 
     chip = find(name).chip.name if name else None
     hosted = _open_hub().devices() if from_hub else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,6 @@ from mobilevd_deploy.spec import from_dict
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mobilevd_deploy.hub import HostedDevice, Target
 
 _NOISE = re.compile(r"\(.*?\)|qualcomm|snapdragon|samsung|galaxy|[^a-z0-9]")
 
@@ -99,97 +98,16 @@ def find(name: str) -> Device:
 
     Raises UsageError with the nearest names we know.
     """
-    device = _find(name)
+    device = find_known(name)
     if device is None:
-        raise _unknown(name, _known_names())
+        raise unknown_device(name, known_names())
     return device
 
 
 def chip_called(name: str) -> Chip | None:
     """Return the chip of a phone or chip by name, None where nobody knows it."""
-    device = _find(name)
+    device = find_known(name)
     return device.chip if device else None
-
-
-def choose_hosted(name: str, hosted: Sequence[HostedDevice]) -> Target:
-    """Pick the hosted phone for `name` from the hub's live list.
-
-    A hosted phone of that name (or of its family) comes first, then any phone with the same chip, and then
-    the notes say so. Of several system versions the newest is used.
-
-    Raises:
-        UsageError: nobody knows the name, or no phone with that chip is hosted now.
-    """
-    from mobilevd_deploy.hub import Target
-
-    same = [device for device in hosted if _plain(device.name) == _plain(name)]
-    known = _find(name)
-    if same:
-        best = max(same, key=_version)
-        return Target(name, best.name, best.os, chip_name(best))
-    if known is None:
-        raise _unknown(name, [*_known_names(), *(device.name for device in hosted)])
-    chip = known.chip
-    fitting = [device for device in hosted if _attributes(device) & {*chip.attributes, *chip.sm}]
-    if not fitting:
-        raise UsageError(
-            f"{name}: no phone with its chip ({chip.name}) is hosted now",
-            next_step="mobilevd-deploy devices --hub lists what is; --estimate needs no phone",
-        )
-    # The plain chip before a "for Galaxy" one, phones of our table before strangers.
-    listed = {_plain(phone.name) for phone in table().phone}
-    best = max(
-        fitting,
-        key=lambda d: (chip.attributes[0] in _attributes(d), _plain(d.name) in listed, _version(d), d.name),
-    )
-    if known.phone is None:
-        return Target(name, best.name, best.os, chip.name)
-    note = f"{name} is not hosted: measured on {best.name}, which has the same chip ({chip.name})"
-    if "galaxy" in best.name.lower():
-        note += "; Galaxy phones may run it at other clocks"
-    return Target(name, best.name, best.os, chip.name, (note,))
-
-
-def chip_name(device: HostedDevice) -> str:
-    """Name the chip of a hosted device as our table does, else as the hub does."""
-    attributes = _attributes(device)
-    for chip in table().chip:
-        if attributes & {*chip.attributes, *chip.sm}:
-            return chip.name
-    return min(attributes, default="unknown chip")
-
-
-def list_devices(hosted: Sequence[HostedDevice] | None = None) -> list[dict[str, Any]]:
-    """Return phones with their chips as plain values, by chip.
-
-    `hosted` is the hub's live list; without it the table's own memory of it is used. Keys: `phone`,
-    `chipset`, `htp`, `soc_model`, `sm`, `hosted`, `os` (of the hosted one, live list only) and `profiled_on`:
-    the phone itself where it is hosted, else one of the same chip, None where there is none.
-    """
-    rows: list[dict[str, Any]] = []
-    for phone in table().phone:
-        chip = table().chip_of(phone)
-        if hosted is None:
-            twins = [p.name for p in table().phone if p.hosted and p.chip == phone.chip]
-            stand_in = phone.name if phone.hosted else twins[-1] if twins else None
-            rows.append(_row(phone.name, chip, phone.hosted, None, stand_in))
-            continue
-        try:
-            target = choose_hosted(phone.name, hosted)
-        except UsageError:
-            rows.append(_row(phone.name, chip, False, None, None))
-        else:
-            is_hosted = not target.notes
-            rows.append(_row(phone.name, chip, is_hosted, target.os if is_hosted else None, target.device))
-    ours = {_plain(phone.name) for phone in table().phone}
-    for device in hosted or ():
-        if _plain(device.name) not in ours:
-            # Some are no phones at all, and their chips are not ours: the hub's own words are all there is.
-            known = next((chip for chip in table().chip if chip.name == chip_name(device)), None)
-            htp = next((a.partition(":")[2] for a in device.attributes if a.startswith("hexagon:")), None)
-            row = _row(device.name, known, True, device.os, device.name)
-            rows.append(row | {"chipset": chip_name(device), "htp": row["htp"] or htp})
-    return rows
 
 
 def render_devices(rows: Iterable[dict[str, Any]], *, live: bool) -> RenderableType:
@@ -212,55 +130,32 @@ def render_devices(rows: Iterable[dict[str, Any]], *, live: bool) -> RenderableT
     return Group(grid, f"hosted: {source}")
 
 
-def _row(
-    name: str, chip: Chip | None, hosted: bool, os: str | None, profiled_on: str | None
-) -> dict[str, Any]:
-    return {
-        "phone": name,
-        "chipset": chip.name if chip else None,
-        "sm": list(chip.sm) if chip else [],
-        "htp": chip.htp if chip else None,
-        "soc_model": chip.soc_model if chip else None,
-        "hosted": hosted,
-        "os": os,
-        "profiled_on": profiled_on,
-    }
-
-
-def _find(name: str) -> Device | None:
-    wanted = _plain(name)
+def find_known(name: str) -> Device | None:
+    wanted = plain_name(name)
     if not wanted:
         return None
     for phone in table().phone:
-        if wanted == _plain(phone.name):
+        if wanted == plain_name(phone.name):
             return Device(name, phone, table().chip_of(phone))
     for chip in table().chip:
-        if wanted in {_plain(alias) for alias in (chip.name, *chip.attributes, *chip.sm)}:
+        if wanted in {plain_name(alias) for alias in (chip.name, *chip.attributes, *chip.sm)}:
             return Device(name, None, chip)
     return None
 
 
-def _known_names() -> list[str]:
+def known_names() -> list[str]:
     return [*(phone.name for phone in table().phone), *(chip.name for chip in table().chip)]
 
 
-def _unknown(name: str, known: Iterable[str]) -> UsageError:
-    by_plain = {_plain(candidate): candidate for candidate in known}
-    near = difflib.get_close_matches(_plain(name), by_plain, n=4, cutoff=0.5)
+def unknown_device(name: str, known: Iterable[str]) -> UsageError:
+    by_plain = {plain_name(candidate): candidate for candidate in known}
+    near = difflib.get_close_matches(plain_name(name), by_plain, n=4, cutoff=0.5)
     nearest = f"nearest are {', '.join(by_plain[match] for match in near)}; " if near else ""
     return UsageError(
         f"no phone or chip is called {name!r}", next_step=f"{nearest}mobilevd-deploy devices lists all"
     )
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """Reduce a name to what tells phones apart: "Samsung Galaxy S24 (Family)" and "s24" are one."""
     return _NOISE.sub("", name.lower().replace("+", "plus"))
-
-
-def _attributes(device: HostedDevice) -> set[str]:
-    return {a.partition(":")[2] for a in device.attributes if a.startswith("chipset:")}
-
-
-def _version(device: HostedDevice) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", device.os))

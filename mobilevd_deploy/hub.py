@@ -42,7 +42,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from mobilevd_deploy.artifact import Artifact, Component, NpuBinary, disk_guard
-from mobilevd_deploy.devices import chip_called, choose_hosted
+from mobilevd_deploy.devices import chip_called
 from mobilevd_deploy.encodings import write_encodings
 from mobilevd_deploy.errors import (
     ArtifactError,
@@ -74,6 +74,7 @@ from mobilevd_deploy.profiles import (
 from mobilevd_deploy.profiles import (
     SCHEMA_VERSION as PROFILE_VERSION,
 )
+from mobilevd_deploy.profiling.hub.hosted import HostedDevice, HostedPhone, choose_hosted
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.spec import from_dict
 from mobilevd_deploy.stages import digest
@@ -98,32 +99,12 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 @dataclass(frozen=True)
-class HostedDevice:
-    """A device as the hub lists it; attributes such as "chipset:qualcomm-snapdragon-8gen3", "hexagon:v75"."""
-
-    name: str
-    os: str
-    attributes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Runtime:
     """A QAIRT that the hub offers: "2.51", "2.51.0", and perhaps the tags "default" or "latest"."""
 
     api_version: str
     full_version: str
     tags: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the user typed, the hosted device that is used for it, and what to say beside every number."""
-
-    asked_for: str
-    device: str
-    os: str
-    chipset: str
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,14 +168,14 @@ class Run:
     hub: str
     manifest_sha256: str
     request: Request
-    targets: tuple[Target, ...]
+    targets: tuple[HostedPhone, ...]
     jobs: tuple[Job, ...] = ()
     saved: dict[str, str] = field(default_factory=dict)
     finished: bool = False
     runtime: str | None = None
     runtime_option: str = ""
 
-    def job(self, kind: JobKind, component: str, target: Target, part: int = 0) -> Job | None:
+    def job(self, kind: JobKind, component: str, target: HostedPhone, part: int = 0) -> Job | None:
         """Return the job of that kind; two targets with the same hosted device share it."""
         wanted = (kind, component, target.device, target.os, part)
         return next((j for j in self.jobs if (j.kind, j.component, j.device, j.os, j.part) == wanted), None)
@@ -373,7 +354,9 @@ class Hub:
             self._call(f"upload {name}", lambda: self._client.upload_dataset(entries, name=name)).dataset_id
         )
 
-    def submit_compile(self, model: str, target: Target, name: str, options: str) -> tuple[str, str, str]:
+    def submit_compile(
+        self, model: str, target: HostedPhone, name: str, options: str
+    ) -> tuple[str, str, str]:
         """Submit a compile job; return its id, its page and the id of the model that it will make."""
         job = self._call(
             f"submit {name}",
@@ -389,7 +372,7 @@ class Hub:
         return job.job_id, job.url, str(made)
 
     def submit_run(
-        self, model: str, target: Target, name: str, options: str, dataset: str | None = None
+        self, model: str, target: HostedPhone, name: str, options: str, dataset: str | None = None
     ) -> tuple[str, str]:
         """Submit a profile job, or an inference job on a dataset; return its id and page."""
         client = self._client
@@ -448,7 +431,7 @@ class Hub:
         line = re.sub(r"[\s─│┌┐└┘|]+", " ", str(text)).strip()
         return line.replace(self._client.config.api_token, "[token]")[:600]
 
-    def _device(self, target: Target) -> Any:
+    def _device(self, target: HostedPhone) -> Any:
         import qai_hub
 
         return qai_hub.Device(target.device, target.os)
@@ -645,12 +628,12 @@ class _Flow:
                 if self.run.request.check and checked is None and self._given(component, target, part):
                     self._submit("inference", component, target, part)
 
-    def _given(self, component: Component, target: Target, part: int) -> bool:
+    def _given(self, component: Component, target: HostedPhone, part: int) -> bool:
         """Say whether the device has given the outputs of all parts before this one."""
         before = [self.run.job("inference", component.name, target, earlier) for earlier in range(part)]
         return all(job is not None and job.state == "done" for job in before)
 
-    def _submit(self, kind: JobKind, component: Component, target: Target, part: int) -> None:
+    def _submit(self, kind: JobKind, component: Component, target: HostedPhone, part: int) -> None:
         model = self._runnable(component, target, part)
         dataset, options = None, _PROFILE_OPTIONS.format(samples=self.run.request.samples)
         if kind == "inference":
@@ -661,10 +644,10 @@ class _Flow:
         )
         self._add(Job(kind, component.name, target.device, target.os, id, url, model, now(), part=part))
 
-    def _parts(self, component: Component, target: Target) -> int:
+    def _parts(self, component: Component, target: HostedPhone) -> int:
         return 1 if self.run.request.compile else len(own_binary(component, target).parts)
 
-    def _runnable(self, component: Component, target: Target, part: int) -> str:
+    def _runnable(self, component: Component, target: HostedPhone, part: int) -> str:
         """Return the id of the model that the device runs; its compile job need not have finished."""
         if not self.run.request.compile:
             return self._own_model(component, target, part)
@@ -723,7 +706,7 @@ class _Flow:
         self._progress.end()
         return Outcome(self.run, tuple(profiles))
 
-    def _profile(self, target: Target) -> Profile:
+    def _profile(self, target: HostedPhone) -> Profile:
         components = tuple(self._measure(component, target) for component in self._components)
         compiled = self._compiled(target)
         tools = {"qai-hub": self._hub.client_version, "hub": self._hub.url} | compiled
@@ -759,7 +742,7 @@ class _Flow:
             tools=tools,
         )
 
-    def _compiled(self, target: Target) -> dict[str, str]:
+    def _compiled(self, target: HostedPhone) -> dict[str, str]:
         """Return the QAIRT version that compiled each component, as far as the hub tells."""
         if not self.run.request.compile:
             return {f"qairt of {c.name}": own_binary(c, target).sdk for c in self._components}
@@ -767,7 +750,7 @@ class _Flow:
         told = {job.component: self._hub.compiler(job) for job in jobs if job.state == "done"}
         return {f"qairt of {name} (hub)": version for name, version in told.items() if version is not None}
 
-    def _measure(self, component: Component, target: Target) -> ComponentProfile:
+    def _measure(self, component: Component, target: HostedPhone) -> ComponentProfile:
         """Read the results of a component's jobs, all parts of it together."""
         parts = range(self._parts(component, target))
         compiled = self.run.job("compile", component.name, target)
@@ -795,12 +778,12 @@ class _Flow:
         except UsageError as error:
             return dataclasses.replace(measured, error=f"the check failed: {error.what}")
 
-    def _job(self, kind: JobKind, component: Component, target: Target, part: int) -> Job:
+    def _job(self, kind: JobKind, component: Component, target: HostedPhone, part: int) -> Job:
         job = self.run.job(kind, component.name, target, part)
         assert job is not None
         return job
 
-    def _outputs(self, component: Component, target: Target, part: int) -> dict[str, Array]:
+    def _outputs(self, component: Component, target: HostedPhone, part: int) -> dict[str, Array]:
         """Return what the device gave for a part, by name; UsageError where it is not what the part gives."""
         names: tuple[str, ...] = (component.outputs[0].name,)
         if not self.run.request.compile:
@@ -829,7 +812,7 @@ class _Flow:
                 return f"its compile job {other.id} failed"
         return None
 
-    def _own_model(self, component: Component, target: Target, part: int) -> str:
+    def _own_model(self, component: Component, target: HostedPhone, part: int) -> str:
         """Return the id of a binary of ours, with the wrapper that loads it."""
         files = own_binary(component, target).parts[part].files
         content = digest({role: entry.sha256 for role, entry in files.items()})
@@ -865,7 +848,7 @@ class _Flow:
 
         return self._upload("model", content, component, upload)
 
-    def _dataset(self, component: Component, target: Target, part: int) -> str:
+    def _dataset(self, component: Component, target: HostedPhone, part: int) -> str:
         """Return the id of a part's inputs: as this computer has them, and from parts before it."""
         feeds = dict(self._reference(component)[0])
         for earlier in range(part):
@@ -922,7 +905,7 @@ class _Flow:
         return self._handles[job.id]
 
 
-def own_binary(component: Component, target: Target) -> NpuBinary:
+def own_binary(component: Component, target: HostedPhone) -> NpuBinary:
     """Return the artifact's binary of a component for the chip of a target; UsageError if it has none."""
     chip = chip_called(target.chipset)
     for binary in component.npu:

@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from mobilevd_deploy.devices import choose_hosted, find, list_devices, render_devices, table
+from mobilevd_deploy.devices import find, render_devices, table
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.hub import HostedDevice
+from mobilevd_deploy.profiling.hub.hosted import HostedDevice, choose_hosted, list_devices
 
 
 def hosted(name: str, os: str, *attributes: str) -> HostedDevice:

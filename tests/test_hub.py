@@ -34,7 +34,6 @@ from mobilevd_deploy.host import run_on_host
 from mobilevd_deploy.hub import (
     LEDGER,
     Book,
-    HostedDevice,
     Hub,
     Request,
     profile_on_hub,
@@ -43,6 +42,7 @@ from mobilevd_deploy.hub import (
     refresh_jobs,
 )
 from mobilevd_deploy.profiles import load_profile, load_profiles, profiles_dir, render_profile
+from mobilevd_deploy.profiling.hub.hosted import HostedDevice
 from mobilevd_deploy.progress import LineProgress
 from mobilevd_deploy.spec import load_preset
 
