@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 from _common import RESULTS, write_result
 
-from mobilevd_deploy.apart import Steps
-from mobilevd_deploy.artifact import StageCost
+from mobilevd_deploy.base.processes import StageCost, Steps
+from mobilevd_deploy.base.progress import Progress, make_progress
+from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint, read_weights, write_weights
 from mobilevd_deploy.components import input_shapes
 from mobilevd_deploy.deploy import deploy_form
 from mobilevd_deploy.onnx_export import DATA, MODEL, export_onnx, read_graph
-from mobilevd_deploy.probe import Tensors
-from mobilevd_deploy.progress import Progress, make_progress
 from mobilevd_deploy.qnn import compile_context, find_target
 from mobilevd_deploy.quantize import quantise
 from mobilevd_deploy.recipe import Recipe, load_recipe

@@ -34,9 +34,9 @@ import onnx
 from _common import RESULTS, write_result
 from torch import Tensor, nn
 
+from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.errors import VendorError
 from mobilevd_deploy.onnx_export import MODEL
-from mobilevd_deploy.progress import make_progress
 from mobilevd_deploy.qnn import find_target, measure_traffic
 from mobilevd_deploy.recipe import GraphForms, NpuOptions, Recipe, load_recipe
 from mobilevd_deploy.spec import load_preset

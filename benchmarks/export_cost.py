@@ -34,13 +34,13 @@ from _common import write_result
 from rich.console import Console
 from rich.table import Table
 
+from mobilevd_deploy.base.progress import Progress, make_progress
 from mobilevd_deploy.data import data_dir
-from mobilevd_deploy.progress import Progress, make_progress
 from mobilevd_deploy.recipe import load_recipe
 from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict, load_preset
 
 if TYPE_CHECKING:  # this process stays small: Linux lets a child inherit its parent's peak memory
-    from mobilevd_deploy.probe import Tensors
+    from mobilevd_deploy.base.tensors import Tensors
     from mobilevd_deploy.unet import MobileVDUNet
 
 WEIGHTS_SEED = 1
@@ -324,12 +324,12 @@ def _latency(job: Mapping[str, Any], folder: Path) -> Record:
     import onnx
     import torch
 
+    from mobilevd_deploy.base.tensors import sqnr_db
     from mobilevd_deploy.checkpoint import open_checkpoint
     from mobilevd_deploy.components import build_component, deploy_contract, input_shapes
     from mobilevd_deploy.flops import count_flops
     from mobilevd_deploy.onnx_export import MODEL, read_graph
     from mobilevd_deploy.pipeline import OnnxRunner
-    from mobilevd_deploy.probe import sqnr_db
 
     spec = open_checkpoint(job["checkpoint"]).spec if job["checkpoint"] else from_dict(ModelSpec, job["spec"])
     with torch.device("meta"):

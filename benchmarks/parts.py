@@ -25,8 +25,8 @@ from typing import Any
 import onnx
 from _common import RESULTS, write_result
 
-from mobilevd_deploy.apart import memory_bytes, side_by_side
 from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.base.processes import memory_bytes, side_by_side
 from mobilevd_deploy.errors import MobileVDError
 from mobilevd_deploy.qnn import compile_context, find_target
 from mobilevd_deploy.recipe import NpuOptions

@@ -28,6 +28,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from mobilevd_deploy.base.progress import make_progress
+from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.devices import Chip, table
 from mobilevd_deploy.estimate import Counts, count_module, floor, load_calibration
 from mobilevd_deploy.npu.ops import (
@@ -45,8 +47,6 @@ from mobilevd_deploy.npu.ops import (
     to_tokens,
 )
 from mobilevd_deploy.npu.unet import FeedForward
-from mobilevd_deploy.probe import Tensors
-from mobilevd_deploy.progress import make_progress
 from mobilevd_deploy.qnn import find_target
 from mobilevd_deploy.qnn_graph import DramBytes
 from mobilevd_deploy.recipe import GraphForms, load_recipe

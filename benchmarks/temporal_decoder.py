@@ -23,10 +23,10 @@ from _common import RESULTS, write_result
 from hd import mapped, values_bytes
 from parts import TARGET, compile_files
 
+from mobilevd_deploy.base.progress import make_progress
+from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.components import input_shapes
 from mobilevd_deploy.onnx_export import MODEL, export_onnx, read_graph
-from mobilevd_deploy.probe import Tensors
-from mobilevd_deploy.progress import make_progress
 from mobilevd_deploy.qnn import lint
 from mobilevd_deploy.quantize import quantise
 from mobilevd_deploy.recipe import load_recipe

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from _common import RESULTS, write_result
 
-from mobilevd_deploy.progress import make_progress
+from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.qnn import find_target
 from mobilevd_deploy.qnn_graph import Traffic
 from mobilevd_deploy.recipe import GraphForms, Recipe, load_recipe

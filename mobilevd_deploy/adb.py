@@ -26,6 +26,7 @@ from shlex import quote
 from typing import Any, Literal
 
 from mobilevd_deploy.artifact import MANIFEST, MANIFEST_DIGEST, Artifact
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.benchmark import Benchmark, Timing
 from mobilevd_deploy.devices import chip_called
 from mobilevd_deploy.errors import MobileVDError, ResourceError, UsageError, VendorError
@@ -38,7 +39,6 @@ from mobilevd_deploy.profiles import (
     runtime_notes,
     total_ms,
 )
-from mobilevd_deploy.progress import Progress
 
 Backend = Literal["auto", "npu", "cpu"]
 

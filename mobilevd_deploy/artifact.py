@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -28,7 +26,9 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Literal
 
-from mobilevd_deploy.errors import ArtifactError, MobileVDError, ResourceError, SpecError, UsageError
+from mobilevd_deploy.base.files import LockHeldError, disk_guard, file_sha256, fsync, take_lock, written_aside
+from mobilevd_deploy.base.processes import StageCost
+from mobilevd_deploy.errors import ArtifactError, MobileVDError, SpecError, UsageError
 from mobilevd_deploy.spec import from_dict
 
 SCHEMA_VERSION = 1
@@ -323,14 +323,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """Wall time and peak resident memory of one stage: of the export's process, or of one that it started."""
-
-    seconds: float
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
 class Manifest:
     """What is in an artifact, how it was made, and how to run it.
 
@@ -578,10 +570,8 @@ class PartialArtifact:
         source, wanted = self.output.joinpath(*parts[1:]), self.root / path
         if parts[0] == self.artifact.name and source.is_file() and not wanted.exists():
             wanted.parent.mkdir(parents=True, exist_ok=True)
-            aside = wanted.with_name(wanted.name + ".new")
-            with disk_guard(wanted.parent, source.stat().st_size):
+            with written_aside(wanted, source.stat().st_size) as aside:
                 shutil.copyfile(source, aside)
-            aside.replace(wanted)
 
     def finish(self, manifest: Manifest, *, keep: bool = False) -> Artifact:
         """Write the manifest, make all of it durable, and give it its name in one rename.
@@ -659,16 +649,12 @@ class PartialArtifact:
             with contextlib.suppress(FileExistsError):
                 self.root.mkdir()
             try:
-                lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+                lock = take_lock(self._lock_path)
             except FileNotFoundError:
                 continue  # the holder has finished and removed the folder
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
-                os.close(lock)
+            except LockHeldError as error:
                 raise UsageError(
-                    f"another run (process {holder}) is writing {self.output}",
+                    f"another run (process {error.holder}) is writing {self.output}",
                     next_step="wait for it, or choose another -o",
                 ) from None
             # The holder may have finished and removed the file while we opened it.
@@ -677,8 +663,6 @@ class PartialArtifact:
                     self._lock = lock
                     continue
             os.close(lock)
-        os.truncate(self._lock, 0)
-        os.write(self._lock, f"{os.getpid()}\n".encode())
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -700,42 +684,6 @@ class PartialArtifact:
                 shutil.rmtree(path)
             elif path != self._lock_path:
                 path.unlink()
-
-
-@contextlib.contextmanager
-def disk_guard(folder: Path, needed: int) -> Iterator[None]:
-    """Raise ResourceError if `folder`'s disk has less than `needed` bytes free, or fills up inside."""
-    if shutil.disk_usage(folder).free < needed:
-        raise _disk_full(folder, needed)
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise _disk_full(folder, needed) from error
-
-
-def _disk_full(folder: Path, needed: int) -> ResourceError:
-    free = f"{shutil.disk_usage(folder).free:,} bytes are free"
-    return ResourceError(
-        f"{folder}: the disk is full: " + (f"about {needed:,} bytes are needed, {free}" if needed else free),
-        next_step="free some space, or choose an output on another disk",
-    )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes in hex. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def find_newest(folder: Path, depth: int = 3, *, advice: str = "name one as the argument") -> Artifact:

@@ -17,12 +17,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mobilevd_deploy.artifact import file_sha256
+from mobilevd_deploy.base.files import file_sha256, written_aside
 from mobilevd_deploy.components import CLIP_MEAN, CLIP_STD, COMPONENTS, Component, build_component
 from mobilevd_deploy.errors import CheckpointError, SpecError
 from mobilevd_deploy.spec import ModelSpec, from_dict
@@ -239,7 +237,7 @@ def write_checkpoint(
         return made
 
     try:
-        with _written_aside(path) as aside:
+        with written_aside(path) as aside:
             if path.suffix == ".safetensors":
                 metadata = {FORMAT_KEY: str(FORMAT_VERSION), SPEC_KEY: json.dumps(spec.to_dict())}
                 _write_safetensors(aside, metadata, shapes, dtype, stored)
@@ -253,7 +251,7 @@ def write_weights(path: Path, module: nn.Module) -> None:
     """Write the float32 weights of any module as .safetensors, one tensor after the other."""
     state = module.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    with _written_aside(path) as aside:
+    with written_aside(path) as aside:
         _write_safetensors(aside, {}, shapes, torch.float32, lambda name: state[name].contiguous())
 
 
@@ -663,17 +661,6 @@ def _clip_values(clip: _Config) -> dict[str, Any]:
 
 
 # ---- files ----
-
-
-@contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
-    """Yield a neighbour to write to; it becomes `path` if the block succeeds and vanishes if not."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

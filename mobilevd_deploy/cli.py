@@ -22,9 +22,9 @@ from mobilevd_deploy.errors import ArtifactError, MobileVDError, UsageError, Ven
 
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact import Artifact
+    from mobilevd_deploy.base.progress import Progress
     from mobilevd_deploy.hub import Hub, Run
     from mobilevd_deploy.profiles import Profile
-    from mobilevd_deploy.progress import Progress
 
 app = typer.Typer(
     name="mobilevd-deploy",
@@ -649,13 +649,8 @@ def report(
     Also written as a page, ARTIFACT.profiles/report.html. What the export did stands in the artifact's own.
     """
     from mobilevd_deploy.artifact import Artifact, find_newest
-    from mobilevd_deploy.profiles import (
-        load_traffic,
-        newest_profiles,
-        profiles_dir,
-        render_comparison,
-        write_durably,
-    )
+    from mobilevd_deploy.base.files import write_durably
+    from mobilevd_deploy.profiles import load_traffic, newest_profiles, profiles_dir, render_comparison
     from mobilevd_deploy.report import render_profiles
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
@@ -952,7 +947,7 @@ def _fail(what: str, next_step: str | None, code: int, as_json: bool) -> None:
 
 
 def _progress(quiet: bool) -> Progress:
-    from mobilevd_deploy.progress import make_progress
+    from mobilevd_deploy.base.progress import make_progress
 
     return make_progress(quiet=quiet)
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from mobilevd_deploy.apart import Steps
 from mobilevd_deploy.artifact import (
     Artifact,
     FileEntry,
@@ -27,9 +26,12 @@ from mobilevd_deploy.artifact import (
     PipelineSpec,
     Source,
     TensorSpec,
-    disk_guard,
 )
 from mobilevd_deploy.artifact import Component as ComponentEntry
+from mobilevd_deploy.base.files import disk_guard
+from mobilevd_deploy.base.processes import Steps
+from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.calibration import Pictures, drawn_pictures, read_pictures
 from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint, read_weights, write_weights
 from mobilevd_deploy.components import COMPONENTS, Component, deploy_contract
@@ -38,8 +40,7 @@ from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.onnx_export import DATA, MODEL, OnnxGraph, export_onnx, read_graph
 from mobilevd_deploy.passes import UNetProbe, run_passes, select_passes
 from mobilevd_deploy.pipeline import OnnxRunner
-from mobilevd_deploy.probe import Probe, Tensors, make_probe
-from mobilevd_deploy.progress import Progress
+from mobilevd_deploy.probe import Probe, make_probe
 from mobilevd_deploy.recipe import QuantScheme, Recipe
 from mobilevd_deploy.report import render_report
 from mobilevd_deploy.skeleton import deploy_skeleton, rewrites

@@ -131,6 +131,7 @@ def render_devices(rows: Iterable[dict[str, Any]], *, live: bool) -> RenderableT
 
 
 def find_known(name: str) -> Device | None:
+    """Return the phone or chip of that name, or None if it is in no table."""
     wanted = plain_name(name)
     if not wanted:
         return None
@@ -144,10 +145,12 @@ def find_known(name: str) -> Device | None:
 
 
 def known_names() -> list[str]:
+    """List the names of all phones and chips in the table."""
     return [*(phone.name for phone in table().phone), *(chip.name for chip in table().chip)]
 
 
 def unknown_device(name: str, known: Iterable[str]) -> UsageError:
+    """Return the error for a name that is in no table, with the nearest of the `known` names."""
     by_plain = {plain_name(candidate): candidate for candidate in known}
     near = difflib.get_close_matches(plain_name(name), by_plain, n=4, cutoff=0.5)
     nearest = f"nearest are {', '.join(by_plain[match] for match in near)}; " if near else ""

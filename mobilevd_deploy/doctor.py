@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobilevd_deploy.apart import memory_bytes
+from mobilevd_deploy.base.processes import memory_bytes
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import MobileVDError
-from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.recipe import NpuOptions, Recipe
 from mobilevd_deploy.spec import ModelSpec
 
@@ -101,8 +101,8 @@ def _qnn(recipe: Recipe) -> Finding:
         import numpy as np
         import torch
 
+        from mobilevd_deploy.base.tensors import Tensors, sqnr_db
         from mobilevd_deploy.onnx_export import MODEL, export_onnx
-        from mobilevd_deploy.probe import Tensors, sqnr_db
         from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target
         from mobilevd_deploy.recipe import OnnxOptions
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from mobilevd_deploy.artifact import Artifact, Component
-from mobilevd_deploy.pipeline import Array, Job, OnnxRunner, Pipeline, Runner
+from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.base.tensors import Array
+from mobilevd_deploy.pipeline import Job, OnnxRunner, Pipeline, Runner
 from mobilevd_deploy.profiles import SCHEMA_VERSION, ComponentProfile, Latency, Profile, now, total_ms
-from mobilevd_deploy.progress import Progress
 
 # The seed of the noise for checks and timings.
 SEED = 0

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -41,7 +40,17 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from mobilevd_deploy.artifact import Artifact, Component, NpuBinary, disk_guard
+from mobilevd_deploy.artifact import Artifact, Component, NpuBinary
+from mobilevd_deploy.base.files import (
+    LockHeldError,
+    digest,
+    disk_guard,
+    remove_leftovers,
+    take_lock,
+    write_durably,
+)
+from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.base.tensors import Array, sqnr_db
 from mobilevd_deploy.devices import chip_called
 from mobilevd_deploy.encodings import write_encodings
 from mobilevd_deploy.errors import (
@@ -53,8 +62,6 @@ from mobilevd_deploy.errors import (
     VendorError,
 )
 from mobilevd_deploy.host import run_on_host
-from mobilevd_deploy.pipeline import Array
-from mobilevd_deploy.probe import sqnr_db
 from mobilevd_deploy.profiles import (
     MADE_UP,
     Check,
@@ -69,15 +76,10 @@ from mobilevd_deploy.profiles import (
     save_profile,
     total_ms,
     version,
-    write_durably,
 )
-from mobilevd_deploy.profiles import (
-    SCHEMA_VERSION as PROFILE_VERSION,
-)
+from mobilevd_deploy.profiles import SCHEMA_VERSION as PROFILE_VERSION
 from mobilevd_deploy.profiling.hub.hosted import HostedDevice, HostedPhone, choose_hosted
-from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.spec import from_dict
-from mobilevd_deploy.stages import digest
 
 T = TypeVar("T")
 JobKind = Literal["compile", "profile", "inference"]
@@ -534,13 +536,12 @@ class Book:
     def __enter__(self) -> Book:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in [*self.folder.glob(".upload-*"), *self.folder.glob(".*.new")]:  # by a killed process
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            self._lock = take_lock(self.folder / "lock")
+            remove_leftovers(self.folder)
+            for left in self.folder.glob(".upload-*"):
+                shutil.rmtree(left)
             self.ledger = read_ledger(self.folder / LEDGER)
-        except BlockingIOError:
-            self._release()
+        except LockHeldError:
             raise UsageError(
                 f"another run is profiling with {self.folder}",
                 next_step="wait for it, or end it; then --resume",

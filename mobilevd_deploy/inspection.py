@@ -19,11 +19,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from mobilevd_deploy.artifact import MANIFEST, Artifact
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.components import COMPONENTS, Component, build_component
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.flops import Convention, count_flops_by_module
-from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.skeleton import rewritten_skeleton
 from mobilevd_deploy.spec import LadderRow, ModelSpec, Preset, from_dict, load_preset, preset_names
 from mobilevd_deploy.unet import MobileVDUNet

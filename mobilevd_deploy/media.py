@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from mobilevd_deploy.base.files import written_aside
 from mobilevd_deploy.errors import MediaError, UsageError
 
 Floats = npt.NDArray[np.float32]
@@ -330,16 +329,10 @@ def _write_mp4(clip: Bytes, path: Path, fps: int) -> None:
 
 @contextlib.contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """Give a place in the same folder to write to; rename it to `path` at the end, or remove it."""
-    holder: Path | None = None
+    """Make missing folders and yield what `written_aside` does. Raises MediaError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", dir=path.parent))
-        aside = holder / path.name
-        yield aside
-        aside.replace(path)
+        with written_aside(path) as aside:
+            yield aside
     except (OSError, RuntimeError) as error:
         raise MediaError(f"{path} cannot be written: {error}", next_step="choose another place") from error
-    finally:
-        if holder is not None:
-            shutil.rmtree(holder, ignore_errors=True)

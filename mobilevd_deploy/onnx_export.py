@@ -24,8 +24,8 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
+from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.errors import ExportError
-from mobilevd_deploy.probe import Tensors
 from mobilevd_deploy.recipe import OnnxOptions
 
 MODEL = "model.onnx"

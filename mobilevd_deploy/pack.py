@@ -11,9 +11,10 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from mobilevd_deploy.artifact import MANIFEST, MANIFEST_DIGEST, Artifact, disk_guard, fsync
+from mobilevd_deploy.artifact import MANIFEST, MANIFEST_DIGEST, Artifact
+from mobilevd_deploy.base.files import written_aside
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.progress import Progress
 
 SUFFIX = ".mvd"
 # The zip format's own zero.
@@ -33,24 +34,18 @@ def pack(artifact: Artifact, output: str | Path, progress: Progress | None = Non
         raise UsageError(f"{output} lies inside of the artifact", next_step="choose a place beside it")
     artifact.verify()
     paths = [MANIFEST, MANIFEST_DIGEST, *(entry.path for entry in artifact.manifest.all_files())]
-    aside = output.with_name(f".{output.name}.partial")
     progress.begin(f"pack {artifact.bytes / 1e6:,.1f} MB")
     try:
-        with disk_guard(output.parent, artifact.bytes):
-            with zipfile.ZipFile(aside, "w") as archive:
-                for number, path in enumerate(paths, start=1):
-                    source = artifact.root / path
-                    info = zipfile.ZipInfo(path, _TIME)
-                    info.external_attr = 0o644 << 16
-                    info.file_size = source.stat().st_size  # beyond 2 GiB the header has to say so
-                    with source.open("rb") as file, archive.open(info, "w") as entry:
-                        shutil.copyfileobj(file, entry, 2**20)
-                    progress.advance(number / len(paths))
-            fsync(aside)
-            aside.replace(output)
+        with written_aside(output, artifact.bytes) as aside, zipfile.ZipFile(aside, "w") as archive:
+            for number, path in enumerate(paths, start=1):
+                source = artifact.root / path
+                info = zipfile.ZipInfo(path, _TIME)
+                info.external_attr = 0o644 << 16
+                info.file_size = source.stat().st_size  # beyond 2 GiB the header has to say so
+                with source.open("rb") as file, archive.open(info, "w") as entry:
+                    shutil.copyfileobj(file, entry, 2**20)
+                progress.advance(number / len(paths))
     except OSError as error:
         raise UsageError(f"{output} cannot be written: {error}", next_step="choose another -o") from error
-    finally:
-        aside.unlink(missing_ok=True)
     progress.end()
     return output

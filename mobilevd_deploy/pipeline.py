@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mobilevd_deploy.artifact import Artifact, Component, TensorSpec
+from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.base.tensors import Array
 from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError
 from mobilevd_deploy.noise import unit_noise
-from mobilevd_deploy.progress import Progress
-
-Array = npt.NDArray[Any]
 
 
 class Runner(Protocol):

@@ -18,7 +18,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from mobilevd_deploy.artifact import MANIFEST, Artifact, DiffRow, disk_guard, file_sha256, fsync
-from mobilevd_deploy.chart import Bar, draw_bars
+from mobilevd_deploy.artifact import MANIFEST, Artifact, DiffRow
+from mobilevd_deploy.base.chart import Bar, draw_bars
+from mobilevd_deploy.base.files import file_sha256, write_durably
 from mobilevd_deploy.errors import ArtifactError, SpecError
 from mobilevd_deploy.spec import from_dict
 
@@ -409,20 +409,6 @@ def diff_profiles(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:
         (ms_a, error_a), (ms_b, error_b) = (side.get(key, (None, None)) for side in sides)
         rows.append(DiffRow(*key, ms_a, ms_b, error_a, error_b))
     return tuple(rows)
-
-
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Replace a file by one rename, after its content is on the disk: a killed process leaves old or new.
-
-    Raises ResourceError on a full disk, OSError otherwise.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    data = content.encode() if isinstance(content, str) else content
-    with disk_guard(path.parent, len(data)):
-        aside.write_bytes(data)
-        fsync(aside)
-        aside.replace(path)
-        fsync(path.parent)
 
 
 @dataclass(frozen=True)

@@ -35,17 +35,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobilevd_deploy.apart import die_with_parent, memory_bytes, own_python, peak_bytes
+from mobilevd_deploy.base.processes import die_with_parent, memory_bytes, own_python, peak_bytes
+from mobilevd_deploy.base.progress import Progress, duration
 from mobilevd_deploy.devices import table
 from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError, listed
-from mobilevd_deploy.progress import Progress, duration
 from mobilevd_deploy.qnn_graph import DramBytes, QnnGraph, Traffic, origin, read_qnn_graph, read_traffic
 from mobilevd_deploy.recipe import NpuOptions
 
 if TYPE_CHECKING:
     import onnx
 
-    from mobilevd_deploy.pipeline import Array
+    from mobilevd_deploy.base.tensors import Array
 
 SIMULATE_UP_TO_FLOPS = 20e9
 """A component with more is not simulated: on two cores its run would take from minutes to days."""

@@ -40,12 +40,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mobilevd_deploy.checkpoint import _written_aside
+from mobilevd_deploy.base.files import written_aside
+from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.data import data_dir
 from mobilevd_deploy.errors import ExportError, UsageError, listed
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.onnx_export import DATA, MODEL, _fold_constants, _name_nodes, _quiet
-from mobilevd_deploy.probe import Tensors, sqnr_db
 from mobilevd_deploy.recipe import QuantScheme
 
 Array = npt.NDArray[Any]
@@ -118,7 +118,7 @@ def quantise(
             _use_all_steps(sim)
             _stretch(sim, scheme.headroom)
             if state is not None:
-                with _written_aside(state) as aside:
+                with written_aside(state) as aside:
                     torch.save({"key": key, "quantisers": sim.quantizer_state_dict()}, aside)
     return Quantised(sim, scheme, shared)
 

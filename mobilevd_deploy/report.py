@@ -17,8 +17,8 @@ from string import Template
 from typing import Literal
 
 from mobilevd_deploy.artifact import Component, Manifest, NpuBinary, PassReport, TensorSpec
+from mobilevd_deploy.base.progress import duration
 from mobilevd_deploy.profiles import FIGURES, Profile, TrafficReport, TrafficRow, number, total_words
-from mobilevd_deploy.progress import duration
 from mobilevd_deploy.recipe import GraphForms, Recipe
 from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict
 

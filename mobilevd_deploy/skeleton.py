@@ -8,13 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.components import (
-    Component,
-    DenoiseStep,
-    build_component,
-    deploy_contract,
-    input_shapes,
-)
+from mobilevd_deploy.components import Component, DenoiseStep, build_component, deploy_contract, input_shapes
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.passes import select_passes
 from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling

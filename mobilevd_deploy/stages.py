@@ -9,7 +9,6 @@ files are intact. A long stage keeps records of its pieces in the same way.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -17,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mobilevd_deploy.apart import peak_bytes, reset_peak
-from mobilevd_deploy.artifact import FileEntry, PartialArtifact, StageCost, disk_guard, file_sha256, fsync
+from mobilevd_deploy.artifact import FileEntry, PartialArtifact
+from mobilevd_deploy.base.files import digest, disk_guard, file_sha256, fsync, write_durably
+from mobilevd_deploy.base.processes import StageCost, peak_bytes, reset_peak
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.spec import from_dict
 
 _FOLDER = "stages"
@@ -72,7 +72,7 @@ class Stages:
         if not key_file.is_file() or key_file.read_bytes() != self._key.encode():
             partial.clear()
             folder.mkdir()
-            _write_durably(key_file, self._key)
+            write_durably(key_file, self._key)
 
     @property
     def costs(self) -> dict[str, StageCost]:
@@ -173,18 +173,5 @@ def _make(
     files = tuple(FileEntry.of(partial.root, path) for path in output.files)
     values = json.loads(json.dumps(output.values))
     record = StageRecord(name, expected, files, values, cost, output.steps)
-    _write_durably(_path(partial, name), json.dumps(dataclasses.asdict(record)))
+    write_durably(_path(partial, name), json.dumps(dataclasses.asdict(record)))
     return record
-
-
-def digest(values: Mapping[str, Any]) -> str:
-    """Return the sha256, in hex, of plain values: their JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text)
-    fsync(aside)
-    aside.replace(path)
-    fsync(path.parent)

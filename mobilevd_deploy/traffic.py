@@ -20,16 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.artifact import MANIFEST, Artifact, file_sha256
-from mobilevd_deploy.chart import Bar, draw_bars
+from mobilevd_deploy.artifact import MANIFEST, Artifact
+from mobilevd_deploy.base.chart import Bar, draw_bars
+from mobilevd_deploy.base.files import file_sha256, write_durably
+from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.npu.ops import PerFrame, TemporalResBlock
 from mobilevd_deploy.npu.unet import TemporalStage, Transformer, VideoResBlock
 from mobilevd_deploy.onnx_export import MODEL, export_onnx
-from mobilevd_deploy.probe import Tensors
-from mobilevd_deploy.profiles import SCHEMA_VERSION, TrafficReport, TrafficRow, now, write_durably
-from mobilevd_deploy.progress import Progress
+from mobilevd_deploy.profiles import SCHEMA_VERSION, TrafficReport, TrafficRow, now
 from mobilevd_deploy.qnn import Target, find_target, measure_traffic
 from mobilevd_deploy.qnn_graph import Traffic
 from mobilevd_deploy.quantize import block_of, quantise

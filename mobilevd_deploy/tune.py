@@ -27,6 +27,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from mobilevd_deploy.base.files import digest, write_durably
+from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.calibration import JUDGES
 from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.components import Component, deploy_contract
@@ -35,9 +38,6 @@ from mobilevd_deploy.errors import ParityError, UsageError
 from mobilevd_deploy.flops import count_flops_by_module
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.pipeline import Job
-from mobilevd_deploy.probe import Tensors, sqnr_db
-from mobilevd_deploy.profiles import write_durably
-from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.quantize import (
     FLOAT,
     Quantised,
@@ -49,7 +49,6 @@ from mobilevd_deploy.quantize import (
     quantise,
 )
 from mobilevd_deploy.recipe import QuantRule, QuantScheme, Recipe, to_toml
-from mobilevd_deploy.stages import digest
 
 Bits = tuple[int, int]
 """Bits of weights and of activations."""

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.checkpoint import save_checkpoint
 from mobilevd_deploy.components import COMPONENTS, build_component
 from mobilevd_deploy.passes import select_passes
-from mobilevd_deploy.probe import sqnr_db
 from mobilevd_deploy.recipe import load_recipe, recipe_names
 from mobilevd_deploy.spec import (
     DecoderSpec,

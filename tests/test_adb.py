@@ -18,9 +18,9 @@ from tiny_artifact import write_artifact
 
 from mobilevd_deploy.adb import Adb, attached, install, profile_over_adb
 from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.base.progress import LineProgress
 from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError, VendorError
 from mobilevd_deploy.profiles import load_profile, profiles_dir, render_profile, save_profile
-from mobilevd_deploy.progress import LineProgress
 
 ALL = ["image_encoder", "vae_encoder", "unet", "decoder"]
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobilevd_deploy import apart
 from mobilevd_deploy import deploy as flow
-from mobilevd_deploy.apart import Steps, own_python, side_by_side
+from mobilevd_deploy.base import processes as apart
+from mobilevd_deploy.base.processes import Steps, own_python, side_by_side
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import ExportError, ParityError, ResourceError
-from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.recipe import load_recipe
 
 
@@ -134,7 +134,8 @@ def test_a_step_does_not_outlive_its_parent(tmp_path: Path, killed: str) -> None
     begun = tmp_path / "begun"
     code = (
         "from pathlib import Path\nfrom tests.test_apart import sleep\n"
-        "from mobilevd_deploy.apart import Steps\nfrom mobilevd_deploy.progress import Progress\n"
+        "from mobilevd_deploy.base.processes import Steps\n"
+        "from mobilevd_deploy.base.progress import Progress\n"
         f"Steps(True, Progress()).run('sleep', sleep, Path({str(begun)!r}))"
     )
     root = Path(__file__).parents[1]

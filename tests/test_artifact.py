@@ -32,12 +32,12 @@ from mobilevd_deploy.artifact import (
     PassReport,
     PipelineSpec,
     Source,
-    StageCost,
     TensorSpec,
     diff,
-    disk_guard,
     find_newest,
 )
+from mobilevd_deploy.base.files import disk_guard
+from mobilevd_deploy.base.processes import StageCost
 from mobilevd_deploy.errors import ArtifactError, ResourceError, SpecError, UsageError
 
 SCHEMA = json.loads((Path(mobilevd_deploy.__file__).parent / "manifest.schema.json").read_text())

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image, ImageColor
 
-from mobilevd_deploy.chart import COLOURS, Bar, draw_bars
+from mobilevd_deploy.base.chart import COLOURS, Bar, draw_bars
 
 BARS = [Bar("whole", (3, 1), "3 + 1", mark=2), Bar("part", (2, 0), "2", depth=1), Bar("none", (), "failed")]
 

@@ -32,6 +32,8 @@ from torch import nn
 import mobilevd_deploy
 from mobilevd_deploy import deploy as flow
 from mobilevd_deploy.artifact import Artifact, PartialArtifact
+from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.checkpoint import open_checkpoint
 from mobilevd_deploy.components import COMPONENTS, build_component, deploy_contract, input_shapes
 from mobilevd_deploy.deploy import component_tensors, deploy
@@ -46,8 +48,6 @@ from mobilevd_deploy.errors import (
 )
 from mobilevd_deploy.noise import unit_noise
 from mobilevd_deploy.pipeline import Pipeline
-from mobilevd_deploy.probe import sqnr_db
-from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.recipe import Floors, Recipe, load_recipe
 from mobilevd_deploy.spec import load_preset
 from mobilevd_deploy.unet import MobileVDUNet
@@ -456,7 +456,7 @@ def test_a_disk_that_fills_up(
         elif place == "report":
             patch.setattr(flow, "render_report", full)
         else:
-            patch.setattr("mobilevd_deploy.stages._write_durably", full)
+            patch.setattr("mobilevd_deploy.stages.write_durably", full)
         with pytest.raises(ResourceError, match="the disk is full") as raised:
             deploy(tiny_checkpoint, RECIPE, output)
     assert "free some space" in str(raised.value.next_step)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.components import build_component
-from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.spec import load_preset
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

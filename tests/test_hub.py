@@ -28,6 +28,7 @@ from tiny_artifact import build, write_artifact
 
 from mobilevd_deploy import cli
 from mobilevd_deploy.artifact import Artifact, FileEntry, PartialArtifact
+from mobilevd_deploy.base.progress import LineProgress
 from mobilevd_deploy.errors import ArtifactError, SpecError, UsageError, VendorError
 from mobilevd_deploy.estimate import load_calibration
 from mobilevd_deploy.host import run_on_host
@@ -43,7 +44,6 @@ from mobilevd_deploy.hub import (
 )
 from mobilevd_deploy.profiles import load_profile, load_profiles, profiles_dir, render_profile
 from mobilevd_deploy.profiling.hub.hosted import HostedDevice
-from mobilevd_deploy.progress import LineProgress
 from mobilevd_deploy.spec import load_preset
 
 ONE = Request((S24,), ("image_encoder",), compile="onnx")
@@ -582,7 +582,7 @@ CHILD = """
 import sys, traceback
 from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.hub import Hub, Request, profile_on_hub
-from mobilevd_deploy.progress import LineProgress
+from mobilevd_deploy.base.progress import LineProgress
 from mobilevd_deploy.spec import load_preset
 try:
     request = Request((sys.argv[2],), compile="onnx") if len(sys.argv) > 2 else None

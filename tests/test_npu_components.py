@@ -16,12 +16,12 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 )
 from torch import Tensor, nn
 
+from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.components import build_component, deploy_contract, input_shapes
 from mobilevd_deploy.errors import RewriteError
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.npu.encoders import Resize
 from mobilevd_deploy.passes import PASSES, SubPixelUpsampling
-from mobilevd_deploy.probe import sqnr_db
 from mobilevd_deploy.recipe import GraphForms, load_recipe
 from mobilevd_deploy.skeleton import deploy_skeleton
 from mobilevd_deploy.spec import (

@@ -10,10 +10,10 @@ import pytest
 from tiny_artifact import PIPELINE, STRENGTH, WEIGHTS, build, write_artifact
 
 from mobilevd_deploy.artifact import Artifact, Component, FileEntry, NpuPart, PartialArtifact, TensorSpec
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import ArtifactError, UsageError
 from mobilevd_deploy.noise import unit_noise
 from mobilevd_deploy.pipeline import OnnxRunner, PartsRunner, Pipeline
-from mobilevd_deploy.progress import Progress
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-from mobilevd_deploy.progress import LineProgress, LiveProgress, Progress, duration, make_progress, shares
+from mobilevd_deploy.base.progress import (
+    LineProgress,
+    LiveProgress,
+    Progress,
+    duration,
+    make_progress,
+    shares,
+)
 
 
 class Clock:

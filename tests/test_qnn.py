@@ -19,10 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 from test_qnn_graph import write_convs, write_matmul
 
 from mobilevd_deploy import qnn
+from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.errors import ExportError, ResourceError, UsageError, VendorError
 from mobilevd_deploy.pipeline import OnnxRunner
-from mobilevd_deploy.probe import sqnr_db
-from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.qnn import (
     ContextBinary,
     NpuSimRunner,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevd_deploy import quantize
+from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.data import data_dir
 from mobilevd_deploy.errors import ExportError, UsageError
 from mobilevd_deploy.npu import ops
@@ -30,7 +31,6 @@ from mobilevd_deploy.npu.unet import NpuUNet
 from mobilevd_deploy.onnx_export import DATA, MODEL
 from mobilevd_deploy.passes import PASSES
 from mobilevd_deploy.pipeline import OnnxRunner, PartsRunner
-from mobilevd_deploy.probe import Tensors, sqnr_db
 from mobilevd_deploy.quantize import (
     RULES,
     Quantised,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.estimate import load_calibration
-from mobilevd_deploy.probe import sqnr_db
 from mobilevd_deploy.qnn_graph import DramBytes
 from mobilevd_deploy.recipe import load_recipe
 

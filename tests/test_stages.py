@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from mobilevd_deploy.artifact import PartialArtifact
+from mobilevd_deploy.base.files import digest
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import ResourceError, UsageError
-from mobilevd_deploy.progress import Progress
-from mobilevd_deploy.stages import StageOutput, Stages, digest
+from mobilevd_deploy.stages import StageOutput, Stages
 
 KEY = {"checkpoint": "abc", "tools": {"onnx": "1.23"}}
 

@@ -19,9 +19,9 @@ from mobilevd_deploy.artifact import (
     PassReport,
     PipelineSpec,
     Source,
-    StageCost,
     TensorSpec,
 )
+from mobilevd_deploy.base.processes import StageCost
 
 PIPELINE = PipelineSpec(frames=2, height=16, width=24, fps=7)
 GENERATOR = np.random.default_rng(0)

@@ -37,11 +37,7 @@ from mobilevd_deploy.npu.ops import (
     temporal_conv,
     to_tokens,
 )
-from mobilevd_deploy.passes.drop_temporal_blocks import (
-    FixedBlend,
-    SpatialResBlock,
-    TemporalResult,
-)
+from mobilevd_deploy.passes.drop_temporal_blocks import FixedBlend, SpatialResBlock, TemporalResult
 from mobilevd_deploy.passes.fold_single_step import FramePositions
 from mobilevd_deploy.passes.single_token_cross_attention import SingleTokenCrossAttention
 from mobilevd_deploy.recipe import GraphForms

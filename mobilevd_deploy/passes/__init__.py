@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mobilevd_deploy.artifact import PassReport
+from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.errors import RewriteError, UsageError
 from mobilevd_deploy.flops import count_flops
 from mobilevd_deploy.passes.drop_temporal_blocks import DropTemporalBlocks
@@ -25,7 +26,6 @@ from mobilevd_deploy.passes.fold_preconditioning import FoldPreconditioning
 from mobilevd_deploy.passes.fold_single_step import FoldSingleStep
 from mobilevd_deploy.passes.single_token_cross_attention import StripCrossAttention
 from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
-from mobilevd_deploy.probe import sqnr_db
 from mobilevd_deploy.unet import MobileVDUNet
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mobilevd_deploy.probe import psnr_db
+from mobilevd_deploy.base.tensors import psnr_db
 from mobilevd_deploy.training.clips import Clip, locate
 
 Bytes = npt.NDArray[np.uint8]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 import zlib
@@ -35,6 +34,7 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevd_deploy.base.files import written_aside
 from mobilevd_deploy.checkpoint import save_checkpoint
 from mobilevd_deploy.components import COMPONENTS, Component, build_component
 from mobilevd_deploy.errors import UsageError
@@ -348,17 +348,17 @@ class _Run:
         chunk: int = 32,
     ) -> np.ndarray[Any, Any]:
         """A memory-mapped array made once, in chunks; renamed into place when it is complete."""
-        path, aside = self.work / name, self.work / f"{name}.part"
+        path = self.work / name
         if not path.exists():
-            array = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=shape)
-            clock = _Clock(self.progress, stage, shape[0])
-            for first in range(0, shape[0], chunk):
-                last = min(first + chunk, shape[0])
-                array[first:last] = make(first, last)
-                clock.tick(last, 0.0)
-            array.flush()
-            del array
-            aside.replace(path)
+            with written_aside(path) as aside:
+                array = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=shape)
+                clock = _Clock(self.progress, stage, shape[0])
+                for first in range(0, shape[0], chunk):
+                    last = min(first + chunk, shape[0])
+                    array[first:last] = make(first, last)
+                    clock.tick(last, 0.0)
+                array.flush()
+                del array
         return cast("np.ndarray[Any, Any]", np.load(path, mmap_mode="r"))
 
     def _optimise(
@@ -515,10 +515,5 @@ def _restore(modules: Mapping[str, nn.Module], states: Mapping[str, Mapping[str,
 
 
 def _save(path: Path, state: object) -> None:
-    """Written aside, flushed and renamed: never half a file under its name."""
-    aside = path.with_suffix(".writing")
-    with aside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with written_aside(path) as aside:
+        torch.save(state, aside)

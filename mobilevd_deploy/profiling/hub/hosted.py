@@ -5,22 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mobilevd_deploy.devices import (
-    Chip,
-    find_known,
-    known_names,
-    plain_name,
-    table,
-    unknown_device,
-)
-from mobilevd_deploy.errors import (
-    UsageError,
-)
-
-if TYPE_CHECKING:
-    pass
+from mobilevd_deploy.devices import Chip, find_known, known_names, plain_name, table, unknown_device
+from mobilevd_deploy.errors import UsageError
 
 
 @dataclass(frozen=True)

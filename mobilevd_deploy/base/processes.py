@@ -21,14 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from mobilevd_deploy.artifact import StageCost
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import ExportError, ResourceError
-from mobilevd_deploy.progress import Progress
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
@@ -65,7 +65,7 @@ def _run_apart(
     name: str, function: Callable[..., Any], arguments: tuple[Any, ...], progress: Progress
 ) -> tuple[Any, int]:
     ours, theirs = Pipe()
-    code = f"from mobilevd_deploy.apart import _child_main; _child_main({theirs.fileno()}, {os.getpid()})"
+    code = f"from {__name__} import _child_main; _child_main({theirs.fileno()}, {os.getpid()})"
     with (
         ours,
         subprocess.Popen(
@@ -226,3 +226,11 @@ def memory_bytes() -> tuple[int, int]:
     except (OSError, ValueError):  # not Linux, or no limit ("max")
         return there, free
     return min(there, limit), min(free, limit - used)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Wall time and peak resident memory of one stage: of the export's process, or of one that it started."""
+
+    seconds: float
+    peak_bytes: int

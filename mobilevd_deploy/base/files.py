@@ -1,0 +1,129 @@
+"""Files: write aside and rename, digests, durability, and a clear error for a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mobilevd_deploy.errors import ResourceError
+
+
+@contextlib.contextmanager
+def disk_guard(folder: Path, needed: int) -> Iterator[None]:
+    """Raise ResourceError if `folder`'s disk has less than `needed` bytes free, or fills up inside."""
+    if shutil.disk_usage(folder).free < needed:
+        raise _disk_full(folder, needed)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _disk_full(folder, needed) from error
+
+
+def _disk_full(folder: Path, needed: int) -> ResourceError:
+    free = f"{shutil.disk_usage(folder).free:,} bytes are free"
+    return ResourceError(
+        f"{folder}: the disk is full: " + (f"about {needed:,} bytes are needed, {free}" if needed else free),
+        next_step="free some space, or choose an output on another disk",
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes in hex. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path, needed: int = 0) -> Iterator[Path]:
+    """Yield a neighbour of `path` to write to; the neighbour becomes `path` if the block succeeds.
+
+    The content reaches the disk before the rename, so a killed process leaves the old file or the new one.
+    If the block raises, the neighbour is removed and `path` is unchanged.
+
+    Args:
+        path: file, or folder that does not exist or is empty. The neighbour keeps its suffix.
+        needed: bytes that the block will write, about.
+
+    Raises ResourceError on a full disk, OSError otherwise.
+    """
+    aside = path.with_name(f".{os.getpid()}.new.{path.name}")
+    try:
+        with disk_guard(path.parent, needed):
+            yield aside
+            fsync(aside)
+            aside.replace(path)
+            fsync(path.parent)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `written_aside` left in `folder` when its process was killed. Raises OSError."""
+    for left in folder.glob(".*.new.*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+class LockHeldError(Exception):
+    """Another process holds the lock; `holder` is its process id, or "unknown"."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(f"process {holder} holds the lock")
+        self.holder = holder
+
+
+def take_lock(path: Path) -> int:
+    """Lock a file for this process, creating it if it is missing; return its descriptor.
+
+    Closing the descriptor releases the lock, and so does the end of the process, however it ends.
+    Raises LockHeldError, OSError.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.truncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
+    except BlockingIOError:
+        holder = os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
+        os.close(lock)
+        raise LockHeldError(holder) from None
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replace a small file as `written_aside` does; same errors."""
+    data = content.encode() if isinstance(content, str) else content
+    with written_aside(path, len(data)) as aside:
+        aside.write_bytes(data)
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Return the sha256, in hex, of plain values: their JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
