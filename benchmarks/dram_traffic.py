@@ -35,11 +35,11 @@ from _common import RESULTS, write_result
 from torch import Tensor, nn
 
 from mobilevd_deploy.base.progress import make_progress
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.recipe import GraphForms, NpuOptions, Recipe, load_recipe
 from mobilevd_deploy.errors import VendorError
 from mobilevd_deploy.onnx_export import MODEL
 from mobilevd_deploy.qnn import find_target, measure_traffic
-from mobilevd_deploy.recipe import GraphForms, NpuOptions, Recipe, load_recipe
-from mobilevd_deploy.spec import load_preset
 from mobilevd_deploy.traffic import Block, export_block, unet_blocks
 
 NAME = "dram_traffic"

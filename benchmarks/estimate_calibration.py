@@ -27,7 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 import mobilevd_deploy
-from mobilevd_deploy.devices import table
+from mobilevd_deploy.config.devices import table
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec
 from mobilevd_deploy.estimate import (
     Calibration,
     Counts,
@@ -38,7 +40,6 @@ from mobilevd_deploy.estimate import (
     preset_rewrites,
 )
 from mobilevd_deploy.qnn_graph import DramBytes
-from mobilevd_deploy.spec import FunnelSpec, ModelSpec, load_preset
 
 Vector = npt.NDArray[np.float64]
 ROWS = ("svd-onestep", "mobilevd-multiscale", "mobilevd-pruned", "mobilevd")

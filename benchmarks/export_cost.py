@@ -35,9 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mobilevd_deploy.base.progress import Progress, make_progress
-from mobilevd_deploy.data import data_dir
-from mobilevd_deploy.recipe import load_recipe
-from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict, load_preset
+from mobilevd_deploy.config.data import data_dir
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.recipe import load_recipe
+from mobilevd_deploy.config.spec import ModelSpec, UNetSpec
+from mobilevd_deploy.config.strict import from_dict
 
 if TYPE_CHECKING:  # this process stays small: Linux lets a child inherit its parent's peak memory
     from mobilevd_deploy.base.tensors import Tensors

@@ -30,7 +30,7 @@ from _common import write_result
 
 from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.checkpoint import open_checkpoint
-from mobilevd_deploy.data import data_dir
+from mobilevd_deploy.config.data import data_dir
 
 CHECKPOINT = "start.safetensors"
 

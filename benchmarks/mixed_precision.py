@@ -16,8 +16,8 @@ from pathlib import Path
 from _common import RESULTS, write_result
 
 from mobilevd_deploy.base.progress import make_progress
-from mobilevd_deploy.data import data_dir
-from mobilevd_deploy.recipe import load_recipe
+from mobilevd_deploy.config.data import data_dir
+from mobilevd_deploy.config.recipe import load_recipe
 from mobilevd_deploy.tune import Step, Tuned, tune
 
 RESULT = "mixed_precision"

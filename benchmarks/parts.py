@@ -27,9 +27,9 @@ from _common import RESULTS, write_result
 
 from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.base.processes import memory_bytes, side_by_side
+from mobilevd_deploy.config.recipe import NpuOptions
 from mobilevd_deploy.errors import MobileVDError
 from mobilevd_deploy.qnn import compile_context, find_target
-from mobilevd_deploy.recipe import NpuOptions
 from mobilevd_deploy.split import compiler_bytes, compiler_work, plan_cut, write_parts
 
 NAME, TARGET = "parts", "SM8650"

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.base.tensors import Tensors
-from mobilevd_deploy.devices import Chip, table
+from mobilevd_deploy.config.devices import Chip, table
+from mobilevd_deploy.config.recipe import GraphForms, load_recipe
 from mobilevd_deploy.estimate import Counts, count_module, floor, load_calibration
 from mobilevd_deploy.npu.ops import (
     Add,
@@ -49,7 +50,6 @@ from mobilevd_deploy.npu.ops import (
 from mobilevd_deploy.npu.unet import FeedForward
 from mobilevd_deploy.qnn import find_target
 from mobilevd_deploy.qnn_graph import DramBytes
-from mobilevd_deploy.recipe import GraphForms, load_recipe
 from mobilevd_deploy.traffic import Block, measure_block, randomised
 
 NAME = "sd15_traffic"

@@ -26,12 +26,12 @@ from parts import TARGET, compile_files
 from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.components import input_shapes
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.recipe import load_recipe
 from mobilevd_deploy.onnx_export import MODEL, export_onnx, read_graph
 from mobilevd_deploy.qnn import lint
 from mobilevd_deploy.quantize import quantise
-from mobilevd_deploy.recipe import load_recipe
 from mobilevd_deploy.skeleton import deploy_skeleton
-from mobilevd_deploy.spec import load_preset
 from mobilevd_deploy.split import plan_cut, weight_bytes, write_parts
 from mobilevd_deploy.traffic import randomised
 

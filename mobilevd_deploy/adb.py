@@ -28,7 +28,7 @@ from typing import Any, Literal
 from mobilevd_deploy.artifact import MANIFEST, MANIFEST_DIGEST, Artifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.benchmark import Benchmark, Timing
-from mobilevd_deploy.devices import chip_called
+from mobilevd_deploy.config.devices import chip_called
 from mobilevd_deploy.errors import MobileVDError, ResourceError, UsageError, VendorError
 from mobilevd_deploy.profiles import (
     SCHEMA_VERSION,

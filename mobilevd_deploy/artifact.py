@@ -28,8 +28,8 @@ from typing import Any, Literal
 
 from mobilevd_deploy.base.files import LockHeldError, disk_guard, file_sha256, fsync, take_lock, written_aside
 from mobilevd_deploy.base.processes import StageCost
+from mobilevd_deploy.config.strict import NAME, from_dict, require_match, require_unique
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, SpecError, UsageError
-from mobilevd_deploy.spec import from_dict
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -38,9 +38,8 @@ MANIFEST_DIGEST = "manifest.sha256"
 # Written by file browsers wherever they look; not worth refusing an artifact for.
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_PATH = re.compile(rf"{_NAME.pattern}(/{_NAME.pattern})*")
-_SOURCE = re.compile(rf"image|noise:(0|[1-9][0-9]{{0,8}})|component:{_NAME.pattern}")
+_PATH = re.compile(rf"{NAME.pattern}(/{NAME.pattern})*")
+_SOURCE = re.compile(rf"image|noise:(0|[1-9][0-9]{{0,8}})|component:{NAME.pattern}")
 _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
@@ -73,7 +72,7 @@ class TensorSpec:
         if self.range is not None and not self.range[0] < self.range[1]:
             raise SpecError(f"tensor {self.name}: range {list(self.range)} is empty")
         if self.source is not None:
-            _match(_SOURCE, self.source, f"tensor {self.name}: source")
+            require_match(_SOURCE, self.source, f"tensor {self.name}: source")
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,8 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         # No segment may start with a dot, so neither ".." nor a hidden file can be named.
-        _match(_PATH, self.path, "file path")
-        _match(_SHA256, self.sha256, f"sha256 of {self.path}")
+        require_match(_PATH, self.path, "file path")
+        require_match(_SHA256, self.sha256, f"sha256 of {self.path}")
         if self.path in (MANIFEST, MANIFEST_DIGEST):
             raise SpecError(f"file path: {self.path} cannot list itself")
         if self.bytes < 0:
@@ -169,7 +168,7 @@ class NpuBinary:
             raise SpecError(f"npu {self.target}: its last part does not give {output}")
 
     def __post_init__(self) -> None:
-        _match(_NAME, self.target, "npu target")
+        require_match(NAME, self.target, "npu target")
 
 
 @dataclass(frozen=True)
@@ -193,13 +192,13 @@ class Component:
     npu: tuple[NpuBinary, ...] = ()
 
     def __post_init__(self) -> None:
-        _match(_NAME, self.name, "component name")
-        _unique((binary.target for binary in self.npu), f"component {self.name}: npu target")
+        require_match(NAME, self.name, "component name")
+        require_unique((binary.target for binary in self.npu), f"component {self.name}: npu target")
         if "model" not in self.files:
             raise SpecError(f"component {self.name}: no file has the role 'model'")
         if not self.inputs or len(self.outputs) != 1:
             raise SpecError(f"component {self.name}: it needs inputs, and one output")
-        _unique((t.name for t in self.inputs), f"component {self.name}: input")
+        require_unique((t.name for t in self.inputs), f"component {self.name}: input")
         for tensor in self.inputs:
             if tensor.source is None:
                 raise SpecError(f"component {self.name}: nobody provides input {tensor.name}")
@@ -245,7 +244,7 @@ class Quality:
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip_psnr_db", _drift(self.clip_psnr_db, "quality.clip_psnr_db"))
         for digest in self.sha256:
-            _match(_SHA256, digest, "quality.sha256")
+            require_match(_SHA256, digest, "quality.sha256")
 
 
 @dataclass(frozen=True)
@@ -317,7 +316,7 @@ class Source:
     sha256: str
 
     def __post_init__(self) -> None:
-        _match(_SHA256, self.sha256, "source.sha256")
+        require_match(_SHA256, self.sha256, "source.sha256")
         if not self.name or "/" in self.name or "\\" in self.name:
             raise SpecError(f"source.name: {self.name!r} is not a plain file name")
 
@@ -349,7 +348,7 @@ class Manifest:
     quality: Quality | None = None
 
     def __post_init__(self) -> None:
-        _match(_CREATED, self.created, "created")
+        require_match(_CREATED, self.created, "created")
         drift = {
             stage: {name: _drift(value, f"drift.{stage}.{name}") for name, value in values.items()}
             for stage, values in self.drift.items()
@@ -358,8 +357,8 @@ class Manifest:
         if not self.components:
             raise SpecError("components: there is none")
         # Case is ignored, because some file systems ignore it.
-        _unique((entry.path.lower() for entry in self.all_files()), "file")
-        _unique((c.name for c in self.components), "component")
+        require_unique((entry.path.lower() for entry in self.all_files()), "file")
+        require_unique((c.name for c in self.components), "component")
         self._check_wiring()
 
     def _check_wiring(self) -> None:
@@ -780,19 +779,6 @@ def _subfolders(folder: Path) -> Iterable[Path]:
 
 def _digest_line(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
-
-
-def _match(pattern: re.Pattern[str], value: str, what: str) -> None:
-    if not pattern.fullmatch(value):
-        raise SpecError(f"{what}: {value!r} is not allowed")
-
-
-def _unique(names: Iterable[str], what: str) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise SpecError(f"{what} {name!r} is listed twice")
-        seen.add(name)
 
 
 def _drift(value: float | None, what: str) -> float | None:

@@ -16,7 +16,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from mobilevd_deploy.spec import DecoderSpec, VaeEncoderSpec
+from mobilevd_deploy.config.spec import DecoderSpec, VaeEncoderSpec
 
 LATENT_CHANNELS = 4
 _FOLD = 4  # pixels per side that become channels

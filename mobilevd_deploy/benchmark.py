@@ -21,8 +21,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import ArtifactError, SpecError
-from mobilevd_deploy.spec import from_dict
 
 Thermal = Literal["none", "light", "moderate", "severe", "critical", "emergency", "shutdown"]
 

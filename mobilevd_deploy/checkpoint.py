@@ -31,9 +31,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mobilevd_deploy.base.files import file_sha256, written_aside
-from mobilevd_deploy.components import CLIP_MEAN, CLIP_STD, COMPONENTS, Component, build_component
+from mobilevd_deploy.components import CLIP_MEAN, CLIP_STD, COMPONENTS, build_component
+from mobilevd_deploy.config.spec import ComponentName, ModelSpec
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import CheckpointError, SpecError
-from mobilevd_deploy.spec import ModelSpec, from_dict
 
 FORMAT_VERSION = 1
 FORMAT_KEY = "mobilevd_format"
@@ -82,7 +83,7 @@ class Checkpoint:
     spec: ModelSpec
     _source: _Source = field(repr=False, compare=False)
 
-    def load(self, component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def load(self, component: ComponentName, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Build one component with its weights, in eval mode on the CPU; the others stay on disk.
 
         Weights already of `dtype` are memory-mapped (private: writing to them leaves the file alone).
@@ -130,12 +131,12 @@ class Checkpoint:
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, unet=unet))
 
     @cached_property
-    def parameters(self) -> dict[Component, int]:
+    def parameters(self) -> dict[ComponentName, int]:
         """Count the elements of each component from the headers, gates not included."""
-        counts: dict[Component, int] = dict.fromkeys(COMPONENTS, 0)
+        counts: dict[ComponentName, int] = dict.fromkeys(COMPONENTS, 0)
         for name, header in self._source.headers.items():
             if not name.endswith(".gate"):
-                counts[cast(Component, name.split(".", 1)[0])] += torch.Size(header.shape).numel()
+                counts[cast(ComponentName, name.split(".", 1)[0])] += torch.Size(header.shape).numel()
         return counts
 
     @cached_property
@@ -190,7 +191,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def save_checkpoint(
     path: str | Path,
     spec: ModelSpec,
-    states: Mapping[Component, Mapping[str, Tensor]],
+    states: Mapping[ComponentName, Mapping[str, Tensor]],
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a .safetensors or .pt checkpoint; it is complete at `path` or not there at all.

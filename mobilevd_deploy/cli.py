@@ -105,8 +105,8 @@ def export(
 
     Interrupted at any moment, the same command goes on at the last finished stage.
     """
-    from mobilevd_deploy.data import data_dir
-    from mobilevd_deploy.recipe import load_recipe
+    from mobilevd_deploy.config.data import data_dir
+    from mobilevd_deploy.config.recipe import load_recipe
 
     chosen = load_recipe(recipe)
     if target or parts:
@@ -190,8 +190,8 @@ def tune(
     """
     from rich.table import Table
 
-    from mobilevd_deploy.data import data_dir
-    from mobilevd_deploy.recipe import load_recipe
+    from mobilevd_deploy.config.data import data_dir
+    from mobilevd_deploy.config.recipe import load_recipe
 
     chosen = load_recipe(recipe)
     with _progress(quiet or as_json) as progress:
@@ -385,9 +385,9 @@ def traffic(
     from rich.table import Table
 
     from mobilevd_deploy.artifact import MANIFEST, Artifact
+    from mobilevd_deploy.config.presets import load_preset
+    from mobilevd_deploy.config.recipe import load_recipe
     from mobilevd_deploy.profiles import profiles_dir, save_traffic
-    from mobilevd_deploy.recipe import load_recipe
-    from mobilevd_deploy.spec import load_preset
     from mobilevd_deploy.traffic import measure_artifact, measure_preset, write_picture
 
     if picture is not None and picture.suffix != ".png":
@@ -562,7 +562,7 @@ def profile(
     With --json one device gives an object, several give a list.
     """
     from mobilevd_deploy.artifact import Artifact, find_newest
-    from mobilevd_deploy.spec import preset_names
+    from mobilevd_deploy.config.presets import preset_names
 
     hub_only = bool(compile_on or check or image or no_wait)
     if resume and (device or components or hub_only or estimate or host or adb is not None):
@@ -746,9 +746,9 @@ def doctor(
     Exit code 0 if everything is there that the recipe needs. AI Hub, a phone and the tools for the app are
     for those who want them, and do not count.
     """
+    from mobilevd_deploy.config.presets import load_preset
+    from mobilevd_deploy.config.recipe import load_recipe
     from mobilevd_deploy.doctor import examine
-    from mobilevd_deploy.recipe import load_recipe
-    from mobilevd_deploy.spec import load_preset
 
     chosen, spec = load_recipe(recipe), load_preset(model).model
     with _progress(quiet or as_json) as progress:
@@ -797,7 +797,7 @@ def devices(
     as_json: Json = False,
 ) -> None:
     """List phones, their chips and HTP versions, and on which hosted phone each is profiled."""
-    from mobilevd_deploy.devices import find, render_devices
+    from mobilevd_deploy.config.devices import find, render_devices
     from mobilevd_deploy.profiling.hub.hosted import list_devices
 
     chip = find(name).chip.name if name else None
@@ -849,7 +849,7 @@ def init(
     import torch
 
     from mobilevd_deploy.checkpoint import open_checkpoint
-    from mobilevd_deploy.spec import load_preset
+    from mobilevd_deploy.config.presets import load_preset
     from mobilevd_deploy.training import initialise
 
     if importance and not source:
@@ -981,7 +981,7 @@ def _estimate(
 ) -> list[tuple[Path | None, Profile]]:
     """Estimate on every device; of an artifact it is stored. `unmeasured`: why nothing could be measured."""
     from mobilevd_deploy.artifact import MANIFEST, Artifact, find_newest
-    from mobilevd_deploy.devices import find
+    from mobilevd_deploy.config.devices import find
     from mobilevd_deploy.estimate import estimate_profile
     from mobilevd_deploy.profiles import profiles_dir, save_profile
 

@@ -23,15 +23,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevd_deploy.autoencoder import PixelShuffleDecoder, PixelUnshuffleEncoder
+from mobilevd_deploy.config.spec import (
+    ComponentName,
+    DecoderSpec,
+    ImageEncoderSpec,
+    ModelSpec,
+    VaeEncoderSpec,
+)
 from mobilevd_deploy.errors import MobileVDError, SpecError
-from mobilevd_deploy.spec import Component as Component
-from mobilevd_deploy.spec import DecoderSpec, ImageEncoderSpec, ModelSpec, VaeEncoderSpec
 from mobilevd_deploy.unet import MobileVDUNet
 
 # In running order: each reads the picture, the noise, or what an earlier one returned.
-COMPONENTS: tuple[Component, ...] = ("image_encoder", "vae_encoder", "unet", "decoder")
+COMPONENTS: tuple[ComponentName, ...] = ("image_encoder", "vae_encoder", "unet", "decoder")
 
-OUTPUT_NAMES: dict[Component, str] = {
+OUTPUT_NAMES: dict[ComponentName, str] = {
     "image_encoder": "image_embeds",
     "vae_encoder": "image_latents",
     "unet": "latents",
@@ -42,7 +47,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def build_component(spec: ModelSpec, name: Component) -> nn.Module:
+def build_component(spec: ModelSpec, name: ComponentName) -> nn.Module:
     """Build one network with random weights; under `torch.device("meta")` nothing is allocated.
 
     Its state dict has the third party's names. Apart from the UNet, whose own forward is diffusers',
@@ -78,7 +83,7 @@ def deploy_contract(module: nn.Module) -> nn.Module:
     return DenoiseStep(module) if isinstance(module, MobileVDUNet) else module
 
 
-def input_shapes(spec: ModelSpec, name: Component) -> dict[str, tuple[int, ...]]:
+def input_shapes(spec: ModelSpec, name: ComponentName) -> dict[str, tuple[int, ...]]:
     """Return the inputs of a component in calling order, each with its shape; all are float tensors."""
     image: tuple[int, ...] = (1, 3, spec.height, spec.width)
     image_latents = (1, 4, *spec.latent_size)
@@ -275,7 +280,7 @@ _DECODERS: dict[str, Callable[[DecoderSpec], nn.Module]] = {
     "tiny": TinyDecoder,
     "pixel-shuffle": DemoDecoder,
 }
-_BUILDERS: dict[Component, Callable[[ModelSpec], nn.Module]] = {
+_BUILDERS: dict[ComponentName, Callable[[ModelSpec], nn.Module]] = {
     "image_encoder": lambda spec: ImageEncoder(spec.image_encoder),
     "vae_encoder": lambda spec: _VAE_ENCODERS[spec.vae_encoder.kind](
         spec.vae_encoder, spec.step.noise_aug_strength

@@ -19,6 +19,7 @@ from torch import nn
 
 from mobilevd_deploy.artifact import (
     Artifact,
+    Component,
     FileEntry,
     Manifest,
     PartialArtifact,
@@ -27,24 +28,24 @@ from mobilevd_deploy.artifact import (
     Source,
     TensorSpec,
 )
-from mobilevd_deploy.artifact import Component as ComponentEntry
 from mobilevd_deploy.base.files import disk_guard
 from mobilevd_deploy.base.processes import Steps
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.calibration import Pictures, drawn_pictures, read_pictures
 from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint, read_weights, write_weights
-from mobilevd_deploy.components import COMPONENTS, Component, deploy_contract
+from mobilevd_deploy.components import COMPONENTS, deploy_contract
+from mobilevd_deploy.config.recipe import QuantScheme, Recipe
+from mobilevd_deploy.config.spec import ComponentName, ModelSpec
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.onnx_export import DATA, MODEL, OnnxGraph, export_onnx, read_graph
 from mobilevd_deploy.passes import UNetProbe, run_passes, select_passes
 from mobilevd_deploy.pipeline import OnnxRunner
 from mobilevd_deploy.probe import Probe, make_probe
-from mobilevd_deploy.recipe import QuantScheme, Recipe
 from mobilevd_deploy.report import render_report
 from mobilevd_deploy.skeleton import deploy_skeleton, rewrites
-from mobilevd_deploy.spec import ModelSpec, from_dict
 from mobilevd_deploy.stages import StageOutput, Stages
 from mobilevd_deploy.unet import MobileVDUNet
 
@@ -177,7 +178,7 @@ def deploy(
 
 
 def _export_component(
-    name: Component,
+    name: ComponentName,
     checkpoint: Checkpoint,
     recipe: Recipe,
     partial_artifact: PartialArtifact,
@@ -201,7 +202,7 @@ def _export_component(
     return StageOutput(tuple(path for path in written if path.exists()), values, steps.costs)
 
 
-def _answer(name: Component, checkpoint: Checkpoint, work: Path, progress: Progress) -> None:
+def _answer(name: ComponentName, checkpoint: Checkpoint, work: Path, progress: Progress) -> None:
     """Keep inputs of a probe, and what the trained network gives for them."""
     inputs, outputs = component_tensors(name, checkpoint.spec)
     # What an earlier network gave is passed on: on random embeddings, which no encoder would ever give, a
@@ -211,7 +212,7 @@ def _answer(name: Component, checkpoint: Checkpoint, work: Path, progress: Progr
         kind, _, which = str(tensor.source).partition(":")
         if kind == "component":
             (given[tensor.name],) = _read_probe(
-                work, cast(Component, which), checkpoint.spec
+                work, cast(ComponentName, which), checkpoint.spec
             ).reference.values()
     reference = partial(_reference, deploy_contract(checkpoint.load(name)), outputs[0].name)
     probe = make_probe(inputs, PROBE_SEED, reference, given)
@@ -224,7 +225,7 @@ def _answer(name: Component, checkpoint: Checkpoint, work: Path, progress: Progr
 
 
 def _rewrite_component(
-    name: Component, checkpoint: Checkpoint, recipe: Recipe, work: Path, progress: Progress
+    name: ComponentName, checkpoint: Checkpoint, recipe: Recipe, work: Path, progress: Progress
 ) -> tuple[PassReport, ...]:
     """Keep the weights of the deploy form; return what the rewrites did, each proven."""
     deployed, reports = deploy_form(name, checkpoint.load(name), checkpoint.spec, recipe, progress)
@@ -233,7 +234,7 @@ def _rewrite_component(
 
 
 def _write_component(
-    name: Component, spec: ModelSpec, recipe: Recipe, folder: Path, work: Path, progress: Progress
+    name: ComponentName, spec: ModelSpec, recipe: Recipe, folder: Path, work: Path, progress: Progress
 ) -> OnnxGraph:
     """Write the deploy form as ONNX, and read the graph back."""
     probe = _read_probe(work, name, spec)
@@ -244,7 +245,7 @@ def _write_component(
 
 
 def _compare_component(
-    name: Component, spec: ModelSpec, recipe: Recipe, folder: Path, work: Path, _: Progress
+    name: ComponentName, spec: ModelSpec, recipe: Recipe, folder: Path, work: Path, _: Progress
 ) -> float:
     """Return the SQNR in dB of the file's outputs against the trained network's."""
     probe = _read_probe(work, name, spec)
@@ -258,28 +259,28 @@ def _compare_component(
     return drift
 
 
-def _probe_path(work: Path, name: Component) -> Path:
+def _probe_path(work: Path, name: ComponentName) -> Path:
     return work / f"{name}.npz"
 
 
-def _weights_path(work: Path, name: Component) -> Path:
+def _weights_path(work: Path, name: ComponentName) -> Path:
     return work / f"{name}.safetensors"
 
 
-def _read_probe(work: Path, name: Component, spec: ModelSpec) -> Probe:
+def _read_probe(work: Path, name: ComponentName, spec: ModelSpec) -> Probe:
     with np.load(_probe_path(work, name)) as arrays:
         inputs, outputs = ({t.name: arrays[t.name] for t in side} for side in component_tensors(name, spec))
     return Probe(inputs, outputs)
 
 
-def _read_deploy_form(name: Component, spec: ModelSpec, recipe: Recipe, work: Path) -> nn.Module:
+def _read_deploy_form(name: ComponentName, spec: ModelSpec, recipe: Recipe, work: Path) -> nn.Module:
     """Build the deploy form around the weights that `_rewrite_component` kept, memory-mapped."""
     network = deploy_skeleton(name, spec, recipe)
     read_weights(_weights_path(work, name), network)
     return network
 
 
-def _build_deploy_form(name: Component, checkpoint: Checkpoint, recipe: Recipe, work: Path) -> nn.Module:
+def _build_deploy_form(name: ComponentName, checkpoint: Checkpoint, recipe: Recipe, work: Path) -> nn.Module:
     """Build the deploy form, rewriting anew where an earlier export threw the weights away in the end."""
     if not _weights_path(work, name).exists():
         _rewrite_component(name, checkpoint, recipe, work, Progress())
@@ -287,11 +288,11 @@ def _build_deploy_form(name: Component, checkpoint: Checkpoint, recipe: Recipe, 
 
 
 def _component_entry(
-    name: Component, spec: ModelSpec, record: Mapping[str, Any], root: Path
-) -> ComponentEntry:
+    name: ComponentName, spec: ModelSpec, record: Mapping[str, Any], root: Path
+) -> Component:
     inputs, outputs = component_tensors(name, spec)
     files = {"model": root / name / MODEL, "data": root / name / DATA}
-    return ComponentEntry(
+    return Component(
         name,
         "onnx",
         {role: FileEntry.of(root, path) for role, path in files.items() if path.exists()},
@@ -302,7 +303,7 @@ def _component_entry(
 
 
 def deploy_form(
-    name: Component, network: nn.Module, spec: ModelSpec, recipe: Recipe, progress: Progress
+    name: ComponentName, network: nn.Module, spec: ModelSpec, recipe: Recipe, progress: Progress
 ) -> tuple[nn.Module, tuple[PassReport, ...]]:
     """Rewrite a trained component (the UNet; each pass proven) and build its deploy form, in place.
 
@@ -340,7 +341,7 @@ def _rewrite(
 
 
 def component_tensors(
-    name: Component, spec: ModelSpec
+    name: ComponentName, spec: ModelSpec
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Return inputs and outputs of a component: float32, NCHW (embeddings NC), ranges where bounded."""
     frames, (h, w), embedding = spec.frames, spec.latent_size, spec.unet.cross_attention_dim

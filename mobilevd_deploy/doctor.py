@@ -24,9 +24,9 @@ from pathlib import Path
 
 from mobilevd_deploy.base.processes import memory_bytes
 from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.config.recipe import NpuOptions, Recipe
+from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.errors import MobileVDError
-from mobilevd_deploy.recipe import NpuOptions, Recipe
-from mobilevd_deploy.spec import ModelSpec
 
 # Peak memory of the largest process of an export, in bytes: fixed part and bytes per parameter of the UNet.
 # Measured: the demo's 5.7 M parameters took 1.8 GB (AIMET), in float 1.0 GB (onnxruntime); the paper's 845 M
@@ -102,9 +102,9 @@ def _qnn(recipe: Recipe) -> Finding:
         import torch
 
         from mobilevd_deploy.base.tensors import Tensors, sqnr_db
+        from mobilevd_deploy.config.recipe import OnnxOptions
         from mobilevd_deploy.onnx_export import MODEL, export_onnx
         from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target
-        from mobilevd_deploy.recipe import OnnxOptions
 
         torch.manual_seed(0)
         layer = torch.nn.Conv2d(32, 32, 3, padding=1).eval()

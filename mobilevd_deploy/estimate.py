@@ -24,10 +24,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobilevd_deploy.devices import Chip, find, table
+from mobilevd_deploy.config.devices import Chip, find, table
+from mobilevd_deploy.config.presets import Preset
+from mobilevd_deploy.config.spec import ModelSpec
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.qnn_graph import DramBytes
-from mobilevd_deploy.spec import ModelSpec, Preset, from_dict
 
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact import Artifact
@@ -411,8 +413,8 @@ def estimate_profile(
         UsageError, SpecError, ArtifactError: as `estimate`, or a preset or artifact that can not be read.
     """
     from mobilevd_deploy.artifact import MANIFEST_DIGEST, Artifact
+    from mobilevd_deploy.config.presets import load_preset
     from mobilevd_deploy.profiles import SCHEMA_VERSION, ComponentProfile, Latency, Profile, now
-    from mobilevd_deploy.spec import load_preset
 
     if isinstance(what, (str, Path)) and (Path(what) / MANIFEST_DIGEST).exists():
         what = Artifact.open(what)

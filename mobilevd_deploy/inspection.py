@@ -21,11 +21,13 @@ from rich.table import Table
 from mobilevd_deploy.artifact import MANIFEST, Artifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
-from mobilevd_deploy.components import COMPONENTS, Component, build_component
+from mobilevd_deploy.components import COMPONENTS, build_component
+from mobilevd_deploy.config.presets import LadderRow, Preset, load_preset, preset_names
+from mobilevd_deploy.config.spec import ComponentName, ModelSpec
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.flops import Convention, count_flops_by_module
 from mobilevd_deploy.skeleton import rewritten_skeleton
-from mobilevd_deploy.spec import LadderRow, ModelSpec, Preset, from_dict, load_preset, preset_names
 from mobilevd_deploy.unet import MobileVDUNet
 
 # What the paper's last row includes; the count of a network that is no row of it assumes them too.
@@ -240,7 +242,7 @@ def _structure(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _component_parameters(spec: ModelSpec, name: Component) -> int:
+def _component_parameters(spec: ModelSpec, name: ComponentName) -> int:
     with torch.device("meta"):
         return _parameters(build_component(spec, name))
 

@@ -33,7 +33,8 @@ from mobilevd_deploy.base.processes import StageCost, Steps, memory_bytes, side_
 from mobilevd_deploy.base.progress import Progress, shares
 from mobilevd_deploy.base.tensors import Tensors, psnr_db, sqnr_db
 from mobilevd_deploy.calibration import JUDGES, Pictures
-from mobilevd_deploy.components import Component as ComponentName
+from mobilevd_deploy.config.recipe import Recipe
+from mobilevd_deploy.config.spec import ComponentName
 from mobilevd_deploy.errors import ExportError, ParityError
 from mobilevd_deploy.media import to_uint8, write_sheet
 from mobilevd_deploy.onnx_export import DATA, MODEL
@@ -41,7 +42,6 @@ from mobilevd_deploy.pipeline import Job, OnnxRunner, PartsRunner, run_component
 from mobilevd_deploy.qnn import SIMULATE_UP_TO_FLOPS, NpuSimRunner, compile_context, find_target, lint
 from mobilevd_deploy.qnn_graph import check_graph
 from mobilevd_deploy.quantize import answers, conditioning, quantise, sensitivity
-from mobilevd_deploy.recipe import Recipe
 from mobilevd_deploy.split import Cut, compiler_bytes, compiler_work, fewest_parts, plan_cut, write_parts
 from mobilevd_deploy.stages import Pieces, StageOutput, StageRecord, Stages
 

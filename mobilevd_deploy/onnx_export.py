@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from mobilevd_deploy.base.tensors import Tensors
+from mobilevd_deploy.config.recipe import OnnxOptions
 from mobilevd_deploy.errors import ExportError
-from mobilevd_deploy.recipe import OnnxOptions
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 from mobilevd_deploy.artifact import MANIFEST, Artifact, DiffRow
 from mobilevd_deploy.base.chart import Bar, draw_bars
 from mobilevd_deploy.base.files import file_sha256, write_durably
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import ArtifactError, SpecError
-from mobilevd_deploy.spec import from_dict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

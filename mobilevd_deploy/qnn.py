@@ -37,10 +37,10 @@ from typing import TYPE_CHECKING, Any
 
 from mobilevd_deploy.base.processes import die_with_parent, memory_bytes, own_python, peak_bytes
 from mobilevd_deploy.base.progress import Progress, duration
-from mobilevd_deploy.devices import table
+from mobilevd_deploy.config.devices import table
+from mobilevd_deploy.config.recipe import NpuOptions
 from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError, listed
 from mobilevd_deploy.qnn_graph import DramBytes, QnnGraph, Traffic, origin, read_qnn_graph, read_traffic
-from mobilevd_deploy.recipe import NpuOptions
 
 if TYPE_CHECKING:
     import onnx

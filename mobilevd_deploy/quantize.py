@@ -42,11 +42,11 @@ from torch.overrides import TorchFunctionMode
 
 from mobilevd_deploy.base.files import written_aside
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
-from mobilevd_deploy.data import data_dir
+from mobilevd_deploy.config.data import data_dir
+from mobilevd_deploy.config.recipe import QuantScheme
 from mobilevd_deploy.errors import ExportError, UsageError, listed
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.onnx_export import DATA, MODEL, _fold_constants, _name_nodes, _quiet
-from mobilevd_deploy.recipe import QuantScheme
 
 Array = npt.NDArray[Any]
 Runner = Callable[[Tensors], npt.ArrayLike]

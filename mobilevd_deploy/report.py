@@ -18,9 +18,10 @@ from typing import Literal
 
 from mobilevd_deploy.artifact import Component, Manifest, NpuBinary, PassReport, TensorSpec
 from mobilevd_deploy.base.progress import duration
+from mobilevd_deploy.config.recipe import GraphForms, Recipe
+from mobilevd_deploy.config.spec import ModelSpec, UNetSpec
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.profiles import FIGURES, Profile, TrafficReport, TrafficRow, number, total_words
-from mobilevd_deploy.recipe import GraphForms, Recipe
-from mobilevd_deploy.spec import ModelSpec, UNetSpec, from_dict
 
 _MS = "\N{NO-BREAK SPACE}ms"
 _SHOWN_BLOCKS = 8  # per component; the others are folded away

@@ -8,12 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.components import Component, DenoiseStep, build_component, deploy_contract, input_shapes
+from mobilevd_deploy.components import DenoiseStep, build_component, deploy_contract, input_shapes
+from mobilevd_deploy.config.recipe import Recipe
+from mobilevd_deploy.config.spec import ComponentName, ModelSpec
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.passes import select_passes
 from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
-from mobilevd_deploy.recipe import Recipe
-from mobilevd_deploy.spec import ModelSpec
 from mobilevd_deploy.unet import MobileVDUNet
 
 
@@ -35,7 +35,7 @@ def rewritten_skeleton(spec: ModelSpec, names: Iterable[str]) -> tuple[DenoiseSt
     return step, inputs
 
 
-def deploy_skeleton(name: Component, spec: ModelSpec, recipe: Recipe) -> nn.Module:
+def deploy_skeleton(name: ComponentName, spec: ModelSpec, recipe: Recipe) -> nn.Module:
     """Return a component's deploy form on the meta device."""
     if name == "unet":
         network: nn.Module = rewritten_skeleton(spec, rewrites(recipe))[0]

@@ -20,8 +20,8 @@ from mobilevd_deploy.artifact import FileEntry, PartialArtifact
 from mobilevd_deploy.base.files import digest, disk_guard, file_sha256, fsync, write_durably
 from mobilevd_deploy.base.processes import StageCost, peak_bytes, reset_peak
 from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.spec import from_dict
 
 _FOLDER = "stages"
 

@@ -25,6 +25,9 @@ from mobilevd_deploy.base.chart import Bar, draw_bars
 from mobilevd_deploy.base.files import file_sha256, write_durably
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors
+from mobilevd_deploy.config.recipe import NpuOptions, Recipe
+from mobilevd_deploy.config.spec import ModelSpec
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.npu.ops import PerFrame, TemporalResBlock
@@ -34,9 +37,7 @@ from mobilevd_deploy.profiles import SCHEMA_VERSION, TrafficReport, TrafficRow, 
 from mobilevd_deploy.qnn import Target, find_target, measure_traffic
 from mobilevd_deploy.qnn_graph import Traffic
 from mobilevd_deploy.quantize import block_of, quantise
-from mobilevd_deploy.recipe import NpuOptions, Recipe
 from mobilevd_deploy.skeleton import rewrites, rewritten_skeleton
-from mobilevd_deploy.spec import ModelSpec, from_dict
 
 WHOLE_UP_TO_FLOPS = 200e9
 """The schedule of a larger graph takes gigabytes and hours: its blocks are compiled one by one."""

@@ -32,7 +32,9 @@ from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.calibration import JUDGES
 from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
-from mobilevd_deploy.components import Component, deploy_contract
+from mobilevd_deploy.components import deploy_contract
+from mobilevd_deploy.config.recipe import QuantRule, QuantScheme, Recipe, to_toml
+from mobilevd_deploy.config.spec import ComponentName
 from mobilevd_deploy.deploy import _pictures, _reference, component_tensors, deploy_form, tool_versions
 from mobilevd_deploy.errors import ParityError, UsageError
 from mobilevd_deploy.flops import count_flops_by_module
@@ -48,7 +50,6 @@ from mobilevd_deploy.quantize import (
     block_of,
     quantise,
 )
-from mobilevd_deploy.recipe import QuantRule, QuantScheme, Recipe, to_toml
 
 Bits = tuple[int, int]
 """Bits of weights and of activations."""
@@ -490,7 +491,7 @@ class _Search:
 
 def _unet_inputs(checkpoint: Checkpoint, jobs: Sequence[Job]) -> list[Tensors]:
     """Run what stands before the UNet, as it was trained, and return what the UNet gets for each job."""
-    before: tuple[Component, ...] = ("image_encoder", "vae_encoder")
+    before: tuple[ComponentName, ...] = ("image_encoder", "vae_encoder")
     for name in before:
         inputs, (output,) = component_tensors(name, checkpoint.spec)
         network = deploy_contract(checkpoint.load(name))

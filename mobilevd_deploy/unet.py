@@ -21,9 +21,9 @@ from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, SpatioTemporalR
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor, nn
 
+from mobilevd_deploy.config.spec import StepSpec, UNetSpec
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.funnels import ScaledAttention, add_attention_funnels, add_resblock_funnel
-from mobilevd_deploy.spec import StepSpec, UNetSpec
 
 TEMPORAL_BLOCKS = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 

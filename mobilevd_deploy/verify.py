@@ -11,11 +11,11 @@ from mobilevd_deploy.artifact import Artifact, Component
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Array, psnr_db, sqnr_db
 from mobilevd_deploy.calibration import drawn_pictures
+from mobilevd_deploy.config.recipe import Recipe
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import MobileVDError
 from mobilevd_deploy.pipeline import Job, Loader, loader, run_component
 from mobilevd_deploy.qnn import SIMULATE_UP_TO_FLOPS, read_target
-from mobilevd_deploy.recipe import Recipe
-from mobilevd_deploy.spec import from_dict
 
 _SEED = 20241207
 

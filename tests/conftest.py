@@ -24,9 +24,8 @@ from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.checkpoint import save_checkpoint
 from mobilevd_deploy.components import COMPONENTS, build_component
-from mobilevd_deploy.passes import select_passes
-from mobilevd_deploy.recipe import load_recipe, recipe_names
-from mobilevd_deploy.spec import (
+from mobilevd_deploy.config.recipe import load_recipe, recipe_names
+from mobilevd_deploy.config.spec import (
     DecoderSpec,
     FunnelSpec,
     ImageEncoderSpec,
@@ -35,6 +34,7 @@ from mobilevd_deploy.spec import (
     UNetSpec,
     VaeEncoderSpec,
 )
+from mobilevd_deploy.passes import select_passes
 from mobilevd_deploy.unet import MobileVDUNet
 
 M = TypeVar("M", bound=nn.Module)

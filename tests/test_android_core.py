@@ -25,8 +25,8 @@ import pytest
 import mobilevd_deploy
 from mobilevd_deploy.artifact import MANIFEST_DIGEST, Artifact
 from mobilevd_deploy.benchmark import Benchmark
+from mobilevd_deploy.config.recipe import Recipe, load_recipe
 from mobilevd_deploy.deploy import deploy
-from mobilevd_deploy.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models" / "demo.safetensors"

@@ -19,8 +19,8 @@ from mobilevd_deploy import deploy as flow
 from mobilevd_deploy.base import processes as apart
 from mobilevd_deploy.base.processes import Steps, own_python, side_by_side
 from mobilevd_deploy.base.progress import Progress
+from mobilevd_deploy.config.recipe import load_recipe
 from mobilevd_deploy.errors import ExportError, ParityError, ResourceError
-from mobilevd_deploy.recipe import load_recipe
 
 
 class Heard(Progress):

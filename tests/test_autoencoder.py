@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mobilevd_deploy.autoencoder import PixelShuffleDecoder, PixelUnshuffleEncoder, ResidualConvs
-from mobilevd_deploy.spec import DecoderSpec, VaeEncoderSpec
+from mobilevd_deploy.config.spec import DecoderSpec, VaeEncoderSpec
 
 ENCODER = VaeEncoderSpec("pixel-unshuffle", (16, 24), 2)
 DECODER = DecoderSpec("pixel-shuffle", (16, 24), 2, 0.5)

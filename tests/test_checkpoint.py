@@ -24,8 +24,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from mobilevd_deploy import checkpoint as checkpoint_module
 from mobilevd_deploy.checkpoint import FORMAT_KEY, SPEC_KEY, open_checkpoint, save_checkpoint
 from mobilevd_deploy.components import CLIP_MEAN, CLIP_STD, COMPONENTS, build_component
-from mobilevd_deploy.errors import CheckpointError
-from mobilevd_deploy.spec import (
+from mobilevd_deploy.config.spec import (
     DecoderSpec,
     FunnelSpec,
     ImageEncoderSpec,
@@ -33,6 +32,7 @@ from mobilevd_deploy.spec import (
     UNetSpec,
     VaeEncoderSpec,
 )
+from mobilevd_deploy.errors import CheckpointError
 
 States = dict[str, dict[str, Tensor]]
 

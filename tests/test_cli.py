@@ -32,6 +32,7 @@ import mobilevd_deploy
 from mobilevd_deploy import cli, inspection
 from mobilevd_deploy import deploy as flow
 from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.config.recipe import PassName, load_recipe
 from mobilevd_deploy.doctor import Finding
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
 from mobilevd_deploy.passes import PASSES
@@ -46,7 +47,6 @@ from mobilevd_deploy.profiles import (
     save_profile,
     save_traffic,
 )
-from mobilevd_deploy.recipe import PassName, load_recipe
 from mobilevd_deploy.tune import Step, Tuned
 
 VERBS = (

@@ -30,8 +30,15 @@ from mobilevd_deploy.components import (
     deploy_contract,
     input_shapes,
 )
+from mobilevd_deploy.config.spec import (
+    DecoderSpec,
+    ImageEncoderSpec,
+    ModelSpec,
+    StepSpec,
+    UNetSpec,
+    VaeEncoderSpec,
+)
 from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.spec import DecoderSpec, ImageEncoderSpec, ModelSpec, StepSpec, UNetSpec, VaeEncoderSpec
 
 TINY = ModelSpec(
     name="tiny",

@@ -36,6 +36,8 @@ from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.checkpoint import open_checkpoint
 from mobilevd_deploy.components import COMPONENTS, build_component, deploy_contract, input_shapes
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.recipe import Floors, Recipe, load_recipe
 from mobilevd_deploy.deploy import component_tensors, deploy
 from mobilevd_deploy.errors import (
     CheckpointError,
@@ -48,8 +50,6 @@ from mobilevd_deploy.errors import (
 )
 from mobilevd_deploy.noise import unit_noise
 from mobilevd_deploy.pipeline import Pipeline
-from mobilevd_deploy.recipe import Floors, Recipe, load_recipe
-from mobilevd_deploy.spec import load_preset
 from mobilevd_deploy.unet import MobileVDUNet
 
 RECIPE = load_recipe("onnx")
@@ -362,7 +362,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from mobilevd_deploy import deploy
-from mobilevd_deploy.recipe import load_recipe
+from mobilevd_deploy.config.recipe import load_recipe
 
 finished, checkpoint, output = sys.argv[1:]
 

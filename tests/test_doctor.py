@@ -14,8 +14,8 @@ from adb_phone import SERIAL, Phone
 from hub_server import TOKEN, HubServer
 
 from mobilevd_deploy import doctor
-from mobilevd_deploy.recipe import load_recipe
-from mobilevd_deploy.spec import load_preset
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.recipe import load_recipe
 
 NPU, FLOAT = load_recipe("xiaomi-14-pro"), load_recipe("onnx")
 DEMO = load_preset("demo").model

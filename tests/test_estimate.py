@@ -16,7 +16,9 @@ from torch import nn
 
 from mobilevd_deploy import estimate as estimate_module
 from mobilevd_deploy.artifact import PartialArtifact
-from mobilevd_deploy.devices import find
+from mobilevd_deploy.config.devices import find
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec
 from mobilevd_deploy.errors import SpecError, UsageError
 from mobilevd_deploy.estimate import (
     Calibration,
@@ -35,7 +37,6 @@ from mobilevd_deploy.flops import count_flops
 from mobilevd_deploy.inspection import STRUCTURAL_REWRITES
 from mobilevd_deploy.profiles import TrafficReport, TrafficRow, profiles_dir, render_profile, save_traffic
 from mobilevd_deploy.qnn_graph import DramBytes
-from mobilevd_deploy.spec import FunnelSpec, ModelSpec, load_preset
 
 CHIP = "Snapdragon 8 Gen 3"
 TINY = ModelSpec(

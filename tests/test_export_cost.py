@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.components import build_component
-from mobilevd_deploy.spec import load_preset
+from mobilevd_deploy.config.presets import load_preset
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

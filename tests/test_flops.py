@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mobilevd_deploy.components import COMPONENTS, build_component, deploy_contract, input_shapes
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.spec import DecoderSpec, ImageEncoderSpec, ModelSpec, VaeEncoderSpec
 from mobilevd_deploy.flops import count_flops, count_flops_by_module
-from mobilevd_deploy.spec import DecoderSpec, ImageEncoderSpec, ModelSpec, VaeEncoderSpec, load_preset
 from mobilevd_deploy.unet import MobileVDUNet
 
 

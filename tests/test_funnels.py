@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
+from mobilevd_deploy.config.spec import FunnelSpec
 from mobilevd_deploy.funnels import (
     ScaledAttention,
     SqueezedConv,
@@ -28,7 +29,6 @@ from mobilevd_deploy.funnels import (
     initialise_he,
 )
 from mobilevd_deploy.passes import UNetProbe
-from mobilevd_deploy.spec import FunnelSpec
 
 EXACT_DB = 280.0
 

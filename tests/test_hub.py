@@ -29,6 +29,7 @@ from tiny_artifact import build, write_artifact
 from mobilevd_deploy import cli
 from mobilevd_deploy.artifact import Artifact, FileEntry, PartialArtifact
 from mobilevd_deploy.base.progress import LineProgress
+from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.errors import ArtifactError, SpecError, UsageError, VendorError
 from mobilevd_deploy.estimate import load_calibration
 from mobilevd_deploy.host import run_on_host
@@ -44,7 +45,6 @@ from mobilevd_deploy.hub import (
 )
 from mobilevd_deploy.profiles import load_profile, load_profiles, profiles_dir, render_profile
 from mobilevd_deploy.profiling.hub.hosted import HostedDevice
-from mobilevd_deploy.spec import load_preset
 
 ONE = Request((S24,), ("image_encoder",), compile="onnx")
 ALL = Request((S24,), compile="onnx")
@@ -583,7 +583,7 @@ import sys, traceback
 from mobilevd_deploy.artifact import Artifact
 from mobilevd_deploy.hub import Hub, Request, profile_on_hub
 from mobilevd_deploy.base.progress import LineProgress
-from mobilevd_deploy.spec import load_preset
+from mobilevd_deploy.config.spec import load_preset
 try:
     request = Request((sys.argv[2],), compile="onnx") if len(sys.argv) > 2 else None
     artifact, progress = Artifact.open(sys.argv[1]), LineProgress(sys.stderr)

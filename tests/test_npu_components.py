@@ -18,21 +18,21 @@ from torch import Tensor, nn
 
 from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.components import build_component, deploy_contract, input_shapes
-from mobilevd_deploy.errors import RewriteError
-from mobilevd_deploy.npu.build import build_npu
-from mobilevd_deploy.npu.encoders import Resize
-from mobilevd_deploy.passes import PASSES, SubPixelUpsampling
-from mobilevd_deploy.recipe import GraphForms, load_recipe
-from mobilevd_deploy.skeleton import deploy_skeleton
-from mobilevd_deploy.spec import (
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.recipe import GraphForms, load_recipe
+from mobilevd_deploy.config.spec import (
     DecoderSpec,
     ImageEncoderSpec,
     ModelSpec,
     StepSpec,
     UNetSpec,
     VaeEncoderSpec,
-    load_preset,
 )
+from mobilevd_deploy.errors import RewriteError
+from mobilevd_deploy.npu.build import build_npu
+from mobilevd_deploy.npu.encoders import Resize
+from mobilevd_deploy.passes import PASSES, SubPixelUpsampling
+from mobilevd_deploy.skeleton import deploy_skeleton
 
 # What may stand between two modules of the deploy form: values pass through these unchanged.
 MOVES = {"view", "reshape", "flatten", "permute", "transpose", "slice", "clone"}

@@ -27,15 +27,16 @@ from mobilevd_deploy.artifact import Artifact, Component, FileEntry, PartialArti
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import psnr_db
 from mobilevd_deploy.calibration import drawn_pictures
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.recipe import Floors, QuantRule, Recipe, load_recipe, to_toml
+from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.deploy import deploy
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError, VendorError
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.onnx_export import export_onnx
 from mobilevd_deploy.pipeline import Job, Pipeline
 from mobilevd_deploy.quantize import _Graph
-from mobilevd_deploy.recipe import Floors, QuantRule, Recipe, load_recipe, to_toml
 from mobilevd_deploy.report import render_report
-from mobilevd_deploy.spec import ModelSpec, load_preset
 
 SHIPPED = load_recipe("xiaomi-14-pro")
 # Random weights make more of every rounding than trained ones do.

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mobilevd_deploy.components import COMPONENTS, build_component
+from mobilevd_deploy.config.presets import load_preset, preset_names
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.passes import PASSES
-from mobilevd_deploy.spec import load_preset, preset_names
 
 ROWS = [
     # preset, TFLOPs, NFE, FVD, GPU ms, phone ms: arXiv 2412.07583

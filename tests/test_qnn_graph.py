@@ -155,8 +155,8 @@ def write_eight_bit_layer(path: Path) -> Path:
 
 def compiled(model: Path) -> QnnGraph:
     pytest.importorskip("onnxruntime_qnn")
+    from mobilevd_deploy.config.recipe import NpuOptions
     from mobilevd_deploy.qnn import compile_context, find_target
-    from mobilevd_deploy.recipe import NpuOptions
 
     target = find_target("SM8650")
     return compile_context(model, model.parent, target, NpuOptions(), float16=False).graph

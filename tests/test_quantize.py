@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from mobilevd_deploy import quantize
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
-from mobilevd_deploy.data import data_dir
+from mobilevd_deploy.config.data import data_dir
+from mobilevd_deploy.config.recipe import GraphForms, QuantRule, QuantScheme
 from mobilevd_deploy.errors import ExportError, UsageError
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.npu.unet import NpuUNet
@@ -44,7 +45,6 @@ from mobilevd_deploy.quantize import (
     relabel,
     sensitivity,
 )
-from mobilevd_deploy.recipe import GraphForms, QuantRule, QuantScheme
 from mobilevd_deploy.split import plan_cut, write_parts
 
 FORMS = GraphForms(attention="heads", linear="conv", group_norm="instance")

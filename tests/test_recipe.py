@@ -6,8 +6,7 @@ import typing
 
 import pytest
 
-from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.recipe import (
+from mobilevd_deploy.config.recipe import (
     Floors,
     GraphForms,
     NpuOptions,
@@ -19,7 +18,8 @@ from mobilevd_deploy.recipe import (
     recipe_names,
     to_toml,
 )
-from mobilevd_deploy.spec import from_dict
+from mobilevd_deploy.config.strict import from_dict
+from mobilevd_deploy.errors import SpecError
 
 
 def test_shipped_recipes():

@@ -13,17 +13,10 @@ import pytest
 from conftest import unet_specs
 from hypothesis import given, settings
 
+from mobilevd_deploy.config.presets import load_preset, preset_names
+from mobilevd_deploy.config.spec import FunnelSpec, ImageEncoderSpec, ModelSpec, StepSpec, UNetSpec
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.spec import (
-    FunnelSpec,
-    ImageEncoderSpec,
-    ModelSpec,
-    StepSpec,
-    UNetSpec,
-    from_dict,
-    load_preset,
-    preset_names,
-)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from PIL import Image
 
 from mobilevd_deploy import traffic
 from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.recipe import NpuOptions, Recipe, load_recipe
 from mobilevd_deploy.errors import ArtifactError, UsageError
 from mobilevd_deploy.profiles import (
     TrafficReport,
@@ -23,8 +25,6 @@ from mobilevd_deploy.profiles import (
 )
 from mobilevd_deploy.qnn import Target
 from mobilevd_deploy.qnn_graph import DramBytes, Traffic
-from mobilevd_deploy.recipe import NpuOptions, Recipe, load_recipe
-from mobilevd_deploy.spec import load_preset
 from mobilevd_deploy.traffic import bars, measure_artifact, measure_preset, unet_blocks, write_picture
 
 DEMO = load_preset("demo").model

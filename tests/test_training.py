@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mobilevd_deploy.checkpoint import open_checkpoint
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.spec import DecoderSpec, ModelSpec, VaeEncoderSpec
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.spec import DecoderSpec, ModelSpec, VaeEncoderSpec, load_preset
 from mobilevd_deploy.training import train_demo as module
 from mobilevd_deploy.training.gates import inclusion_probabilities, most_important, sample_gates
 from mobilevd_deploy.training.optim import Muon, orthogonalise

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 pytest.importorskip("aimet_torch")
 
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
+from mobilevd_deploy.config.recipe import QuantRule, QuantScheme, Recipe, load_recipe
 from mobilevd_deploy.errors import ParityError, UsageError
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.quantize import Quantised, _bits, _sources, quantise
-from mobilevd_deploy.recipe import QuantRule, QuantScheme, Recipe, load_recipe
 from mobilevd_deploy.tune import (
     CANDIDATES,
     UNIT,

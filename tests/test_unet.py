@@ -13,10 +13,10 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from torch import Tensor
 from torch.nn import functional as F
 
+from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec, StepSpec, UNetSpec
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.funnels import funnel_width
 from mobilevd_deploy.passes import UNetProbe
-from mobilevd_deploy.spec import FunnelSpec, ModelSpec, StepSpec, UNetSpec
 from mobilevd_deploy.training.gates import inclusion_probabilities, sample_gates
 from mobilevd_deploy.unet import GatedBlender, MobileVDUNet, TemporalDownsample, TemporalUpsample
 

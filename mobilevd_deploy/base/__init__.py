@@ -1,1 +1,1 @@
-"""What every other package may use and what depends on nothing of ours: files, processes, tensors, progress."""
+"""What every other package may use: files, processes, tensors, progress, charts.."""

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from mobilevd_deploy.components import Component, DenoiseStep
+from mobilevd_deploy.components import DenoiseStep
+from mobilevd_deploy.config.recipe import GraphForms
+from mobilevd_deploy.config.spec import ComponentName, ModelSpec
 from mobilevd_deploy.npu.decoders import NpuDecoder
 from mobilevd_deploy.npu.encoders import NpuImageEncoder, NpuVaeEncoder
 from mobilevd_deploy.npu.unet import NpuUNet
-from mobilevd_deploy.recipe import GraphForms
-from mobilevd_deploy.spec import ModelSpec
 
 
 @torch.no_grad()
-def build_npu(name: Component, component: nn.Module, spec: ModelSpec, forms: GraphForms) -> nn.Module:
+def build_npu(name: ComponentName, component: nn.Module, spec: ModelSpec, forms: GraphForms) -> nn.Module:
     """Build the deploy form of one component, at the sizes of `spec` and in the recipe's graph forms.
 
     Called as `components.input_shapes` says. Weights are shared with `component` where they are not folded.

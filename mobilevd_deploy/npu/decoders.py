@@ -15,6 +15,8 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import Tensor, nn
 
 from mobilevd_deploy.components import DemoDecoder, SvdTemporalDecoder, TinyDecoder
+from mobilevd_deploy.config.recipe import GraphForms
+from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.npu.ops import (
     Add,
     Constant,
@@ -33,8 +35,6 @@ from mobilevd_deploy.npu.ops import (
     temporal_conv,
 )
 from mobilevd_deploy.passes.subpixel_upsampling import phase_kernels
-from mobilevd_deploy.recipe import GraphForms
-from mobilevd_deploy.spec import ModelSpec
 
 
 class NpuDecoder(nn.Module):

@@ -20,6 +20,8 @@ from mobilevd_deploy.components import (
     SvdVaeEncoder,
     resize_matrix,
 )
+from mobilevd_deploy.config.recipe import GraphForms
+from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.npu.ops import (
     Add,
     Concat,
@@ -37,8 +39,6 @@ from mobilevd_deploy.npu.ops import (
     pointwise,
     to_tokens,
 )
-from mobilevd_deploy.recipe import GraphForms
-from mobilevd_deploy.spec import ModelSpec
 
 
 class Resize(nn.Module):

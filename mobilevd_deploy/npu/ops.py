@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.recipe import GraphForms
+from mobilevd_deploy.config.recipe import GraphForms
 
 
 class Add(nn.Module):

@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from mobilevd_deploy.config.recipe import GraphForms
 from mobilevd_deploy.errors import RewriteError
 from mobilevd_deploy.npu.ops import (
     Add,
@@ -40,7 +41,6 @@ from mobilevd_deploy.npu.ops import (
 from mobilevd_deploy.passes.drop_temporal_blocks import FixedBlend, SpatialResBlock, TemporalResult
 from mobilevd_deploy.passes.fold_single_step import FramePositions
 from mobilevd_deploy.passes.single_token_cross_attention import SingleTokenCrossAttention
-from mobilevd_deploy.recipe import GraphForms
 from mobilevd_deploy.unet import MobileVDUNet, TemporalDownsample, TemporalUpsample
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.checkpoint import Checkpoint, expected_shapes, write_checkpoint
 from mobilevd_deploy.components import build_component
+from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec
 from mobilevd_deploy.errors import SpecError, UsageError
 from mobilevd_deploy.funnels import SqueezedConv, SqueezedLinear, initialise_csi
-from mobilevd_deploy.spec import FunnelSpec, ModelSpec
 from mobilevd_deploy.training.gates import most_important
 from mobilevd_deploy.unet import MobileVDUNet, TemporalDownsample, TemporalUpsample
 

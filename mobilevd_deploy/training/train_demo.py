@@ -36,11 +36,12 @@ from torch.nn import functional as F
 
 from mobilevd_deploy.base.files import written_aside
 from mobilevd_deploy.checkpoint import save_checkpoint
-from mobilevd_deploy.components import COMPONENTS, Component, build_component
+from mobilevd_deploy.components import COMPONENTS, build_component
+from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.spec import ComponentName, FunnelSpec, ModelSpec
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.funnels import initialise_csi
 from mobilevd_deploy.passes.drop_temporal_blocks import SpatialResBlock, SpatialTransformer
-from mobilevd_deploy.spec import FunnelSpec, ModelSpec, load_preset
 from mobilevd_deploy.training.clips import make_clips
 from mobilevd_deploy.training.gates import inclusion_probabilities, most_important, sample_gates
 from mobilevd_deploy.training.optim import Muon
@@ -130,7 +131,7 @@ def train_demo(
     # 4. The network as it will be deployed: few temporal blocks, funnels.
     spec, unet, image_encoder = run.finetune(frames, latents, unet, image_encoder, decoder)
 
-    modules: dict[Component, nn.Module] = {
+    modules: dict[ComponentName, nn.Module] = {
         "image_encoder": image_encoder,
         "vae_encoder": vae_encoder,
         "unet": unet,
@@ -327,7 +328,7 @@ class _Run:
 
         return batch_loss
 
-    def _build(self, name: Component, spec: ModelSpec | None = None) -> nn.Module:
+    def _build(self, name: ComponentName, spec: ModelSpec | None = None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_mixed(self.seed, name))
             return build_component(spec or self.spec, name).train().to(self.device)

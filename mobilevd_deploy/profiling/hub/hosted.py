@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobilevd_deploy.devices import Chip, find_known, known_names, plain_name, table, unknown_device
+from mobilevd_deploy.config.devices import Chip, find_known, known_names, plain_name, table, unknown_device
 from mobilevd_deploy.errors import UsageError
 
 

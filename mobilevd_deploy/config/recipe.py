@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mobilevd_deploy.config.spec import ComponentName
+from mobilevd_deploy.config.strict import from_dict, read_named_toml, shipped_names
 from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.spec import Component, from_dict, read_named_toml, shipped_names
 
 PassName = Literal[
     "fold-channel-funnels",
@@ -83,7 +84,7 @@ class QuantRule:
     modules: str
     weights: Literal[4, 8, 16, 32] | None = None
     activations: Literal[8, 16, 32] | None = None
-    component: Component | None = None
+    component: ComponentName | None = None
 
 
 @dataclass(frozen=True)

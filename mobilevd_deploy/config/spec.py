@@ -14,19 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal
 
-from mobilevd_deploy.data import data_dir
 from mobilevd_deploy.errors import SpecError
 
-Component = Literal["image_encoder", "vae_encoder", "unet", "decoder"]
-
-T = TypeVar("T")
+ComponentName = Literal["image_encoder", "vae_encoder", "unet", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -232,144 +225,3 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, every default written out."""
         return dataclasses.asdict(self)
-
-
-def from_dict(cls: type[T], values: Any, where: str = "") -> T:
-    """Build dataclass `cls` from TOML or JSON values, strictly: unknown keys and wrong types are refused.
-
-    Raises SpecError naming the key.
-    """
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    label = where or cls.__name__
-    if not isinstance(values, dict):
-        raise SpecError(f"{label}: expected a table, found {values!r}")
-    if unknown := sorted(set(values) - known):
-        raise SpecError(f"{label}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    converted = {
-        key: _convert(hints[key], value, f"{where}.{key}" if where else key) for key, value in values.items()
-    }
-    try:
-        return cls(**converted)
-    except TypeError as error:
-        raise SpecError(f"{label}: {error}") from error
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)  # type: ignore[arg-type]
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if not any(value == arg and type(value) is type(arg) for arg in args):  # True == 1
-            raise SpecError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise SpecError(f"{where}: expected a list, found {value!r}")
-        hints = args[:1] * len(value) if args[1:] == (Ellipsis,) else args
-        if len(hints) != len(value):
-            raise SpecError(f"{where}: expected {len(hints)} values, found {len(value)}")
-        return tuple(
-            _convert(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(zip(hints, value, strict=True))
-        )
-    if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise SpecError(f"{where}: expected a table, found {value!r}")
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise SpecError(f"{where}: expected {hint.__name__}, found {value!r}")
-    return value
-
-
-@dataclass(frozen=True)
-class LadderRow:
-    """A row of the paper's ablation, as published; -1 where the paper gives none (out of memory).
-
-    `rewrites` are the passes that the row's count includes. Source: arXiv 2412.07583.
-    """
-
-    order: int
-    title: str
-    tflops: float
-    nfe: int
-    fvd: tuple[int, ...]
-    gpu_ms: float
-    phone_ms: float = -1.0
-    rewrites: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A named architecture of models/, with its row of the published ladder if it has one."""
-
-    model: ModelSpec
-    ladder: LadderRow | None = None
-
-
-def preset_names() -> list[str]:
-    """Names of the shipped presets."""
-    return shipped_names("models")
-
-
-def load_preset(name_or_path: str | Path) -> Preset:
-    """Read a preset by name or by TOML file.
-
-    A preset may name another as `base`; its tables are merged over the base's.
-    Raises SpecError for an unknown name, unreadable TOML, or a key that does not fit.
-    """
-    values = _read_preset(name_or_path)
-    ladder = values.pop("ladder", None)
-    model = from_dict(ModelSpec, {"name": Path(name_or_path).stem} | values)
-    return Preset(model, from_dict(LadderRow, ladder, "ladder") if ladder else None)
-
-
-def shipped_names(kind: str) -> list[str]:
-    """Names of the TOML files of `kind` ("models" or "export") that come with the package."""
-    return sorted(path.stem for path in data_dir(kind).glob("*.toml"))
-
-
-def read_named_toml(kind: str, what: str, name_or_path: str | Path) -> dict[str, Any]:
-    """Read a shipped TOML file of `kind` by its name, or any by a path that ends in .toml.
-
-    `what` ("preset", "recipe") is its noun in errors. Raises SpecError: unknown name, or unreadable TOML.
-    """
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        path = data_dir(kind) / f"{name_or_path}.toml"
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(
-            f"no {what} {str(name_or_path)!r}", next_step=f"shipped {what}s: {', '.join(shipped_names(kind))}"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SpecError(f"{path}: {error}") from error
-
-
-def _read_preset(name_or_path: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
-    values = read_named_toml("models", "preset", name_or_path)
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    heirs = (*heirs, str(name_or_path))
-    if not isinstance(base, str) or base in heirs:
-        raise SpecError(f"{name_or_path}: base {base!r} is not the name of another preset")
-    inherited = _read_preset(base, heirs)
-    inherited.pop("ladder", None)
-    return _merge(inherited, values)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged

@@ -10,5 +10,5 @@ def data_dir(kind: str) -> Path:
 
     In an installed wheel it lies below the package, in a checkout beside it.
     """
-    packaged = Path(__file__).parent / "_data" / kind
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / kind
+    packaged = Path(__file__).parents[1] / "_data" / kind
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / kind

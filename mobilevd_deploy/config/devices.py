@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.spec import from_dict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -1,0 +1,1 @@
+"""What a user writes or chooses: specs, presets, recipes, devices. Imports no torch."""

@@ -1,0 +1,74 @@
+"""Presets in models/: a model's architecture by name, and its row in the paper's ablation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mobilevd_deploy.config.spec import ModelSpec
+from mobilevd_deploy.config.strict import from_dict, read_named_toml, shipped_names
+from mobilevd_deploy.errors import SpecError
+
+
+@dataclass(frozen=True)
+class LadderRow:
+    """A row of the paper's ablation, as published; -1 where the paper gives none (out of memory).
+
+    `rewrites` are the passes that the row's count includes. Source: arXiv 2412.07583.
+    """
+
+    order: int
+    title: str
+    tflops: float
+    nfe: int
+    fvd: tuple[int, ...]
+    gpu_ms: float
+    phone_ms: float = -1.0
+    rewrites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named architecture of models/, with its row of the published ladder if it has one."""
+
+    model: ModelSpec
+    ladder: LadderRow | None = None
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    return shipped_names("models")
+
+
+def load_preset(name_or_path: str | Path) -> Preset:
+    """Read a preset by name or by TOML file.
+
+    A preset may name another as `base`; its tables are merged over the base's.
+    Raises SpecError for an unknown name, unreadable TOML, or a key that does not fit.
+    """
+    values = _read_preset(name_or_path)
+    ladder = values.pop("ladder", None)
+    model = from_dict(ModelSpec, {"name": Path(name_or_path).stem} | values)
+    return Preset(model, from_dict(LadderRow, ladder, "ladder") if ladder else None)
+
+
+def _read_preset(name_or_path: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    values = read_named_toml("models", "preset", name_or_path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    heirs = (*heirs, str(name_or_path))
+    if not isinstance(base, str) or base in heirs:
+        raise SpecError(f"{name_or_path}: base {base!r} is not the name of another preset")
+    inherited = _read_preset(base, heirs)
+    inherited.pop("ladder", None)
+    return _merge(inherited, values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
