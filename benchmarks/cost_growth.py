@@ -24,12 +24,12 @@ from _common import RESULTS, write_result
 from mobilevd_deploy.base.processes import StageCost, Steps
 from mobilevd_deploy.base.progress import Progress, make_progress
 from mobilevd_deploy.base.tensors import Tensors
-from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint, read_weights, write_weights
-from mobilevd_deploy.components import input_shapes
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import Recipe, load_recipe
 from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.deploy import deploy_form
+from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint, read_weights, write_weights
+from mobilevd_deploy.model.interface import input_shapes
 from mobilevd_deploy.onnx_export import DATA, MODEL, export_onnx, read_graph
 from mobilevd_deploy.qnn import compile_context, find_target
 from mobilevd_deploy.quantize import quantise

@@ -43,7 +43,7 @@ from mobilevd_deploy.config.strict import from_dict
 
 if TYPE_CHECKING:  # this process stays small: Linux lets a child inherit its parent's peak memory
     from mobilevd_deploy.base.tensors import Tensors
-    from mobilevd_deploy.unet import MobileVDUNet
+    from mobilevd_deploy.model.unet import MobileVDUNet
 
 WEIGHTS_SEED = 1
 INPUTS_SEED = 2
@@ -218,10 +218,10 @@ def _load(job: Mapping[str, Any]) -> tuple[MobileVDUNet, ModelSpec, Record]:
     import torch
 
     import mobilevd_deploy.deploy  # noqa: F401
-    from mobilevd_deploy.checkpoint import open_checkpoint
-    from mobilevd_deploy.components import build_component
-    from mobilevd_deploy.funnels import initialise_he
-    from mobilevd_deploy.unet import GatedBlender, MobileVDUNet
+    from mobilevd_deploy.model.checkpoint import open_checkpoint
+    from mobilevd_deploy.model.components import build_component
+    from mobilevd_deploy.model.funnels import initialise_he
+    from mobilevd_deploy.model.unet import GatedBlender, MobileVDUNet
 
     weights: Record
     if job["checkpoint"]:
@@ -256,8 +256,8 @@ def _ours(job: Mapping[str, Any], folder: Path) -> Record:
     """Do with the UNet what deploy() does, except that the rewrites are proven on latents of full size."""
     import torch
 
-    from mobilevd_deploy.components import deploy_contract
-    from mobilevd_deploy.deploy import component_tensors
+    from mobilevd_deploy.model.components import deploy_contract
+    from mobilevd_deploy.model.interface import component_tensors
     from mobilevd_deploy.npu.build import build_npu
     from mobilevd_deploy.onnx_export import MODEL, export_onnx, read_graph
     from mobilevd_deploy.passes import UNetProbe, run_passes, select_passes
@@ -296,7 +296,7 @@ def _alternative(job: Mapping[str, Any], folder: Path) -> Record:
     """Give the network as trained to torch's exporter."""
     import torch
 
-    from mobilevd_deploy.components import deploy_contract
+    from mobilevd_deploy.model.components import deploy_contract
     from mobilevd_deploy.onnx_export import MODEL
 
     network, spec, _ = _load(job)
@@ -327,9 +327,10 @@ def _latency(job: Mapping[str, Any], folder: Path) -> Record:
     import torch
 
     from mobilevd_deploy.base.tensors import sqnr_db
-    from mobilevd_deploy.checkpoint import open_checkpoint
-    from mobilevd_deploy.components import build_component, deploy_contract, input_shapes
-    from mobilevd_deploy.flops import count_flops
+    from mobilevd_deploy.model.checkpoint import open_checkpoint
+    from mobilevd_deploy.model.components import build_component, deploy_contract
+    from mobilevd_deploy.model.flops import count_flops
+    from mobilevd_deploy.model.interface import input_shapes
     from mobilevd_deploy.onnx_export import MODEL, read_graph
     from mobilevd_deploy.pipeline import OnnxRunner
 
@@ -369,7 +370,7 @@ def _latency(job: Mapping[str, Any], folder: Path) -> Record:
 
 
 def _feeds(spec: ModelSpec) -> Tensors:
-    from mobilevd_deploy.deploy import component_tensors
+    from mobilevd_deploy.model.interface import component_tensors
     from mobilevd_deploy.probe import make_probe
 
     return make_probe(component_tensors("unet", spec)[0], INPUTS_SEED, lambda _: {}).inputs

@@ -28,9 +28,9 @@ from typing import Any
 
 from _common import write_result
 
-from mobilevd_deploy.artifact import Artifact
-from mobilevd_deploy.checkpoint import open_checkpoint
+from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.config.data import data_dir
+from mobilevd_deploy.model.checkpoint import open_checkpoint
 
 CHECKPOINT = "start.safetensors"
 

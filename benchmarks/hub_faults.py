@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from hub_server import S24, TOKEN, Fault, HubServer
 from tiny_artifact import write_artifact
 
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.errors import VendorError
 from mobilevd_deploy.hub import Hub, Request, profile_on_hub
 from mobilevd_deploy.profiles import profiles_dir

@@ -23,7 +23,7 @@ from typing import Any
 from _common import write_result
 from full_size import CHECKPOINT, recipe
 
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
 
 PRESET = Path(__file__).with_name("small.toml")
 BEGUN, REUSED = (

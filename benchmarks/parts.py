@@ -25,7 +25,7 @@ from typing import Any
 import onnx
 from _common import RESULTS, write_result
 
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.processes import memory_bytes, side_by_side
 from mobilevd_deploy.config.recipe import NpuOptions
 from mobilevd_deploy.errors import MobileVDError

@@ -26,15 +26,15 @@ from _common import RESULTS, write_result
 from torch import nn
 
 from mobilevd_deploy import quantize
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.calibration import drawn_pictures
-from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import QuantScheme, load_recipe
 from mobilevd_deploy.deploy import deploy_form
 from mobilevd_deploy.media import to_uint8
+from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.pipeline import Job, loader, run_component
 from mobilevd_deploy.quantize import Quantised, quantise
 from mobilevd_deploy.training.clips import HELD_OUT, make_clip

@@ -25,9 +25,9 @@ from parts import TARGET, compile_files
 
 from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.base.tensors import Tensors
-from mobilevd_deploy.components import input_shapes
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import load_recipe
+from mobilevd_deploy.model.interface import input_shapes
 from mobilevd_deploy.onnx_export import MODEL, export_onnx, read_graph
 from mobilevd_deploy.qnn import lint
 from mobilevd_deploy.quantize import quantise

@@ -25,7 +25,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
-from mobilevd_deploy.artifact import MANIFEST, MANIFEST_DIGEST, Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import MANIFEST, MANIFEST_DIGEST
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.benchmark import Benchmark, Timing
 from mobilevd_deploy.config.devices import chip_called

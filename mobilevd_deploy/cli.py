@@ -21,7 +21,7 @@ from mobilevd_deploy import __version__
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, UsageError, VendorError
 
 if TYPE_CHECKING:
-    from mobilevd_deploy.artifact import Artifact
+    from mobilevd_deploy.artifact.artifact import Artifact
     from mobilevd_deploy.base.progress import Progress
     from mobilevd_deploy.hub import Hub, Run
     from mobilevd_deploy.profiles import Profile
@@ -264,7 +264,7 @@ def generate(
 ) -> None:
     """Make a moving clip from one picture with an exported artifact."""
     from mobilevd_deploy import media
-    from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.artifact.artifact import Artifact, find_newest
     from mobilevd_deploy.pipeline import Pipeline
 
     media.check_clip_path(output)
@@ -327,7 +327,7 @@ def verify(
     """
     from rich.table import Table
 
-    from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.artifact.artifact import Artifact, find_newest
     from mobilevd_deploy.verify import verify as look
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
@@ -384,7 +384,8 @@ def traffic(
     """
     from rich.table import Table
 
-    from mobilevd_deploy.artifact import MANIFEST, Artifact
+    from mobilevd_deploy.artifact.artifact import Artifact
+    from mobilevd_deploy.artifact.manifest import MANIFEST
     from mobilevd_deploy.config.presets import load_preset
     from mobilevd_deploy.config.recipe import load_recipe
     from mobilevd_deploy.profiles import profiles_dir, save_traffic
@@ -465,8 +466,8 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two artifacts: size, parameters, FLOPs, op counts, drift, and the newest profiles of both."""
-    from mobilevd_deploy.artifact import Artifact
-    from mobilevd_deploy.artifact import diff as compare
+    from mobilevd_deploy.artifact.artifact import Artifact
+    from mobilevd_deploy.artifact.diff import diff as compare
     from mobilevd_deploy.profiles import diff_profiles
 
     before, after = Artifact.open(a), Artifact.open(b)
@@ -561,7 +562,7 @@ def profile(
     Without the hub's client or a token for it, the latency is estimated.
     With --json one device gives an object, several give a list.
     """
-    from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.artifact.artifact import Artifact, find_newest
     from mobilevd_deploy.config.presets import preset_names
 
     hub_only = bool(compile_on or check or image or no_wait)
@@ -648,7 +649,7 @@ def report(
 
     Also written as a page, ARTIFACT.profiles/report.html. What the export did stands in the artifact's own.
     """
-    from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.artifact.artifact import Artifact, find_newest
     from mobilevd_deploy.base.files import write_durably
     from mobilevd_deploy.profiles import load_traffic, newest_profiles, profiles_dir, render_comparison
     from mobilevd_deploy.report import render_profiles
@@ -690,7 +691,7 @@ def install(
     """Put an artifact into the app on the attached phone; every byte is checked there."""
     from mobilevd_deploy.adb import ARTIFACTS, Adb
     from mobilevd_deploy.adb import install as put
-    from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.artifact.artifact import Artifact, find_newest
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
     with _progress(quiet or as_json) as progress:
@@ -716,9 +717,9 @@ def pack(
     quiet: Quiet = False,
 ) -> None:
     """Write an artifact as one file, which the app opens from wherever a phone keeps files."""
-    from mobilevd_deploy.artifact import Artifact, find_newest
-    from mobilevd_deploy.pack import SUFFIX
-    from mobilevd_deploy.pack import pack as write
+    from mobilevd_deploy.artifact.artifact import Artifact, find_newest
+    from mobilevd_deploy.artifact.pack import SUFFIX
+    from mobilevd_deploy.artifact.pack import pack as write
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
     with _progress(quiet or as_json) as progress:
@@ -778,7 +779,7 @@ def jobs(
 ) -> None:
     """List the jobs that `profile` submitted for an artifact, and how they stand."""
     from mobilevd_deploy import hub
-    from mobilevd_deploy.artifact import Artifact, find_newest
+    from mobilevd_deploy.artifact.artifact import Artifact, find_newest
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
     runs = hub.refresh_jobs(opened, None if offline else _open_hub())
@@ -848,8 +849,8 @@ def init(
     """
     import torch
 
-    from mobilevd_deploy.checkpoint import open_checkpoint
     from mobilevd_deploy.config.presets import load_preset
+    from mobilevd_deploy.model.checkpoint import open_checkpoint
     from mobilevd_deploy.training import initialise
 
     if importance and not source:
@@ -980,7 +981,8 @@ def _estimate(
     unmeasured: VendorError | None = None,
 ) -> list[tuple[Path | None, Profile]]:
     """Estimate on every device; of an artifact it is stored. `unmeasured`: why nothing could be measured."""
-    from mobilevd_deploy.artifact import MANIFEST, Artifact, find_newest
+    from mobilevd_deploy.artifact.artifact import Artifact, find_newest
+    from mobilevd_deploy.artifact.manifest import MANIFEST
     from mobilevd_deploy.config.devices import find
     from mobilevd_deploy.estimate import estimate_profile
     from mobilevd_deploy.profiles import profiles_dir, save_profile

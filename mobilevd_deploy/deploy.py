@@ -17,28 +17,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from mobilevd_deploy.artifact import (
-    Artifact,
-    Component,
-    FileEntry,
-    Manifest,
-    PartialArtifact,
-    PassReport,
-    PipelineSpec,
-    Source,
-    TensorSpec,
-)
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import Component, FileEntry, Manifest, PassReport, PipelineSpec, Source
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.files import disk_guard
 from mobilevd_deploy.base.processes import Steps
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.calibration import Pictures, drawn_pictures, read_pictures
-from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint, read_weights, write_weights
-from mobilevd_deploy.components import COMPONENTS, deploy_contract
 from mobilevd_deploy.config.recipe import QuantScheme, Recipe
 from mobilevd_deploy.config.spec import ComponentName, ModelSpec
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError
+from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint, read_weights, write_weights
+from mobilevd_deploy.model.components import deploy_contract
+from mobilevd_deploy.model.interface import COMPONENTS, component_tensors
+from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.onnx_export import DATA, MODEL, OnnxGraph, export_onnx, read_graph
 from mobilevd_deploy.passes import UNetProbe, run_passes, select_passes
@@ -47,7 +41,6 @@ from mobilevd_deploy.probe import Probe, make_probe
 from mobilevd_deploy.report import render_report
 from mobilevd_deploy.skeleton import deploy_skeleton, rewrites
 from mobilevd_deploy.stages import StageOutput, Stages
-from mobilevd_deploy.unet import MobileVDUNet
 
 REPORT = "report.html"
 PROBE_SEED = 20241207
@@ -338,37 +331,6 @@ def _rewrite(
         progress.say(f"unet: rewrites are proven on latents of {width}x{height}, the export at full size")
     probe = UNetProbe.make(unet, height, width)
     return run_passes(unet, select_passes(rewrites(recipe)), probe, recipe.floors.rewrite_sqnr_db)
-
-
-def component_tensors(
-    name: ComponentName, spec: ModelSpec
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Return inputs and outputs of a component: float32, NCHW (embeddings NC), ranges where bounded."""
-    frames, (h, w), embedding = spec.frames, spec.latent_size, spec.unet.cross_attention_dim
-    picture, pixels = (1, 3, spec.height, spec.width), (-1.0, 1.0)
-    image = TensorSpec("image", picture, "float32", "NCHW", pixels, "image")
-
-    def latents(name: str, frames: int, source: str | None) -> TensorSpec:
-        return TensorSpec(name, (frames, 4, h, w), "float32", "NCHW", None, source)
-
-    def embeds(source: str | None) -> TensorSpec:
-        return TensorSpec("image_embeds", (1, embedding), "float32", "NC", None, source)
-
-    if name == "image_encoder":
-        return (image,), (embeds(None),)
-    if name == "vae_encoder":
-        noise = TensorSpec("image_noise", picture, "float32", "NCHW", None, "noise:1")
-        return ((image, noise) if spec.step.noise_aug_strength else (image,)), (
-            latents("image_latents", 1, None),
-        )
-    if name == "unet":
-        return (
-            latents("noise", frames, "noise:0"),
-            latents("image_latents", 1, "component:vae_encoder"),
-            embeds("component:image_encoder"),
-        ), (latents("latents", frames, None),)
-    clip = TensorSpec("frames", (frames, 3, spec.height, spec.width), "float32", "NCHW", pixels)
-    return (latents("latents", frames, "component:unet"),), (clip,)
 
 
 def tool_versions(recipe: Recipe) -> dict[str, str]:

@@ -32,7 +32,7 @@ from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.qnn_graph import DramBytes
 
 if TYPE_CHECKING:
-    from mobilevd_deploy.artifact import Artifact
+    from mobilevd_deploy.artifact.artifact import Artifact
     from mobilevd_deploy.profiles import Profile, TrafficRow
 
 # Passes per operation of a product of two 16-bit activations, over those of one with 8-bit weights.
@@ -377,7 +377,7 @@ def count_module(module: object, function: object, *inputs: object) -> Counts:
     from diffusers.models.attention_processor import Attention
     from torch import nn
 
-    from mobilevd_deploy.flops import count_flops_by_module
+    from mobilevd_deploy.model.flops import count_flops_by_module
 
     assert isinstance(module, nn.Module)
     assert callable(function)
@@ -412,7 +412,8 @@ def estimate_profile(
     Raises:
         UsageError, SpecError, ArtifactError: as `estimate`, or a preset or artifact that can not be read.
     """
-    from mobilevd_deploy.artifact import MANIFEST_DIGEST, Artifact
+    from mobilevd_deploy.artifact.artifact import Artifact
+    from mobilevd_deploy.artifact.manifest import MANIFEST_DIGEST
     from mobilevd_deploy.config.presets import load_preset
     from mobilevd_deploy.profiles import SCHEMA_VERSION, ComponentProfile, Latency, Profile, now
 

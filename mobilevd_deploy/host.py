@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mobilevd_deploy.artifact import Artifact, Component
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import Component
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Array
 from mobilevd_deploy.pipeline import Job, OnnxRunner, Pipeline, Runner

@@ -40,7 +40,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from mobilevd_deploy.artifact import Artifact, Component, NpuBinary
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import Component, NpuBinary
 from mobilevd_deploy.base.files import (
     LockHeldError,
     digest,

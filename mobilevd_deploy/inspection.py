@@ -18,17 +18,19 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from mobilevd_deploy.artifact import MANIFEST, Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import MANIFEST
 from mobilevd_deploy.base.progress import Progress
-from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
-from mobilevd_deploy.components import COMPONENTS, build_component
 from mobilevd_deploy.config.presets import LadderRow, Preset, load_preset, preset_names
 from mobilevd_deploy.config.spec import ComponentName, ModelSpec
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.flops import Convention, count_flops_by_module
+from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
+from mobilevd_deploy.model.components import build_component
+from mobilevd_deploy.model.flops import Convention, count_flops_by_module
+from mobilevd_deploy.model.interface import COMPONENTS
+from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.skeleton import rewritten_skeleton
-from mobilevd_deploy.unet import MobileVDUNet
 
 # What the paper's last row includes; the count of a network that is no row of it assumes them too.
 STRUCTURAL_REWRITES = ("single-token-cross-attention", "drop-temporal-blocks", "fold-channel-funnels")

@@ -28,7 +28,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.artifact import Component, FileEntry, NpuBinary, NpuPart, PartialArtifact, Quality
+from mobilevd_deploy.artifact.manifest import Component, FileEntry, NpuBinary, NpuPart, Quality
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.processes import StageCost, Steps, memory_bytes, side_by_side
 from mobilevd_deploy.base.progress import Progress, shares
 from mobilevd_deploy.base.tensors import Tensors, psnr_db, sqnr_db

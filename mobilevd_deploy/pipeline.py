@@ -11,10 +11,12 @@ from typing import Generic, Literal, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mobilevd_deploy.artifact import Artifact, Component, TensorSpec
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import Component
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Array
 from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError
+from mobilevd_deploy.model.interface import TensorSpec
 from mobilevd_deploy.noise import unit_noise
 
 

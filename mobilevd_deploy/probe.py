@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mobilevd_deploy.artifact import TensorSpec
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.errors import UsageError
+from mobilevd_deploy.model.interface import TensorSpec
 from mobilevd_deploy.noise import uniform, unit_noise
 
 

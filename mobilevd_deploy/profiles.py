@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from mobilevd_deploy.artifact import MANIFEST, Artifact, DiffRow
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.diff import DiffRow
+from mobilevd_deploy.artifact.manifest import MANIFEST
 from mobilevd_deploy.base.chart import Bar, draw_bars
 from mobilevd_deploy.base.files import file_sha256, write_durably
 from mobilevd_deploy.config.strict import from_dict

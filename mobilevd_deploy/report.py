@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from string import Template
 from typing import Literal
 
-from mobilevd_deploy.artifact import Component, Manifest, NpuBinary, PassReport, TensorSpec
+from mobilevd_deploy.artifact.manifest import Component, Manifest, NpuBinary, PassReport
 from mobilevd_deploy.base.progress import duration
 from mobilevd_deploy.config.recipe import GraphForms, Recipe
 from mobilevd_deploy.config.spec import ModelSpec, UNetSpec
 from mobilevd_deploy.config.strict import from_dict
+from mobilevd_deploy.model.interface import TensorSpec
 from mobilevd_deploy.profiles import FIGURES, Profile, TrafficReport, TrafficRow, number, total_words
 
 _MS = "\N{NO-BREAK SPACE}ms"

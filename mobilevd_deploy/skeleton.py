@@ -8,13 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.components import DenoiseStep, build_component, deploy_contract, input_shapes
 from mobilevd_deploy.config.recipe import Recipe
 from mobilevd_deploy.config.spec import ComponentName, ModelSpec
+from mobilevd_deploy.model.components import DenoiseStep, build_component, deploy_contract
+from mobilevd_deploy.model.interface import input_shapes
+from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.passes import select_passes
 from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
-from mobilevd_deploy.unet import MobileVDUNet
 
 
 def rewrites(recipe: Recipe) -> tuple[str, ...]:

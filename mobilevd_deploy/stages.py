@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mobilevd_deploy.artifact import FileEntry, PartialArtifact
+from mobilevd_deploy.artifact.manifest import FileEntry
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.files import digest, disk_guard, file_sha256, fsync, write_durably
 from mobilevd_deploy.base.processes import StageCost, peak_bytes, reset_peak
 from mobilevd_deploy.base.progress import Progress

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.artifact import MANIFEST, Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import MANIFEST
 from mobilevd_deploy.base.chart import Bar, draw_bars
 from mobilevd_deploy.base.files import file_sha256, write_durably
 from mobilevd_deploy.base.progress import Progress

@@ -31,13 +31,14 @@ from mobilevd_deploy.base.files import digest, write_durably
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.calibration import JUDGES
-from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
-from mobilevd_deploy.components import deploy_contract
 from mobilevd_deploy.config.recipe import QuantRule, QuantScheme, Recipe, to_toml
 from mobilevd_deploy.config.spec import ComponentName
-from mobilevd_deploy.deploy import _pictures, _reference, component_tensors, deploy_form, tool_versions
+from mobilevd_deploy.deploy import _pictures, _reference, deploy_form, tool_versions
 from mobilevd_deploy.errors import ParityError, UsageError
-from mobilevd_deploy.flops import count_flops_by_module
+from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
+from mobilevd_deploy.model.components import deploy_contract
+from mobilevd_deploy.model.flops import count_flops_by_module
+from mobilevd_deploy.model.interface import component_tensors
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.pipeline import Job
 from mobilevd_deploy.quantize import (

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from mobilevd_deploy.artifact import Artifact, Component
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import Component
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Array, psnr_db, sqnr_db
 from mobilevd_deploy.calibration import drawn_pictures

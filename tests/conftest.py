@@ -20,10 +20,8 @@ from diffusers import UNetSpatioTemporalConditionModel
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.tensors import sqnr_db
-from mobilevd_deploy.checkpoint import save_checkpoint
-from mobilevd_deploy.components import COMPONENTS, build_component
 from mobilevd_deploy.config.recipe import load_recipe, recipe_names
 from mobilevd_deploy.config.spec import (
     DecoderSpec,
@@ -34,8 +32,11 @@ from mobilevd_deploy.config.spec import (
     UNetSpec,
     VaeEncoderSpec,
 )
+from mobilevd_deploy.model.checkpoint import save_checkpoint
+from mobilevd_deploy.model.components import build_component
+from mobilevd_deploy.model.interface import COMPONENTS
+from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.passes import select_passes
-from mobilevd_deploy.unet import MobileVDUNet
 
 M = TypeVar("M", bound=nn.Module)
 

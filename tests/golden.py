@@ -25,7 +25,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tiny_artifact import INPUTS, NODES, OUTPUTS, build
 
-from mobilevd_deploy.artifact import Artifact, FileEntry, NpuBinary, NpuPart, PartialArtifact
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import FileEntry, NpuBinary, NpuPart
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.media import read_picture
 from mobilevd_deploy.pipeline import Pipeline
 

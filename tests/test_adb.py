@@ -17,7 +17,7 @@ from rich.console import Console
 from tiny_artifact import write_artifact
 
 from mobilevd_deploy.adb import Adb, attached, install, profile_over_adb
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.progress import LineProgress
 from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError, VendorError
 from mobilevd_deploy.profiles import load_profile, profiles_dir, render_profile, save_profile

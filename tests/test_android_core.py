@@ -23,7 +23,8 @@ import jsonschema
 import pytest
 
 import mobilevd_deploy
-from mobilevd_deploy.artifact import MANIFEST_DIGEST, Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import MANIFEST_DIGEST
 from mobilevd_deploy.benchmark import Benchmark
 from mobilevd_deploy.config.recipe import Recipe, load_recipe
 from mobilevd_deploy.deploy import deploy

@@ -19,28 +19,27 @@ from schema_mutations import same_verdicts
 from tiny_artifact import build, write_artifact
 
 import mobilevd_deploy
-from mobilevd_deploy.artifact import (
+from mobilevd_deploy.artifact.artifact import Artifact, find_newest
+from mobilevd_deploy.artifact.diff import diff
+from mobilevd_deploy.artifact.manifest import (
     MANIFEST,
     MANIFEST_DIGEST,
-    Artifact,
     Component,
     FileEntry,
     Manifest,
     NpuBinary,
     NpuPart,
-    PartialArtifact,
     PassReport,
     PipelineSpec,
     Source,
-    TensorSpec,
-    diff,
-    find_newest,
 )
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.files import disk_guard
 from mobilevd_deploy.base.processes import StageCost
 from mobilevd_deploy.errors import ArtifactError, ResourceError, SpecError, UsageError
+from mobilevd_deploy.model.interface import TensorSpec
 
-SCHEMA = json.loads((Path(mobilevd_deploy.__file__).parent / "manifest.schema.json").read_text())
+SCHEMA = json.loads((Path(mobilevd_deploy.__file__).parent / "artifact" / "manifest.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
@@ -547,7 +546,7 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     code = (
         "import os, signal, sys\n"
-        "from mobilevd_deploy.artifact import PartialArtifact\n"
+        "from mobilevd_deploy.artifact.manifest import PartialArtifact\n"
         "PartialArtifact(sys.argv[1]).__enter__()\n"
         "print('held', flush=True)\n"
         "sys.stdin.read()\n"

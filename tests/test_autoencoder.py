@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mobilevd_deploy.autoencoder import PixelShuffleDecoder, PixelUnshuffleEncoder, ResidualConvs
 from mobilevd_deploy.config.spec import DecoderSpec, VaeEncoderSpec
+from mobilevd_deploy.model.autoencoder import PixelShuffleDecoder, PixelUnshuffleEncoder, ResidualConvs
 
 ENCODER = VaeEncoderSpec("pixel-unshuffle", (16, 24), 2)
 DECODER = DecoderSpec("pixel-shuffle", (16, 24), 2, 0.5)

@@ -21,9 +21,6 @@ from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionM
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from mobilevd_deploy import checkpoint as checkpoint_module
-from mobilevd_deploy.checkpoint import FORMAT_KEY, SPEC_KEY, open_checkpoint, save_checkpoint
-from mobilevd_deploy.components import CLIP_MEAN, CLIP_STD, COMPONENTS, build_component
 from mobilevd_deploy.config.spec import (
     DecoderSpec,
     FunnelSpec,
@@ -33,6 +30,11 @@ from mobilevd_deploy.config.spec import (
     VaeEncoderSpec,
 )
 from mobilevd_deploy.errors import CheckpointError
+from mobilevd_deploy.model import checkpoint as checkpoint_module
+from mobilevd_deploy.model.checkpoint import open_checkpoint, save_checkpoint
+from mobilevd_deploy.model.components import CLIP_MEAN, CLIP_STD, build_component
+from mobilevd_deploy.model.interface import COMPONENTS
+from mobilevd_deploy.model.weight_files import FORMAT_KEY, SPEC_KEY
 
 States = dict[str, dict[str, Tensor]]
 

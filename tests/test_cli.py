@@ -31,7 +31,7 @@ from PIL import Image
 import mobilevd_deploy
 from mobilevd_deploy import cli, inspection
 from mobilevd_deploy import deploy as flow
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.config.recipe import PassName, load_recipe
 from mobilevd_deploy.doctor import Finding
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError

@@ -31,14 +31,13 @@ from torch import nn
 
 import mobilevd_deploy
 from mobilevd_deploy import deploy as flow
-from mobilevd_deploy.artifact import Artifact, PartialArtifact
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import sqnr_db
-from mobilevd_deploy.checkpoint import open_checkpoint
-from mobilevd_deploy.components import COMPONENTS, build_component, deploy_contract, input_shapes
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import Floors, Recipe, load_recipe
-from mobilevd_deploy.deploy import component_tensors, deploy
+from mobilevd_deploy.deploy import deploy
 from mobilevd_deploy.errors import (
     CheckpointError,
     ExportError,
@@ -48,9 +47,12 @@ from mobilevd_deploy.errors import (
     RewriteError,
     UsageError,
 )
+from mobilevd_deploy.model.checkpoint import open_checkpoint
+from mobilevd_deploy.model.components import build_component, deploy_contract
+from mobilevd_deploy.model.interface import COMPONENTS, component_tensors, input_shapes
+from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.noise import unit_noise
 from mobilevd_deploy.pipeline import Pipeline
-from mobilevd_deploy.unet import MobileVDUNet
 
 RECIPE = load_recipe("onnx")
 PARTIAL = ".model.partial"
@@ -135,7 +137,7 @@ def finished_by(output: Path, checkpoint: Path, recipe: Recipe = RECIPE) -> Hear
 def test_manifest_tells_what_was_made(exported: dict[str, Artifact], tiny_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint)
     package = Path(mobilevd_deploy.__file__).parent
-    schema = json.loads((package / "manifest.schema.json").read_text())
+    schema = json.loads((package / "artifact" / "manifest.schema.json").read_text())
     for name, artifact in exported.items():
         artifact.verify()
         jsonschema.Draft202012Validator(schema).validate(

@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from mobilevd_deploy import estimate as estimate_module
-from mobilevd_deploy.artifact import PartialArtifact
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.config.devices import find
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec
@@ -33,8 +33,8 @@ from mobilevd_deploy.estimate import (
     load_calibration,
     preset_rewrites,
 )
-from mobilevd_deploy.flops import count_flops
 from mobilevd_deploy.inspection import STRUCTURAL_REWRITES
+from mobilevd_deploy.model.flops import count_flops
 from mobilevd_deploy.profiles import TrafficReport, TrafficRow, profiles_dir, render_profile, save_traffic
 from mobilevd_deploy.qnn_graph import DramBytes
 
@@ -163,7 +163,8 @@ def test_kinds_by_hand() -> None:
 
 @pytest.mark.parametrize("rewrites", [(), STRUCTURAL_REWRITES])
 def test_no_operation_is_lost(rewrites: tuple[str, ...]) -> None:
-    from mobilevd_deploy.components import build_component, deploy_contract, input_shapes
+    from mobilevd_deploy.model.components import build_component, deploy_contract
+    from mobilevd_deploy.model.interface import input_shapes
     from mobilevd_deploy.passes import select_passes
 
     counts = count_operations(TINY, rewrites)

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from mobilevd_deploy.base.progress import Progress
-from mobilevd_deploy.components import build_component
 from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.model.components import build_component
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mobilevd_deploy.components import COMPONENTS, build_component, deploy_contract, input_shapes
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.spec import DecoderSpec, ImageEncoderSpec, ModelSpec, VaeEncoderSpec
-from mobilevd_deploy.flops import count_flops, count_flops_by_module
-from mobilevd_deploy.unet import MobileVDUNet
+from mobilevd_deploy.model.components import build_component, deploy_contract
+from mobilevd_deploy.model.flops import count_flops, count_flops_by_module
+from mobilevd_deploy.model.interface import COMPONENTS, input_shapes
+from mobilevd_deploy.model.unet import MobileVDUNet
 
 
 def meta(*shape: int) -> Tensor:

@@ -15,7 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
 from mobilevd_deploy.config.spec import FunnelSpec
-from mobilevd_deploy.funnels import (
+from mobilevd_deploy.model.funnels import (
     ScaledAttention,
     SqueezedConv,
     SqueezedLinear,

@@ -10,7 +10,8 @@ import golden
 import numpy as np
 import pytest
 
-from mobilevd_deploy.artifact import Artifact, Manifest
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import Manifest
 from mobilevd_deploy.errors import ArtifactError
 
 INDEX = json.loads((golden.VECTORS / "manifests" / "index.json").read_text())

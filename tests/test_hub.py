@@ -27,7 +27,9 @@ from rich.console import Console
 from tiny_artifact import build, write_artifact
 
 from mobilevd_deploy import cli
-from mobilevd_deploy.artifact import Artifact, FileEntry, PartialArtifact
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import FileEntry
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import LineProgress
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.errors import ArtifactError, SpecError, UsageError, VendorError
@@ -580,7 +582,7 @@ def test_two_runs_at_once_keep_out_of_each_others_way(run, server, artifact):
 
 CHILD = """
 import sys, traceback
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import Artifact
 from mobilevd_deploy.hub import Hub, Request, profile_on_hub
 from mobilevd_deploy.base.progress import LineProgress
 from mobilevd_deploy.config.spec import load_preset

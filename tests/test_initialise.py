@@ -12,14 +12,14 @@ import torch
 from conftest import FULL, PLAIN, TINY_MODEL, decibels, temporal_paths, write_checkpoint
 from torch import nn
 
-from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.cli import app
-from mobilevd_deploy.components import build_component
 from mobilevd_deploy.config.spec import FunnelSpec
 from mobilevd_deploy.errors import SpecError, UsageError
-from mobilevd_deploy.funnels import initialise_csi
+from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
+from mobilevd_deploy.model.components import build_component
+from mobilevd_deploy.model.funnels import initialise_csi
+from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.training.initialise import compress_svd, draw_checkpoint, read_importance
-from mobilevd_deploy.unet import MobileVDUNet
 
 SVD = dataclasses.replace(TINY_MODEL, name="svd", unet=PLAIN)
 

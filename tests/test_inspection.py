@@ -14,12 +14,13 @@ import torch
 from conftest import FULL, TINY_MODEL
 from rich.console import Console, RenderableType
 
-from mobilevd_deploy.artifact import PartialArtifact
-from mobilevd_deploy.checkpoint import save_checkpoint
-from mobilevd_deploy.components import COMPONENTS, build_component
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.config.presets import Preset
 from mobilevd_deploy.errors import CheckpointError, SpecError, UsageError
 from mobilevd_deploy.inspection import inspect, ladder, render_inspection, render_ladder
+from mobilevd_deploy.model.checkpoint import save_checkpoint
+from mobilevd_deploy.model.components import build_component
+from mobilevd_deploy.model.interface import COMPONENTS
 from mobilevd_deploy.passes import PASSES
 
 SPEC = dataclasses.replace(TINY_MODEL, name="little", height=64, width=64)

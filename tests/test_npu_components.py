@@ -17,7 +17,6 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 from torch import Tensor, nn
 
 from mobilevd_deploy.base.tensors import sqnr_db
-from mobilevd_deploy.components import build_component, deploy_contract, input_shapes
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import GraphForms, load_recipe
 from mobilevd_deploy.config.spec import (
@@ -29,6 +28,8 @@ from mobilevd_deploy.config.spec import (
     VaeEncoderSpec,
 )
 from mobilevd_deploy.errors import RewriteError
+from mobilevd_deploy.model.components import build_component, deploy_contract
+from mobilevd_deploy.model.interface import input_shapes
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.npu.encoders import Resize
 from mobilevd_deploy.passes import PASSES, SubPixelUpsampling

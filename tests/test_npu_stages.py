@@ -23,7 +23,9 @@ pytest.importorskip("aimet_torch")
 pytest.importorskip("onnxruntime_qnn")
 
 from mobilevd_deploy import npu_stages, verify
-from mobilevd_deploy.artifact import Artifact, Component, FileEntry, PartialArtifact, TensorSpec
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import Component, FileEntry
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import psnr_db
 from mobilevd_deploy.calibration import drawn_pictures
@@ -32,6 +34,7 @@ from mobilevd_deploy.config.recipe import Floors, QuantRule, Recipe, load_recipe
 from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.deploy import deploy
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError, VendorError
+from mobilevd_deploy.model.interface import TensorSpec
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.onnx_export import export_onnx
 from mobilevd_deploy.pipeline import Job, Pipeline
@@ -130,7 +133,7 @@ def test_every_component_has_a_binary_that_names_its_chip(artifact: Artifact) ->
 
 
 def test_the_manifest_follows_its_schema_and_tells_the_quality(artifact: Artifact) -> None:
-    schema = Path(npu_stages.__file__).with_name("manifest.schema.json")
+    schema = Path(npu_stages.__file__).parent / "artifact" / "manifest.schema.json"
     jsonschema.validate(
         json.loads(artifact.manifest.to_json()), json.loads(schema.read_text(encoding="utf-8"))
     )

@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from mobilevd_deploy.config.recipe import GraphForms
 from mobilevd_deploy.errors import RewriteError
+from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.npu.unet import NpuUNet
 from mobilevd_deploy.passes import PASSES, UNetProbe, run_passes, select_passes
 from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsample
-from mobilevd_deploy.unet import MobileVDUNet
 
 NAMES = tuple(p.name for p in PASSES)
 SUBPIXEL = NAMES[-1]

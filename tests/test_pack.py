@@ -5,9 +5,9 @@ import zipfile
 import pytest
 from tiny_artifact import write_artifact
 
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.pack import pack
 from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError
-from mobilevd_deploy.pack import pack
 
 
 def test_what_is_unpacked_is_the_artifact(tmp_path):

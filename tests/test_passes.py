@@ -16,15 +16,15 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevd_deploy.artifact import PassReport
+from mobilevd_deploy.artifact.manifest import PassReport
 from mobilevd_deploy.config.spec import FunnelSpec, UNetSpec
 from mobilevd_deploy.errors import RewriteError, UsageError
-from mobilevd_deploy.funnels import SqueezedConv, WidenedConv, funnel_width
+from mobilevd_deploy.model.funnels import SqueezedConv, WidenedConv, funnel_width
+from mobilevd_deploy.model.unet import MobileVDUNet, Preconditioning
 from mobilevd_deploy.npu.ops import SubPixelUpsample as DeploySubPixelUpsample
 from mobilevd_deploy.passes import PASSES, Pass, UNetProbe, run_passes, select_passes
 from mobilevd_deploy.passes.drop_temporal_blocks import FixedBlend, SpatialResBlock, SpatialTransformer
 from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsample, phase_kernels
-from mobilevd_deploy.unet import MobileVDUNet, Preconditioning
 
 NAMES = tuple(p.name for p in PASSES)
 FUNNELS, CROSS, DROP, STEP, PRECONDITIONING, SUBPIXEL = NAMES

@@ -9,9 +9,12 @@ import onnx
 import pytest
 from tiny_artifact import PIPELINE, STRENGTH, WEIGHTS, build, write_artifact
 
-from mobilevd_deploy.artifact import Artifact, Component, FileEntry, NpuPart, PartialArtifact, TensorSpec
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import Component, FileEntry, NpuPart
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import ArtifactError, UsageError
+from mobilevd_deploy.model.interface import TensorSpec
 from mobilevd_deploy.noise import unit_noise
 from mobilevd_deploy.pipeline import OnnxRunner, PartsRunner, Pipeline
 

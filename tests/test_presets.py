@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobilevd_deploy.components import COMPONENTS, build_component
 from mobilevd_deploy.config.presets import load_preset, preset_names
 from mobilevd_deploy.errors import SpecError
+from mobilevd_deploy.model.components import build_component
+from mobilevd_deploy.model.interface import COMPONENTS
 from mobilevd_deploy.passes import PASSES
 
 ROWS = [

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from mobilevd_deploy.artifact import TensorSpec
 from mobilevd_deploy.base.tensors import psnr_db, sqnr_db
 from mobilevd_deploy.errors import UsageError
+from mobilevd_deploy.model.interface import TensorSpec
 from mobilevd_deploy.noise import unit_noise
 from mobilevd_deploy.probe import Probe, make_probe
 

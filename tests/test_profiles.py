@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tiny_artifact import write_artifact
 
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.errors import ArtifactError, SpecError
 from mobilevd_deploy.profiles import (
     MADE_UP,

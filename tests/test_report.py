@@ -12,15 +12,15 @@ import pytest
 import torch
 from tiny_artifact import build
 
-from mobilevd_deploy.artifact import Manifest, PassReport, Source
+from mobilevd_deploy.artifact.manifest import Manifest, PassReport, Source
 from mobilevd_deploy.base.processes import StageCost
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import GraphForms, load_recipe
 from mobilevd_deploy.config.spec import StepSpec, UNetSpec
 from mobilevd_deploy.errors import SpecError
+from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.profiles import TrafficReport, TrafficRow
 from mobilevd_deploy.report import graph_form_words, render_profiles, render_report, temporal_block_groups
-from mobilevd_deploy.unet import MobileVDUNet
 
 VOID = {"meta"}
 SELF_CLOSING = {"rect", "line"}

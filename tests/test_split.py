@@ -12,7 +12,7 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.tensors import Array
 from mobilevd_deploy.errors import ExportError
 from mobilevd_deploy.pipeline import OnnxRunner, PartsRunner

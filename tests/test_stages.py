@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobilevd_deploy.artifact import PartialArtifact
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.files import digest
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import ResourceError, UsageError

@@ -11,7 +11,7 @@ from conftest import TINY_MODEL
 from PIL import Image
 
 from mobilevd_deploy import traffic
-from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import NpuOptions, Recipe, load_recipe
 from mobilevd_deploy.errors import ArtifactError, UsageError

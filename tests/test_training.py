@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mobilevd_deploy.checkpoint import open_checkpoint
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.spec import DecoderSpec, ModelSpec, VaeEncoderSpec
 from mobilevd_deploy.errors import UsageError
+from mobilevd_deploy.model.checkpoint import open_checkpoint
 from mobilevd_deploy.training import train_demo as module
 from mobilevd_deploy.training.gates import inclusion_probabilities, most_important, sample_gates
 from mobilevd_deploy.training.optim import Muon, orthogonalise
@@ -230,8 +230,8 @@ def test_a_work_folder_of_other_settings_is_refused(
 
 def test_training_shortcuts_keep_the_network_s_outputs(tiny_spec: ModelSpec) -> None:
     """One-token attention, and the pruned temporal halves left out."""
-    from mobilevd_deploy.components import build_component
-    from mobilevd_deploy.funnels import initialise_he
+    from mobilevd_deploy.model.components import build_component
+    from mobilevd_deploy.model.funnels import initialise_he
 
     unet_spec = dataclasses.replace(tiny_spec.unet, kept_temporal_blocks=("down_blocks.0.attentions.0",))
     unet = build_component(dataclasses.replace(tiny_spec, unet=unet_spec), "unet").double()

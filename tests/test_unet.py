@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec, StepSpec, UNetSpec
 from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.funnels import funnel_width
+from mobilevd_deploy.model.funnels import funnel_width
+from mobilevd_deploy.model.unet import GatedBlender, MobileVDUNet, TemporalDownsample, TemporalUpsample
 from mobilevd_deploy.passes import UNetProbe
 from mobilevd_deploy.training.gates import inclusion_probabilities, sample_gates
-from mobilevd_deploy.unet import GatedBlender, MobileVDUNet, TemporalDownsample, TemporalUpsample
 
 EXACT_DB = 280.0  # float64 with sums in another order
 MULTISCALING = ("none", "mean", "conv")

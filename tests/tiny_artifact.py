@@ -10,18 +10,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mobilevd_deploy.artifact import (
-    Artifact,
-    Component,
-    FileEntry,
-    Manifest,
-    PartialArtifact,
-    PassReport,
-    PipelineSpec,
-    Source,
-    TensorSpec,
-)
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import Component, FileEntry, Manifest, PassReport, PipelineSpec, Source
+from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.processes import StageCost
+from mobilevd_deploy.model.interface import TensorSpec
 
 PIPELINE = PipelineSpec(frames=2, height=16, width=24, fps=7)
 GENERATOR = np.random.default_rng(0)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mobilevd_deploy.components import DenoiseStep
 from mobilevd_deploy.config.recipe import GraphForms
 from mobilevd_deploy.config.spec import ComponentName, ModelSpec
+from mobilevd_deploy.model.components import DenoiseStep
 from mobilevd_deploy.npu.decoders import NpuDecoder
 from mobilevd_deploy.npu.encoders import NpuImageEncoder, NpuVaeEncoder
 from mobilevd_deploy.npu.unet import NpuUNet

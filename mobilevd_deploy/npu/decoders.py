@@ -14,9 +14,9 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import Tensor, nn
 
-from mobilevd_deploy.components import DemoDecoder, SvdTemporalDecoder, TinyDecoder
 from mobilevd_deploy.config.recipe import GraphForms
 from mobilevd_deploy.config.spec import ModelSpec
+from mobilevd_deploy.model.components import DemoDecoder, SvdTemporalDecoder, TinyDecoder
 from mobilevd_deploy.npu.ops import (
     Add,
     Constant,

@@ -12,7 +12,9 @@ from typing import Any
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D
 from torch import Tensor, nn
 
-from mobilevd_deploy.components import (
+from mobilevd_deploy.config.recipe import GraphForms
+from mobilevd_deploy.config.spec import ModelSpec
+from mobilevd_deploy.model.components import (
     CLIP_MEAN,
     CLIP_STD,
     DemoVaeEncoder,
@@ -20,8 +22,6 @@ from mobilevd_deploy.components import (
     SvdVaeEncoder,
     resize_matrix,
 )
-from mobilevd_deploy.config.recipe import GraphForms
-from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.npu.ops import (
     Add,
     Concat,

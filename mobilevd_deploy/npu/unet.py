@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mobilevd_deploy.config.recipe import GraphForms
 from mobilevd_deploy.errors import RewriteError
+from mobilevd_deploy.model.unet import MobileVDUNet, TemporalDownsample, TemporalUpsample
 from mobilevd_deploy.npu.ops import (
     Add,
     Concat,
@@ -41,7 +42,6 @@ from mobilevd_deploy.npu.ops import (
 from mobilevd_deploy.passes.drop_temporal_blocks import FixedBlend, SpatialResBlock, TemporalResult
 from mobilevd_deploy.passes.fold_single_step import FramePositions
 from mobilevd_deploy.passes.single_token_cross_attention import SingleTokenCrossAttention
-from mobilevd_deploy.unet import MobileVDUNet, TemporalDownsample, TemporalUpsample
 
 
 class FeedForward(nn.Module):

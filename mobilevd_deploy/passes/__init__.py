@@ -16,17 +16,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mobilevd_deploy.artifact import PassReport
+from mobilevd_deploy.artifact.manifest import PassReport
 from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.errors import RewriteError, UsageError
-from mobilevd_deploy.flops import count_flops
+from mobilevd_deploy.model.flops import count_flops
+from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.passes.drop_temporal_blocks import DropTemporalBlocks
 from mobilevd_deploy.passes.fold_channel_funnels import FoldChannelFunnels
 from mobilevd_deploy.passes.fold_preconditioning import FoldPreconditioning
 from mobilevd_deploy.passes.fold_single_step import FoldSingleStep
 from mobilevd_deploy.passes.single_token_cross_attention import StripCrossAttention
 from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
-from mobilevd_deploy.unet import MobileVDUNet
 
 
 class Pass(Protocol):

@@ -8,8 +8,8 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from torch import Tensor, nn
 
 from mobilevd_deploy.errors import RewriteError
-from mobilevd_deploy.funnels import WidenedConv
-from mobilevd_deploy.unet import GatedBlender, MobileVDUNet
+from mobilevd_deploy.model.funnels import WidenedConv
+from mobilevd_deploy.model.unet import GatedBlender, MobileVDUNet
 
 
 class SpatialResBlock(nn.Module):

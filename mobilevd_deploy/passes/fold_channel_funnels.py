@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mobilevd_deploy.errors import RewriteError
-from mobilevd_deploy.funnels import SqueezedConv, SqueezedLinear, WidenedConv, WidenedLinear
-from mobilevd_deploy.unet import MobileVDUNet
+from mobilevd_deploy.model.funnels import SqueezedConv, SqueezedLinear, WidenedConv, WidenedLinear
+from mobilevd_deploy.model.unet import MobileVDUNet
 
 
 class FoldChannelFunnels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mobilevd_deploy.unet import MobileVDUNet, Preconditioning
+from mobilevd_deploy.model.unet import MobileVDUNet, Preconditioning
 
 
 class FoldPreconditioning:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevd_deploy.errors import RewriteError
-from mobilevd_deploy.funnels import SqueezedConv
-from mobilevd_deploy.unet import MobileVDUNet
+from mobilevd_deploy.model.funnels import SqueezedConv
+from mobilevd_deploy.model.unet import MobileVDUNet
 
 
 class FramePositions(nn.Module):

@@ -7,8 +7,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from mobilevd_deploy.errors import RewriteError
-from mobilevd_deploy.funnels import linear_from
-from mobilevd_deploy.unet import MobileVDUNet
+from mobilevd_deploy.model.funnels import linear_from
+from mobilevd_deploy.model.unet import MobileVDUNet
 
 
 class SingleTokenCrossAttention(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevd_deploy.errors import RewriteError
-from mobilevd_deploy.funnels import conv_like
-from mobilevd_deploy.unet import MobileVDUNet
+from mobilevd_deploy.model.funnels import conv_like
+from mobilevd_deploy.model.unet import MobileVDUNet
 
 
 class SubPixelUpsample(nn.Module):

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from mobilevd_deploy.base.progress import Progress
-from mobilevd_deploy.checkpoint import Checkpoint, expected_shapes, write_checkpoint
-from mobilevd_deploy.components import build_component
 from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec
 from mobilevd_deploy.errors import SpecError, UsageError
-from mobilevd_deploy.funnels import SqueezedConv, SqueezedLinear, initialise_csi
+from mobilevd_deploy.model.checkpoint import Checkpoint, expected_shapes, write_checkpoint
+from mobilevd_deploy.model.components import build_component
+from mobilevd_deploy.model.funnels import SqueezedConv, SqueezedLinear, initialise_csi
+from mobilevd_deploy.model.unet import MobileVDUNet, TemporalDownsample, TemporalUpsample
 from mobilevd_deploy.training.gates import most_important
-from mobilevd_deploy.unet import MobileVDUNet, TemporalDownsample, TemporalUpsample
 
 _UNET = "unet."
 

@@ -35,17 +35,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevd_deploy.base.files import written_aside
-from mobilevd_deploy.checkpoint import save_checkpoint
-from mobilevd_deploy.components import COMPONENTS, build_component
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.spec import ComponentName, FunnelSpec, ModelSpec
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.funnels import initialise_csi
+from mobilevd_deploy.model.checkpoint import save_checkpoint
+from mobilevd_deploy.model.components import build_component
+from mobilevd_deploy.model.funnels import initialise_csi
+from mobilevd_deploy.model.interface import COMPONENTS
+from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.passes.drop_temporal_blocks import SpatialResBlock, SpatialTransformer
 from mobilevd_deploy.training.clips import make_clips
 from mobilevd_deploy.training.gates import inclusion_probabilities, most_important, sample_gates
 from mobilevd_deploy.training.optim import Muon
-from mobilevd_deploy.unet import MobileVDUNet
 
 _LATENT_NOISE = 0.03  # of a channel's deviation: the decoder learns to bear a UNet's small errors
 

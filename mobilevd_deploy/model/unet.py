@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mobilevd_deploy.config.spec import StepSpec, UNetSpec
 from mobilevd_deploy.errors import SpecError
-from mobilevd_deploy.funnels import ScaledAttention, add_attention_funnels, add_resblock_funnel
+from mobilevd_deploy.model.funnels import ScaledAttention, add_attention_funnels, add_resblock_funnel
 
 TEMPORAL_BLOCKS = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 

@@ -11,7 +11,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from mobilevd_deploy.artifact import MANIFEST, MANIFEST_DIGEST, Artifact
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.artifact.manifest import MANIFEST, MANIFEST_DIGEST
 from mobilevd_deploy.base.files import written_aside
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import UsageError

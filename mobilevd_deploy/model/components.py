@@ -22,7 +22,6 @@ from diffusers.models.autoencoders.vae import DecoderTiny, Encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevd_deploy.autoencoder import PixelShuffleDecoder, PixelUnshuffleEncoder
 from mobilevd_deploy.config.spec import (
     ComponentName,
     DecoderSpec,
@@ -31,17 +30,8 @@ from mobilevd_deploy.config.spec import (
     VaeEncoderSpec,
 )
 from mobilevd_deploy.errors import MobileVDError, SpecError
-from mobilevd_deploy.unet import MobileVDUNet
-
-# In running order: each reads the picture, the noise, or what an earlier one returned.
-COMPONENTS: tuple[ComponentName, ...] = ("image_encoder", "vae_encoder", "unet", "decoder")
-
-OUTPUT_NAMES: dict[ComponentName, str] = {
-    "image_encoder": "image_embeds",
-    "vae_encoder": "image_latents",
-    "unet": "latents",
-    "decoder": "frames",
-}
+from mobilevd_deploy.model.autoencoder import PixelShuffleDecoder, PixelUnshuffleEncoder
+from mobilevd_deploy.model.unet import MobileVDUNet
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -81,21 +71,6 @@ def deploy_contract(module: nn.Module) -> nn.Module:
     A UNet is wrapped, everything else is so already. State-dict names of the wrapped one gain "unet.".
     """
     return DenoiseStep(module) if isinstance(module, MobileVDUNet) else module
-
-
-def input_shapes(spec: ModelSpec, name: ComponentName) -> dict[str, tuple[int, ...]]:
-    """Return the inputs of a component in calling order, each with its shape; all are float tensors."""
-    image: tuple[int, ...] = (1, 3, spec.height, spec.width)
-    image_latents = (1, 4, *spec.latent_size)
-    video_latents = (spec.frames, 4, *spec.latent_size)
-    if name == "image_encoder":
-        return {"image": image}
-    if name == "vae_encoder":
-        return {"image": image} | ({"image_noise": image} if spec.step.noise_aug_strength > 0 else {})
-    if name == "unet":
-        embeds = (1, spec.unet.cross_attention_dim)
-        return {"noise": video_latents, "image_latents": image_latents, "image_embeds": embeds}
-    return {"latents": video_latents}
 
 
 class DenoiseStep(nn.Module):
