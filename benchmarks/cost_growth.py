@@ -30,10 +30,10 @@ from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.deploy import deploy_form
 from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint, read_weights, write_weights
 from mobilevd_deploy.model.interface import input_shapes
-from mobilevd_deploy.onnx_export import DATA, MODEL, export_onnx, read_graph
+from mobilevd_deploy.npu.onnx_export import DATA, MODEL, export_onnx, read_graph
+from mobilevd_deploy.npu.skeleton import deploy_skeleton
 from mobilevd_deploy.qnn import compile_context, find_target
 from mobilevd_deploy.quantize import quantise
-from mobilevd_deploy.skeleton import deploy_skeleton
 from mobilevd_deploy.training.initialise import draw_checkpoint
 
 WEIGHTS = "unet.safetensors"

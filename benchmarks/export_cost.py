@@ -259,10 +259,10 @@ def _ours(job: Mapping[str, Any], folder: Path) -> Record:
     from mobilevd_deploy.model.components import deploy_contract
     from mobilevd_deploy.model.interface import component_tensors
     from mobilevd_deploy.npu.build import build_npu
-    from mobilevd_deploy.onnx_export import MODEL, export_onnx, read_graph
-    from mobilevd_deploy.passes import UNetProbe, run_passes, select_passes
-    from mobilevd_deploy.pipeline import OnnxRunner
+    from mobilevd_deploy.npu.onnx_export import MODEL, export_onnx, read_graph
+    from mobilevd_deploy.passes.runner import UNetProbe, run_passes, select_passes
     from mobilevd_deploy.probe import Probe
+    from mobilevd_deploy.runtime.runners import OnnxRunner
 
     network, spec, identity = _load(job)
     recipe = load_recipe(RECIPE)
@@ -297,7 +297,7 @@ def _alternative(job: Mapping[str, Any], folder: Path) -> Record:
     import torch
 
     from mobilevd_deploy.model.components import deploy_contract
-    from mobilevd_deploy.onnx_export import MODEL
+    from mobilevd_deploy.npu.onnx_export import MODEL
 
     network, spec, _ = _load(job)
     feeds = _feeds(spec)
@@ -331,8 +331,8 @@ def _latency(job: Mapping[str, Any], folder: Path) -> Record:
     from mobilevd_deploy.model.components import build_component, deploy_contract
     from mobilevd_deploy.model.flops import count_flops
     from mobilevd_deploy.model.interface import input_shapes
-    from mobilevd_deploy.onnx_export import MODEL, read_graph
-    from mobilevd_deploy.pipeline import OnnxRunner
+    from mobilevd_deploy.npu.onnx_export import MODEL, read_graph
+    from mobilevd_deploy.runtime.runners import OnnxRunner
 
     spec = open_checkpoint(job["checkpoint"]).spec if job["checkpoint"] else from_dict(ModelSpec, job["spec"])
     with torch.device("meta"):

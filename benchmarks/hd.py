@@ -29,7 +29,7 @@ from mobilevd_deploy.base.processes import Steps
 from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.config.recipe import Recipe, load_recipe
 from mobilevd_deploy.model.checkpoint import open_checkpoint
-from mobilevd_deploy.onnx_export import MODEL
+from mobilevd_deploy.npu.onnx_export import MODEL
 from mobilevd_deploy.qnn import lint
 from mobilevd_deploy.split import plan_cut, weight_bytes, write_parts
 

@@ -33,10 +33,10 @@ from mobilevd_deploy.calibration import drawn_pictures
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import QuantScheme, load_recipe
 from mobilevd_deploy.deploy import deploy_form
-from mobilevd_deploy.media import to_uint8
 from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
-from mobilevd_deploy.pipeline import Job, loader, run_component
 from mobilevd_deploy.quantize import Quantised, quantise
+from mobilevd_deploy.runtime.media import to_uint8
+from mobilevd_deploy.runtime.pipeline import ClipJob, loader, run_component
 from mobilevd_deploy.training.clips import HELD_OUT, make_clip
 from mobilevd_deploy.training.quality import score, summarise
 
@@ -121,8 +121,8 @@ class Bench:
         first = [
             (clip.frames[:1].transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32) for clip in self.clips
         ]
-        self.samples = [Job(picture, i) for i, picture in enumerate(drawn)]
-        self.judges = [Job(picture, i) for i, picture in enumerate(first)]
+        self.samples = [ClipJob(picture, i) for i, picture in enumerate(drawn)]
+        self.judges = [ClipJob(picture, i) for i, picture in enumerate(first)]
         for name in ("image_encoder", "vae_encoder"):
             run_component(components[name], self.load, [*self.samples, *self.judges])
         run_component(self.unet, self.load, self.judges)
@@ -149,7 +149,7 @@ class Bench:
 
     def _psnr(self, latents: list[Any]) -> float:
         jobs = [
-            Job(judge.image, judge.seed, judge.outputs | {"unet": given})
+            ClipJob(judge.image, judge.seed, judge.outputs | {"unet": given})
             for judge, given in zip(self.judges, latents, strict=True)
         ]
         run_component(self.decoder, self.load, jobs)

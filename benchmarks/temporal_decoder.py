@@ -28,10 +28,10 @@ from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import load_recipe
 from mobilevd_deploy.model.interface import input_shapes
-from mobilevd_deploy.onnx_export import MODEL, export_onnx, read_graph
+from mobilevd_deploy.npu.onnx_export import MODEL, export_onnx, read_graph
+from mobilevd_deploy.npu.skeleton import deploy_skeleton
 from mobilevd_deploy.qnn import lint
 from mobilevd_deploy.quantize import quantise
-from mobilevd_deploy.skeleton import deploy_skeleton
 from mobilevd_deploy.split import plan_cut, weight_bytes, write_parts
 from mobilevd_deploy.traffic import randomised
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mobilevd_deploy import media
 from mobilevd_deploy.errors import UsageError
+from mobilevd_deploy.runtime import media
 
 JUDGES = 2
 """Pictures that are kept back to judge, and to ask whether every input still matters."""

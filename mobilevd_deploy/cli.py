@@ -263,9 +263,9 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Make a moving clip from one picture with an exported artifact."""
-    from mobilevd_deploy import media
     from mobilevd_deploy.artifact.artifact import Artifact, find_newest
-    from mobilevd_deploy.pipeline import Pipeline
+    from mobilevd_deploy.runtime import media
+    from mobilevd_deploy.runtime.pipeline import Pipeline
 
     media.check_clip_path(output)
     if sheet:

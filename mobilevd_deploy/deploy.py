@@ -34,12 +34,12 @@ from mobilevd_deploy.model.components import deploy_contract
 from mobilevd_deploy.model.interface import COMPONENTS, component_tensors
 from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.npu.build import build_npu
-from mobilevd_deploy.onnx_export import DATA, MODEL, OnnxGraph, export_onnx, read_graph
-from mobilevd_deploy.passes import UNetProbe, run_passes, select_passes
-from mobilevd_deploy.pipeline import OnnxRunner
+from mobilevd_deploy.npu.onnx_export import DATA, MODEL, OnnxGraph, export_onnx, read_graph
+from mobilevd_deploy.npu.skeleton import deploy_skeleton, rewrites
+from mobilevd_deploy.passes.runner import UNetProbe, run_passes, select_passes
 from mobilevd_deploy.probe import Probe, make_probe
 from mobilevd_deploy.report import render_report
-from mobilevd_deploy.skeleton import deploy_skeleton, rewrites
+from mobilevd_deploy.runtime.runners import OnnxRunner
 from mobilevd_deploy.stages import StageOutput, Stages
 
 REPORT = "report.html"

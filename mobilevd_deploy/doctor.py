@@ -103,7 +103,7 @@ def _qnn(recipe: Recipe) -> Finding:
 
         from mobilevd_deploy.base.tensors import Tensors, sqnr_db
         from mobilevd_deploy.config.recipe import OnnxOptions
-        from mobilevd_deploy.onnx_export import MODEL, export_onnx
+        from mobilevd_deploy.npu.onnx_export import MODEL, export_onnx
         from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target
 
         torch.manual_seed(0)
@@ -200,7 +200,7 @@ def _apk() -> Finding:
 
 def parameters(spec: ModelSpec, recipe: Recipe) -> int:
     """Count the parameters of a model's UNet, the largest component, after the recipe's rewrites."""
-    from mobilevd_deploy.skeleton import rewrites, rewritten_skeleton
+    from mobilevd_deploy.npu.skeleton import rewrites, rewritten_skeleton
 
     step, _ = rewritten_skeleton(spec, rewrites(recipe))
     return sum(parameter.numel() for parameter in step.unet.parameters())

@@ -366,7 +366,7 @@ def load_calibration() -> Calibration:
 
 def count_operations(spec: ModelSpec, rewrites: Sequence[str]) -> Counts:
     """Count the UNet's operations by kind, on its module tree without weights: seconds at full size."""
-    from mobilevd_deploy.skeleton import rewritten_skeleton
+    from mobilevd_deploy.npu.skeleton import rewritten_skeleton
 
     step, inputs = rewritten_skeleton(spec, rewrites)
     return count_module(step.unet, step, *inputs)

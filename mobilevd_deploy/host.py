@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from mobilevd_deploy.artifact.artifact import Artifact
-from mobilevd_deploy.artifact.manifest import Component
 from mobilevd_deploy.base.progress import Progress
-from mobilevd_deploy.base.tensors import Array
-from mobilevd_deploy.pipeline import Job, OnnxRunner, Pipeline, Runner
 from mobilevd_deploy.profiles import SCHEMA_VERSION, ComponentProfile, Latency, Profile, now, total_ms
+from mobilevd_deploy.runtime.pipeline import ClipJob
+from mobilevd_deploy.runtime.recording import SEED, check_picture
+from mobilevd_deploy.runtime.runners import OnnxRunner
 
-# The seed of the noise for checks and timings.
-SEED = 0
 # A component gets no further call after this; the full size takes minutes a call.
 SECONDS = 30.0
 
@@ -41,7 +36,7 @@ def profile_on_host(
     progress, manifest = progress or Progress(), artifact.manifest
     wanted = {artifact.manifest.component(name).name for name in components}
     chosen = [c for c in manifest.components if not components or c.name in wanted]
-    job = Job(check_picture(artifact, None), SEED)
+    job = ClipJob(check_picture(artifact, None), SEED)
     rows = []
     progress.plan({component.name: max(component.flops, 1) for component in manifest.components})
     for component in manifest.components[: manifest.components.index(chosen[-1]) + 1]:
@@ -77,46 +72,6 @@ def profile_on_host(
         notes=("the float32 graphs on onnxruntime's CPU provider, with as many threads as it likes",),
         tools={"onnxruntime": _onnxruntime()},
     )
-
-
-def run_on_host(artifact: Artifact, image: str | None) -> dict[str, tuple[dict[str, Array], Array]]:
-    """Make a clip on this computer; return each component's inputs by name, and its output.
-
-    The picture is the file `image`, or a smooth pattern. Errors as in `Pipeline.generate_all`, MediaError.
-    """
-    taken: dict[str, tuple[dict[str, Array], Array]] = {}
-    pipeline = Pipeline.open(artifact)
-    recording = Pipeline(artifact, lambda component: _Recorder(pipeline.load(component), component, taken))
-    recording.generate(check_picture(artifact, image), SEED)
-    return taken
-
-
-def check_picture(artifact: Artifact, image: str | Path | None) -> Array:
-    """Return the picture of that file as the artifact wants it, or a smooth pattern; float32 in [-1, 1]."""
-    spec = artifact.manifest.pipeline
-    if image is not None:
-        from mobilevd_deploy.media import read_picture
-
-        return read_picture(image, spec.width, spec.height).pixels
-    y, x = np.mgrid[0 : spec.height, 0 : spec.width] / max(spec.height, spec.width)
-    waves = [np.sin(5 * x + 3 * y), np.cos(7 * x * y), np.sin(4 * (x - 0.5) ** 2 + 6 * y)]
-    return np.stack(waves)[None].astype(np.float32)
-
-
-class _Recorder:
-    """A runner that keeps what goes in and comes out."""
-
-    def __init__(
-        self, runner: Runner, component: Component, taken: dict[str, tuple[dict[str, Array], Array]]
-    ) -> None:
-        self._runner = runner
-        self._component = component
-        self._taken = taken
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        outputs = self._runner.run(feeds)
-        self._taken[self._component.name] = dict(feeds), outputs[self._component.outputs[0].name]
-        return outputs
 
 
 def _processor() -> str:

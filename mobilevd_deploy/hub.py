@@ -63,7 +63,6 @@ from mobilevd_deploy.errors import (
     UsageError,
     VendorError,
 )
-from mobilevd_deploy.host import run_on_host
 from mobilevd_deploy.profiles import (
     MADE_UP,
     Check,
@@ -81,6 +80,7 @@ from mobilevd_deploy.profiles import (
 )
 from mobilevd_deploy.profiles import SCHEMA_VERSION as PROFILE_VERSION
 from mobilevd_deploy.profiling.hub.hosted import HostedDevice, HostedPhone, choose_hosted
+from mobilevd_deploy.runtime.recording import run_on_host
 
 T = TypeVar("T")
 JobKind = Literal["compile", "profile", "inference"]

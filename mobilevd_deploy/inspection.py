@@ -30,7 +30,7 @@ from mobilevd_deploy.model.components import build_component
 from mobilevd_deploy.model.flops import Convention, count_flops_by_module
 from mobilevd_deploy.model.interface import COMPONENTS
 from mobilevd_deploy.model.unet import MobileVDUNet
-from mobilevd_deploy.skeleton import rewritten_skeleton
+from mobilevd_deploy.npu.skeleton import rewritten_skeleton
 
 # What the paper's last row includes; the count of a network that is no row of it assumes them too.
 STRUCTURAL_REWRITES = ("single-token-cross-attention", "drop-temporal-blocks", "fold-channel-funnels")

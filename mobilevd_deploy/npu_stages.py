@@ -37,12 +37,13 @@ from mobilevd_deploy.calibration import JUDGES, Pictures
 from mobilevd_deploy.config.recipe import Recipe
 from mobilevd_deploy.config.spec import ComponentName
 from mobilevd_deploy.errors import ExportError, ParityError
-from mobilevd_deploy.media import to_uint8, write_sheet
-from mobilevd_deploy.onnx_export import DATA, MODEL
-from mobilevd_deploy.pipeline import Job, OnnxRunner, PartsRunner, run_component
+from mobilevd_deploy.npu.onnx_export import DATA, MODEL
 from mobilevd_deploy.qnn import SIMULATE_UP_TO_FLOPS, NpuSimRunner, compile_context, find_target, lint
 from mobilevd_deploy.qnn_graph import check_graph
 from mobilevd_deploy.quantize import answers, conditioning, quantise, sensitivity
+from mobilevd_deploy.runtime.media import to_uint8, write_sheet
+from mobilevd_deploy.runtime.pipeline import ClipJob, run_component
+from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
 from mobilevd_deploy.split import Cut, compiler_bytes, compiler_work, fewest_parts, plan_cut, write_parts
 from mobilevd_deploy.stages import Pieces, StageOutput, StageRecord, Stages
 
@@ -195,7 +196,7 @@ class _Flow:
         for index in range(count):
             path = self._sample_path(index)
             path.parent.mkdir(parents=True, exist_ok=True)
-            job = Job(pictures.values[index], index) if is_first else self._load(path)
+            job = ClipJob(pictures.values[index], index) if is_first else self._load(path)
             run_component(component, lambda _: runner, [job])
             arrays: dict[str, Any] = {"image": job.image, **job.outputs}
             np.savez(path, **arrays)
@@ -264,7 +265,7 @@ class _Flow:
         last, judges = self.components[-1].name, self._judges()
         if max(component.flops for component in self.components) > JUDGE_ALL_UP_TO_FLOPS:
             judges = judges[:1]
-        jobs = [Job(judge.image, judge.seed) for judge in judges]
+        jobs = [ClipJob(judge.image, judge.seed) for judge in judges]
         for component in self.components:
             run_component(component, lambda c: OnnxRunner(self._quantised(c.name) / MODEL), jobs)
         clips = [(judge.outputs[last], job.outputs[last]) for judge, job in zip(judges, jobs, strict=True)]
@@ -455,17 +456,17 @@ class _Flow:
     def _jobs(self) -> list[Path]:
         return sorted((self.folder.work / "calibration").glob("*.npz"), key=lambda path: int(path.stem))
 
-    def _load(self, path: Path) -> Job:
+    def _load(self, path: Path) -> ClipJob:
         with np.load(path) as arrays:
             outputs = {name: arrays[name] for name in arrays.files if name != "image"}
-            return Job(arrays["image"], int(path.stem), outputs)
+            return ClipJob(arrays["image"], int(path.stem), outputs)
 
     def _feeds(self, component: Component) -> Iterator[Tensors]:
         """Inputs of the pictures that calibrate, one at a time."""
         for path in self._jobs()[:-JUDGES]:
             yield self._load(path).feeds(component)
 
-    def _judges(self) -> list[Job]:
+    def _judges(self) -> list[ClipJob]:
         return [self._load(path) for path in self._jobs()[-JUDGES:]]
 
     def _judged(self, component: Component) -> tuple[list[Tensors], list[Any]]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.model.interface import TensorSpec
-from mobilevd_deploy.noise import uniform, unit_noise
+from mobilevd_deploy.runtime.noise import uniform, unit_noise
 
 
 @dataclass(frozen=True)

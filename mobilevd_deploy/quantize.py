@@ -46,7 +46,7 @@ from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import QuantScheme
 from mobilevd_deploy.errors import ExportError, UsageError, listed
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.onnx_export import DATA, MODEL, _fold_constants, _name_nodes, _quiet
+from mobilevd_deploy.npu.onnx_export import DATA, MODEL, fold_constants, name_nodes, quiet
 
 Array = npt.NDArray[Any]
 Runner = Callable[[Tensors], npt.ArrayLike]
@@ -176,7 +176,7 @@ class Quantised:
                     force_activation_as="unsigned",
                 )
             model = _load_folded(raw)
-        _name_nodes(model)
+        name_nodes(model)
         convert_before_moves(model)
         _name_pairs(model)
         relabel(model)
@@ -266,7 +266,7 @@ def _load_aimet() -> _Aimet:
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Keep AIMET's and torch's chatter, hundreds of lines, off the terminal."""
-    with _quiet():
+    with quiet():
         yield
         for name in ("Quant", "Utils", "ConnectedGraph"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -544,7 +544,7 @@ def _load_folded(path: Path) -> onnx.ModelProto:
     """Read what was exported without torch's optimiser, and do what little of it a quantised graph needs."""
     model = onnx_ir.from_proto(onnx.load(path))  # its files go away
     onnx_ir.passes.common.ShapeInferencePass()(model)  # so that shapes of weights behind a DQ fold as well
-    _fold_constants(model)
+    fold_constants(model)
     for node in model.graph:
         # The exporter gives every convolution a bias; one of zeros, in floats, would keep it off the NPU.
         if node.op_type == "Conv" and len(node.inputs) > 2 and (bias := node.inputs[2]) is not None:

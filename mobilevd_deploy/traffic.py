@@ -31,14 +31,14 @@ from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.npu.build import build_npu
+from mobilevd_deploy.npu.onnx_export import MODEL, export_onnx
 from mobilevd_deploy.npu.ops import PerFrame, TemporalResBlock
+from mobilevd_deploy.npu.skeleton import rewrites, rewritten_skeleton
 from mobilevd_deploy.npu.unet import TemporalStage, Transformer, VideoResBlock
-from mobilevd_deploy.onnx_export import MODEL, export_onnx
 from mobilevd_deploy.profiles import SCHEMA_VERSION, TrafficReport, TrafficRow, now
 from mobilevd_deploy.qnn import Target, find_target, measure_traffic
 from mobilevd_deploy.qnn_graph import Traffic
 from mobilevd_deploy.quantize import block_of, quantise
-from mobilevd_deploy.skeleton import rewrites, rewritten_skeleton
 
 WHOLE_UP_TO_FLOPS = 200e9
 """The schedule of a larger graph takes gigabytes and hours: its blocks are compiled one by one."""

@@ -40,7 +40,6 @@ from mobilevd_deploy.model.components import deploy_contract
 from mobilevd_deploy.model.flops import count_flops_by_module
 from mobilevd_deploy.model.interface import component_tensors
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.pipeline import Job
 from mobilevd_deploy.quantize import (
     FLOAT,
     Quantised,
@@ -51,6 +50,7 @@ from mobilevd_deploy.quantize import (
     block_of,
     quantise,
 )
+from mobilevd_deploy.runtime.pipeline import ClipJob
 
 Bits = tuple[int, int]
 """Bits of weights and of activations."""
@@ -134,7 +134,7 @@ def tune(
     assert pictures is not None
     progress.plan({"inputs": 1, "measure blocks": 4, "search": 4})
     progress.begin("inputs")
-    feeds = _unet_inputs(checkpoint, [Job(picture, i) for i, picture in enumerate(pictures.values)])
+    feeds = _unet_inputs(checkpoint, [ClipJob(picture, i) for i, picture in enumerate(pictures.values)])
     progress.end()
     key = digest(
         {
@@ -490,7 +490,7 @@ class _Search:
         return _bits(self._scheme, path) if group is None else choice[group]
 
 
-def _unet_inputs(checkpoint: Checkpoint, jobs: Sequence[Job]) -> list[Tensors]:
+def _unet_inputs(checkpoint: Checkpoint, jobs: Sequence[ClipJob]) -> list[Tensors]:
     """Run what stands before the UNet, as it was trained, and return what the UNet gets for each job."""
     before: tuple[ComponentName, ...] = ("image_encoder", "vae_encoder")
     for name in before:

@@ -15,8 +15,9 @@ from mobilevd_deploy.calibration import drawn_pictures
 from mobilevd_deploy.config.recipe import Recipe
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import MobileVDError
-from mobilevd_deploy.pipeline import Job, Loader, loader, run_component
 from mobilevd_deploy.qnn import SIMULATE_UP_TO_FLOPS, read_target
+from mobilevd_deploy.runtime.pipeline import ClipJob, loader, run_component
+from mobilevd_deploy.runtime.runners import Loader
 
 _SEED = 20241207
 
@@ -52,7 +53,7 @@ def verify(artifact: Artifact, *, simulate: bool = False, progress: Progress | N
     checks, recipe = [files, *targets], from_dict(Recipe, manifest.recipe)
     floors, scheme, spec = recipe.floors, recipe.quant, manifest.pipeline
     picture = drawn_pictures(spec.width, spec.height, 1, _SEED).values[0]
-    reference, quantised, simulated = (Job(picture, _SEED) for _ in range(3))
+    reference, quantised, simulated = (ClipJob(picture, _SEED) for _ in range(3))
     left_out: list[str] = []
     progress.plan({c.name: max(c.flops, 1) for c in manifest.components})
     for c in manifest.components:

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mobilevd_deploy.media import read_picture
-from mobilevd_deploy.pipeline import Pipeline
+from mobilevd_deploy.runtime.media import read_picture
+from mobilevd_deploy.runtime.pipeline import Pipeline
 
 SEED = 7
 DEMO = Path(__file__).parents[1] / "models" / "demo.png"

@@ -36,7 +36,7 @@ from mobilevd_deploy.model.checkpoint import save_checkpoint
 from mobilevd_deploy.model.components import build_component
 from mobilevd_deploy.model.interface import COMPONENTS
 from mobilevd_deploy.model.unet import MobileVDUNet
-from mobilevd_deploy.passes import select_passes
+from mobilevd_deploy.passes.runner import select_passes
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -28,8 +28,8 @@ from tiny_artifact import INPUTS, NODES, OUTPUTS, build
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import FileEntry, NpuBinary, NpuPart
 from mobilevd_deploy.artifact.partial import PartialArtifact
-from mobilevd_deploy.media import read_picture
-from mobilevd_deploy.pipeline import Pipeline
+from mobilevd_deploy.runtime.media import read_picture
+from mobilevd_deploy.runtime.pipeline import Pipeline
 
 VECTORS = Path(__file__).parent / "vectors"
 SEED = 2**64 - 7

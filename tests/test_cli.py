@@ -35,7 +35,7 @@ from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.config.recipe import PassName, load_recipe
 from mobilevd_deploy.doctor import Finding
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
-from mobilevd_deploy.passes import PASSES
+from mobilevd_deploy.passes.runner import PASSES
 from mobilevd_deploy.profiles import (
     ComponentProfile,
     Latency,

@@ -51,8 +51,8 @@ from mobilevd_deploy.model.checkpoint import open_checkpoint
 from mobilevd_deploy.model.components import build_component, deploy_contract
 from mobilevd_deploy.model.interface import COMPONENTS, component_tensors, input_shapes
 from mobilevd_deploy.model.unet import MobileVDUNet
-from mobilevd_deploy.noise import unit_noise
-from mobilevd_deploy.pipeline import Pipeline
+from mobilevd_deploy.runtime.noise import unit_noise
+from mobilevd_deploy.runtime.pipeline import Pipeline
 
 RECIPE = load_recipe("onnx")
 PARTIAL = ".model.partial"
@@ -341,7 +341,7 @@ def test_a_wrong_weight_is_found(
             weight.data[0, 0] *= 1.01  # one kernel of many, by a hundredth
         return module
 
-    from mobilevd_deploy.onnx_export import export_onnx
+    from mobilevd_deploy.npu.onnx_export import export_onnx
 
     with monkeypatch.context() as patch:
         patch.setattr(flow, "build_npu", perturbed)
@@ -451,7 +451,7 @@ def test_a_disk_that_fills_up(
 
     with monkeypatch.context() as patch:
         if place == "weights":
-            from mobilevd_deploy.onnx_export import export_onnx
+            from mobilevd_deploy.npu.onnx_export import export_onnx
 
             patch.setattr(flow, "export_onnx", export_onnx)
             patch.setattr(torch.onnx.ONNXProgram, "save", full)

@@ -165,7 +165,7 @@ def test_kinds_by_hand() -> None:
 def test_no_operation_is_lost(rewrites: tuple[str, ...]) -> None:
     from mobilevd_deploy.model.components import build_component, deploy_contract
     from mobilevd_deploy.model.interface import input_shapes
-    from mobilevd_deploy.passes import select_passes
+    from mobilevd_deploy.passes.runner import select_passes
 
     counts = count_operations(TINY, rewrites)
     assert min(dataclasses.astuple(counts)) > 0

@@ -28,7 +28,7 @@ from mobilevd_deploy.model.funnels import (
     initialise_csi,
     initialise_he,
 )
-from mobilevd_deploy.passes import UNetProbe
+from mobilevd_deploy.passes.runner import UNetProbe
 
 EXACT_DB = 280.0
 

@@ -5,9 +5,10 @@ import pytest
 from tiny_artifact import write_artifact
 
 from mobilevd_deploy.errors import ArtifactError
-from mobilevd_deploy.host import check_picture, profile_on_host, run_on_host
-from mobilevd_deploy.pipeline import Pipeline
+from mobilevd_deploy.host import profile_on_host
 from mobilevd_deploy.profiles import load_profile, save_profile
+from mobilevd_deploy.runtime.pipeline import Pipeline
+from mobilevd_deploy.runtime.recording import check_picture, run_on_host
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,6 @@ from mobilevd_deploy.base.progress import LineProgress
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.errors import ArtifactError, SpecError, UsageError, VendorError
 from mobilevd_deploy.estimate import load_calibration
-from mobilevd_deploy.host import run_on_host
 from mobilevd_deploy.hub import (
     LEDGER,
     Book,
@@ -47,6 +46,7 @@ from mobilevd_deploy.hub import (
 )
 from mobilevd_deploy.profiles import load_profile, load_profiles, profiles_dir, render_profile
 from mobilevd_deploy.profiling.hub.hosted import HostedDevice
+from mobilevd_deploy.runtime.recording import run_on_host
 
 ONE = Request((S24,), ("image_encoder",), compile="onnx")
 ALL = Request((S24,), compile="onnx")

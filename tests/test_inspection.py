@@ -21,7 +21,7 @@ from mobilevd_deploy.inspection import inspect, ladder, render_inspection, rende
 from mobilevd_deploy.model.checkpoint import save_checkpoint
 from mobilevd_deploy.model.components import build_component
 from mobilevd_deploy.model.interface import COMPONENTS
-from mobilevd_deploy.passes import PASSES
+from mobilevd_deploy.passes.runner import PASSES
 
 SPEC = dataclasses.replace(TINY_MODEL, name="little", height=64, width=64)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, features
 
 from mobilevd_deploy.errors import MediaError, UsageError
-from mobilevd_deploy.media import contact_sheet, fit, read_picture, to_uint8, write_clip, write_frames
+from mobilevd_deploy.runtime.media import contact_sheet, fit, read_picture, to_uint8, write_clip, write_frames
 
 RED, GREEN = (200, 30, 20), (10, 180, 40)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.noise import GENERATOR, inverse_normal_cdf, uniform, unit_noise
+from mobilevd_deploy.runtime.noise import GENERATOR, inverse_normal_cdf, uniform, unit_noise
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "noise.json").read_text())
 

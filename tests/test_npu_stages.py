@@ -36,10 +36,10 @@ from mobilevd_deploy.deploy import deploy
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError, VendorError
 from mobilevd_deploy.model.interface import TensorSpec
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.onnx_export import export_onnx
-from mobilevd_deploy.pipeline import Job, Pipeline
+from mobilevd_deploy.npu.onnx_export import export_onnx
 from mobilevd_deploy.quantize import _Graph
 from mobilevd_deploy.report import render_report
+from mobilevd_deploy.runtime.pipeline import ClipJob, Pipeline
 
 SHIPPED = load_recipe("xiaomi-14-pro")
 # Random weights make more of every rounding than trained ones do.
@@ -307,7 +307,7 @@ def test_an_input_that_eight_bits_kill_is_refused(activations: Literal[8, 16], t
     (tmp_path / "work" / "calibration").mkdir(parents=True)
     for i in range(6):
         quiet = rng.uniform(-size, size, shape).astype(np.float32)
-        job = Job(np.zeros((1, 3, 32, 32), np.float32), i, {"vae_encoder": quiet})
+        job = ClipJob(np.zeros((1, 3, 32, 32), np.float32), i, {"vae_encoder": quiet})
         given = network(*(torch.from_numpy(value) for value in job.gather(inputs).values())).numpy()
         np.savez(
             tmp_path / "work" / "calibration" / f"{i}.npz", image=job.image, vae_encoder=quiet, unet=given

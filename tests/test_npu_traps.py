@@ -19,7 +19,7 @@ from mobilevd_deploy import quantize
 from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.config.recipe import NpuOptions, QuantRule, load_recipe
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.onnx_export import MODEL
+from mobilevd_deploy.npu.onnx_export import MODEL
 from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target, lint
 from mobilevd_deploy.quantize import quantise
 

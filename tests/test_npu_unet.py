@@ -22,7 +22,7 @@ from mobilevd_deploy.errors import RewriteError
 from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.npu.unet import NpuUNet
-from mobilevd_deploy.passes import PASSES, UNetProbe, run_passes, select_passes
+from mobilevd_deploy.passes.runner import PASSES, UNetProbe, run_passes, select_passes
 from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsample
 
 NAMES = tuple(p.name for p in PASSES)

@@ -20,17 +20,17 @@ from conftest import decibels
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from mobilevd_deploy import onnx_export
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.config.recipe import GraphForms, OnnxOptions, load_recipe
 from mobilevd_deploy.errors import ExportError
 from mobilevd_deploy.model.checkpoint import open_checkpoint
 from mobilevd_deploy.model.flops import count_flops
 from mobilevd_deploy.model.interface import COMPONENTS, input_shapes
+from mobilevd_deploy.npu import onnx_export
 from mobilevd_deploy.npu.build import build_npu
+from mobilevd_deploy.npu.onnx_export import DATA, MODEL, export_onnx, read_graph
 from mobilevd_deploy.npu.ops import Add, SelfAttention
-from mobilevd_deploy.onnx_export import DATA, MODEL, export_onnx, read_graph
-from mobilevd_deploy.passes import select_passes
+from mobilevd_deploy.passes.runner import select_passes
 
 RECIPES = ("onnx", "npu-float")
 OPTIONS = OnnxOptions()

@@ -15,8 +15,9 @@ from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import ArtifactError, UsageError
 from mobilevd_deploy.model.interface import TensorSpec
-from mobilevd_deploy.noise import unit_noise
-from mobilevd_deploy.pipeline import OnnxRunner, PartsRunner, Pipeline
+from mobilevd_deploy.runtime.noise import unit_noise
+from mobilevd_deploy.runtime.pipeline import Pipeline
+from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from mobilevd_deploy.config.presets import load_preset, preset_names
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.model.components import build_component
 from mobilevd_deploy.model.interface import COMPONENTS
-from mobilevd_deploy.passes import PASSES
+from mobilevd_deploy.passes.runner import PASSES
 
 ROWS = [
     # preset, TFLOPs, NFE, FVD, GPU ms, phone ms: arXiv 2412.07583

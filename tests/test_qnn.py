@@ -23,7 +23,6 @@ from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.config.recipe import NpuOptions
 from mobilevd_deploy.errors import ExportError, ResourceError, UsageError, VendorError
-from mobilevd_deploy.pipeline import OnnxRunner
 from mobilevd_deploy.qnn import (
     ContextBinary,
     NpuSimRunner,
@@ -36,6 +35,7 @@ from mobilevd_deploy.qnn import (
     targets,
 )
 from mobilevd_deploy.qnn_graph import DramBytes
+from mobilevd_deploy.runtime.runners import OnnxRunner
 
 SM8650 = find_target("SM8650")
 MAP = [1, 16, 16, 16]

@@ -28,10 +28,9 @@ from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import GraphForms, QuantRule, QuantScheme
 from mobilevd_deploy.errors import ExportError, UsageError
 from mobilevd_deploy.npu import ops
+from mobilevd_deploy.npu.onnx_export import DATA, MODEL
 from mobilevd_deploy.npu.unet import NpuUNet
-from mobilevd_deploy.onnx_export import DATA, MODEL
-from mobilevd_deploy.passes import PASSES
-from mobilevd_deploy.pipeline import OnnxRunner, PartsRunner
+from mobilevd_deploy.passes.runner import PASSES
 from mobilevd_deploy.quantize import (
     RULES,
     Quantised,
@@ -45,6 +44,7 @@ from mobilevd_deploy.quantize import (
     relabel,
     sensitivity,
 )
+from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
 from mobilevd_deploy.split import plan_cut, write_parts
 
 FORMS = GraphForms(attention="heads", linear="conv", group_norm="instance")

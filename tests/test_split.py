@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.tensors import Array
 from mobilevd_deploy.errors import ExportError
-from mobilevd_deploy.pipeline import OnnxRunner, PartsRunner
+from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
 from mobilevd_deploy.split import (
     ALLOCATION_LIMIT,
     COMPILER_LIMIT,

@@ -17,7 +17,7 @@ from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec, StepSpec, UNetSpe
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.model.funnels import funnel_width
 from mobilevd_deploy.model.unet import GatedBlender, MobileVDUNet, TemporalDownsample, TemporalUpsample
-from mobilevd_deploy.passes import UNetProbe
+from mobilevd_deploy.passes.runner import UNetProbe
 from mobilevd_deploy.training.gates import inclusion_probabilities, sample_gates
 
 EXACT_DB = 280.0  # float64 with sums in another order

@@ -1,1 +1,1 @@
-"""The artifact: its manifest, the reader, the folder in which it is built, comparison and packing. No torch."""
+"""The artifact: manifest, reader, builder, comparison, packing. Imports no torch."""

@@ -109,7 +109,7 @@ def find_newest(folder: Path, depth: int = 3, *, advice: str = "name one as the 
 
 
 def plain_files(root: Path) -> Iterator[Path]:
-    """Yield the files below `root`, litter of file managers left out. Raises ArtifactError for links and devices."""
+    """Yield the files below `root` except file managers' litter. Raises ArtifactError for links."""
     for path in root.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ArtifactError(f"{path.relative_to(root)} is not a plain file")

@@ -41,6 +41,7 @@ from mobilevd_deploy.model.weight_files import (
     SPEC_KEY,
     Header,
     WeightSource,
+    looks_like,
     open_safetensors,
     open_torch,
     write_safetensors,

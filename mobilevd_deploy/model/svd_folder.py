@@ -13,6 +13,7 @@ from mobilevd_deploy.model.components import CLIP_MEAN, CLIP_STD
 from mobilevd_deploy.model.weight_files import (
     SafetensorsFiles,
     WeightSource,
+    looks_like,
     read_json,
     safetensors_keys,
 )

@@ -87,7 +87,6 @@ class DropTemporalBlocks:
     """
 
     name = "drop-temporal-blocks"
-    exact = True
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Refuse a gate that is neither 0 nor 1, and a resblock funnel that still stands before conv2."""

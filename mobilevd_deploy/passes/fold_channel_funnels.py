@@ -19,7 +19,6 @@ class FoldChannelFunnels:
     """
 
     name = "fold-channel-funnels"
-    exact = True
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Refuse a widen bias that meets zero padding."""

@@ -16,7 +16,6 @@ class FoldPreconditioning:
     """
 
     name = "fold-preconditioning"
-    exact = True
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Nothing: conv_out is affine."""

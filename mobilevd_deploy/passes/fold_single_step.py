@@ -40,7 +40,6 @@ class FoldSingleStep:
     """
 
     name = "fold-single-step"
-    exact = True
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Refuse a resblock funnel that still stands between conv1 and the embedding."""

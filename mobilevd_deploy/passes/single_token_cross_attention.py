@@ -37,7 +37,6 @@ class StripCrossAttention:
     """
 
     name = "single-token-cross-attention"
-    exact = True
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Refuse cross-attention with normalised context or values that this algebra does not cover."""

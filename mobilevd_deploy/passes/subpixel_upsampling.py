@@ -58,7 +58,6 @@ class SubPixelUpsampling:
     """
 
     name = "subpixel-upsampling"
-    exact = True
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Refuse an upsampler that is not nearest x2 with a padded 3x3 convolution and bias."""

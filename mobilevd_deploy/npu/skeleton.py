@@ -14,7 +14,7 @@ from mobilevd_deploy.model.components import DenoiseStep, build_component, deplo
 from mobilevd_deploy.model.interface import input_shapes
 from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.npu.build import build_npu
-from mobilevd_deploy.passes import select_passes
+from mobilevd_deploy.passes.runner import select_passes
 from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
 
 

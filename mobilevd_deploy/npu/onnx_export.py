@@ -69,7 +69,7 @@ def export_onnx(
     path = folder / MODEL
     arguments = tuple(torch.from_numpy(value) for value in inputs.values())
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 module.eval(),
                 arguments,
@@ -81,7 +81,7 @@ def export_onnx(
                 verbose=False,
             )
             assert program is not None
-            _fold_constants(program.model)
+            fold_constants(program.model)
             program.save(path, external_data=True)
             del program
     except (OSError, MemoryError):  # a full disk is the caller's to name, not a graph's fault
@@ -92,7 +92,7 @@ def export_onnx(
             next_step="report this with the model's configuration",
         ) from error
     model = onnx.load(path, load_external_data=False)
-    _name_nodes(model)
+    name_nodes(model)
     onnx.save(model, path)
     notes = _simplify(path) if options.simplify else ()
     try:
@@ -145,7 +145,7 @@ def _check_shape(name: str, shapes: Mapping[str, tuple[int, ...]], where: str) -
         )
 
 
-def _fold_constants(model: onnx_ir.Model) -> None:
+def fold_constants(model: onnx_ir.Model) -> None:
     """Fold what is constant, which is all that a static graph needs.
 
     The exporter's full optimiser matches some hundred rewrite rules on every node, takes as long as the
@@ -160,7 +160,7 @@ def _fold_constants(model: onnx_ir.Model) -> None:
         step(model)
 
 
-def _name_nodes(model: onnx.ModelProto) -> None:
+def name_nodes(model: onnx.ModelProto) -> None:
     """Name each node <module path>/<op>, and drop the exporter's metadata, which holds local file paths."""
     taken: Counter[str] = Counter()
     for node in model.graph.node:
@@ -191,7 +191,7 @@ def _simplify(path: Path) -> tuple[str, ...]:
     import onnxsim
 
     try:
-        with _quiet():
+        with quiet():
             simplified, _ = onnxsim.simplify(
                 onnx.load(path), skipped_optimizers=list(_KEPT_APART), certify=False
             )
@@ -219,7 +219,7 @@ def _node_flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' chatter off the terminal: progress has its own voice."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

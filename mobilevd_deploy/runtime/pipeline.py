@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,112 +15,10 @@ from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import Component
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Array
-from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError
+from mobilevd_deploy.errors import ArtifactError, UsageError
 from mobilevd_deploy.model.interface import TensorSpec
-from mobilevd_deploy.noise import unit_noise
-
-
-class Runner(Protocol):
-    """A loaded component; it may be dropped after any call to free its memory."""
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Map inputs by name to outputs by name."""
-
-
-Loader = Callable[[Component], Runner]
-
-
-class Wired(Protocol):
-    """Something that tells what goes in and out: `NpuPart`, or a part of a cut that is not compiled yet."""
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of values."""
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of values."""
-
-
-P = TypeVar("P", bound=Wired)
-
-
-@dataclass(frozen=True)
-class PartsRunner(Generic[P]):
-    """A component that was cut: runs its parts one after the other, as `NpuBinary.parts` says.
-
-    A part is loaded for its turn by `load` and dropped after it; a value is dropped after its last reader.
-    """
-
-    parts: Sequence[P]
-    load: Callable[[P], Runner]
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return what the last part gives."""
-        values = dict(feeds)
-        for i, part in enumerate(self.parts):
-            values |= self.load(part).run({name: values[name] for name in part.inputs})
-            needed = {name for later in self.parts[i + 1 :] for name in later.inputs}
-            values = {n: v for n, v in values.items() if n in needed or n in part.outputs}
-        return {name: values[name] for name in self.parts[-1].outputs}
-
-
-class OnnxRunner:
-    """An ONNX file in an onnxruntime session.
-
-    Raises UsageError for an execution provider that this onnxruntime does not have or cannot start (the
-    available ones are listed), ArtifactError for a file that it cannot load or run, ResourceError where
-    memory runs out.
-    """
-
-    def __init__(self, path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
-        import onnxruntime
-
-        check_providers(providers)
-        if not path.is_file():
-            raise ArtifactError(f"{path} does not exist")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; they are raised as well
-        self._path = path
-        try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=list(providers))
-        except Exception as error:  # its exceptions share no other base
-            raise self._error("load", error) from error
-        if missing := sorted(set(providers) - set(self._session.get_providers())):
-            raise UsageError(f"{missing[0]} does not start on this machine", next_step=_available())
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the session."""
-        names = [output.name for output in self._session.get_outputs()]
-        try:
-            return dict(zip(names, self._session.run(None, dict(feeds)), strict=True))
-        except Exception as error:
-            raise self._error("run", error) from error
-
-    def _error(self, what: str, error: Exception) -> ArtifactError | ResourceError:
-        if isinstance(error, MemoryError) or "bad_alloc" in str(error) or "allocate memory" in str(error):
-            return ResourceError(
-                f"{self._path}: not enough memory to {what} it", next_step="close other programs"
-            )
-        return ArtifactError(
-            f"{self._path}: onnxruntime cannot {what} it: {error}", next_step="export it again"
-        )
-
-
-def check_providers(providers: Sequence[str]) -> None:
-    """Raise UsageError unless onnxruntime has every one of these execution providers."""
-    import onnxruntime
-
-    if not providers:
-        raise UsageError("no execution provider is named", next_step=_available())
-    if unknown := [name for name in providers if name not in onnxruntime.get_available_providers()]:
-        raise UsageError(f"onnxruntime has no execution provider {unknown[0]!r} here", next_step=_available())
-
-
-def _available() -> str:
-    import onnxruntime
-
-    return f"available: {', '.join(onnxruntime.get_available_providers())}"
+from mobilevd_deploy.runtime.noise import unit_noise
+from mobilevd_deploy.runtime.runners import Loader, OnnxRunner, PartsRunner, Runner, check_providers
 
 
 @dataclass(frozen=True)
@@ -164,7 +62,7 @@ class Pipeline:
         says, ResourceError where memory runs out.
         """
         progress, components = progress or Progress(), self.artifact.manifest.components
-        jobs = [Job(self._check_image(image), seed) for image, seed in requests]
+        jobs = [ClipJob(self._check_image(image), seed) for image, seed in requests]
         progress.plan({component.name: max(component.flops, 1) for component in components})
         for component in components:
             progress.begin(component.name)
@@ -186,7 +84,7 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class Job:
+class ClipJob:
     """One clip on its way: the picture, the seed of its noise, and what each component gave so far."""
 
     image: Array
@@ -215,7 +113,7 @@ class Job:
 def run_component(
     component: Component,
     load: Loader,
-    jobs: Sequence[Job],
+    jobs: Sequence[ClipJob],
     advance: Callable[[float], None] = lambda done: None,
 ) -> None:
     """Load a component once and run it for every job, which keeps the output. Errors as `generate_all`."""

@@ -1,0 +1,1 @@
+"""Running a model: runners of one component, the pipeline that wires them, noise, pictures and clips."""
