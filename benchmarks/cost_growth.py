@@ -32,8 +32,9 @@ from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint, read_w
 from mobilevd_deploy.model.interface import input_shapes
 from mobilevd_deploy.npu.onnx_export import DATA, MODEL, export_onnx, read_graph
 from mobilevd_deploy.npu.skeleton import deploy_skeleton
-from mobilevd_deploy.qnn import compile_context, find_target
-from mobilevd_deploy.quantize import quantise
+from mobilevd_deploy.qnn.compiler import compile_context
+from mobilevd_deploy.qnn.targets import find_target
+from mobilevd_deploy.quantize.simulation import quantise
 from mobilevd_deploy.training.initialise import draw_checkpoint
 
 WEIGHTS = "unet.safetensors"

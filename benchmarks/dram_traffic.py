@@ -39,7 +39,8 @@ from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import GraphForms, NpuOptions, Recipe, load_recipe
 from mobilevd_deploy.errors import VendorError
 from mobilevd_deploy.npu.onnx_export import MODEL
-from mobilevd_deploy.qnn import find_target, measure_traffic
+from mobilevd_deploy.qnn.compiler import measure_traffic
+from mobilevd_deploy.qnn.targets import find_target
 from mobilevd_deploy.traffic import Block, export_block, unet_blocks
 
 NAME = "dram_traffic"

@@ -39,7 +39,7 @@ from mobilevd_deploy.estimate import (
     estimate_counts,
     preset_rewrites,
 )
-from mobilevd_deploy.qnn_graph import DramBytes
+from mobilevd_deploy.qnn.compiled import DramBytes
 
 Vector = npt.NDArray[np.float64]
 ROWS = ("svd-onestep", "mobilevd-multiscale", "mobilevd-pruned", "mobilevd")

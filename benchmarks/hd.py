@@ -30,8 +30,8 @@ from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.config.recipe import Recipe, load_recipe
 from mobilevd_deploy.model.checkpoint import open_checkpoint
 from mobilevd_deploy.npu.onnx_export import MODEL
-from mobilevd_deploy.qnn import lint
-from mobilevd_deploy.split import plan_cut, weight_bytes, write_parts
+from mobilevd_deploy.qnn.lint import lint
+from mobilevd_deploy.qnn.split import plan_cut, weight_bytes, write_parts
 
 PRESET = "mobilevd-hd"
 MAPPED_LIMIT = 3.5e9

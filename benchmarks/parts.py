@@ -29,8 +29,9 @@ from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.processes import memory_bytes, side_by_side
 from mobilevd_deploy.config.recipe import NpuOptions
 from mobilevd_deploy.errors import MobileVDError
-from mobilevd_deploy.qnn import compile_context, find_target
-from mobilevd_deploy.split import compiler_bytes, compiler_work, plan_cut, write_parts
+from mobilevd_deploy.qnn.compiler import compile_context
+from mobilevd_deploy.qnn.split import compiler_bytes, compiler_work, plan_cut, write_parts
+from mobilevd_deploy.qnn.targets import find_target
 
 NAME, TARGET = "parts", "SM8650"
 ROLES = {"w8a16": ("quantised", 4), "float16": ("model", 2)}

@@ -25,16 +25,16 @@ import torch
 from _common import RESULTS, write_result
 from torch import nn
 
-from mobilevd_deploy import quantize
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
-from mobilevd_deploy.calibration import drawn_pictures
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import QuantScheme, load_recipe
 from mobilevd_deploy.deploy import deploy_form
 from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
-from mobilevd_deploy.quantize import Quantised, quantise
+from mobilevd_deploy.quantize import simulation as quantize
+from mobilevd_deploy.quantize.calibration import drawn_pictures
+from mobilevd_deploy.quantize.simulation import Quantised, quantise
 from mobilevd_deploy.runtime.media import to_uint8
 from mobilevd_deploy.runtime.pipeline import ClipJob, loader, run_component
 from mobilevd_deploy.training.clips import HELD_OUT, make_clip
@@ -196,7 +196,7 @@ class Bench:
         """Choose the ranges of weights; those of activations stay, as they hardly depend on them."""
         from aimet_torch.seq_mse import apply_seq_mse
 
-        batches = [quantize._arguments(feeds) for feeds in self._feeds(4)]
+        batches = [quantize.as_arguments(feeds) for feeds in self._feeds(4)]
         with quantize._silence():
             apply_seq_mse(quantised.sim, batches, 20, lambda model, batch: model(*batch))
 
@@ -206,7 +206,7 @@ class Bench:
         from aimet_torch.common.defs import QuantScheme as Ranges
 
         quantize._swap_arithmetic(network, quantize._load_aimet().arithmetic)
-        batches = [quantize._arguments(feeds) for feeds in self._feeds(4)]
+        batches = [quantize.as_arguments(feeds) for feeds in self._feeds(4)]
         parameters = AdaroundParameters(
             batches, len(batches), default_num_iterations=500, forward_fn=lambda model, batch: model(*batch)
         )

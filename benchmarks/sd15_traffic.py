@@ -48,8 +48,8 @@ from mobilevd_deploy.npu.ops import (
     to_tokens,
 )
 from mobilevd_deploy.npu.unet import FeedForward
-from mobilevd_deploy.qnn import find_target
-from mobilevd_deploy.qnn_graph import DramBytes
+from mobilevd_deploy.qnn.compiled import DramBytes
+from mobilevd_deploy.qnn.targets import find_target
 from mobilevd_deploy.traffic import Block, measure_block, randomised
 
 NAME = "sd15_traffic"

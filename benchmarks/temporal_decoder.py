@@ -30,9 +30,9 @@ from mobilevd_deploy.config.recipe import load_recipe
 from mobilevd_deploy.model.interface import input_shapes
 from mobilevd_deploy.npu.onnx_export import MODEL, export_onnx, read_graph
 from mobilevd_deploy.npu.skeleton import deploy_skeleton
-from mobilevd_deploy.qnn import lint
-from mobilevd_deploy.quantize import quantise
-from mobilevd_deploy.split import plan_cut, weight_bytes, write_parts
+from mobilevd_deploy.qnn.lint import lint
+from mobilevd_deploy.qnn.split import plan_cut, weight_bytes, write_parts
+from mobilevd_deploy.quantize.simulation import quantise
 from mobilevd_deploy.traffic import randomised
 
 NAME, PRESET = "temporal_decoder", "svd-lowres"

@@ -23,8 +23,8 @@ from _common import RESULTS, write_result
 from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import GraphForms, Recipe, load_recipe
-from mobilevd_deploy.qnn import find_target
-from mobilevd_deploy.qnn_graph import Traffic
+from mobilevd_deploy.qnn.compiled import Traffic
+from mobilevd_deploy.qnn.targets import find_target
 from mobilevd_deploy.traffic import measure_block, unet_blocks
 
 NAME = "unet_traffic"

@@ -24,8 +24,7 @@ from mobilevd_deploy.base.files import disk_guard
 from mobilevd_deploy.base.processes import Steps
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors
-from mobilevd_deploy.calibration import Pictures, drawn_pictures, read_pictures
-from mobilevd_deploy.config.recipe import QuantScheme, Recipe
+from mobilevd_deploy.config.recipe import Recipe
 from mobilevd_deploy.config.spec import ComponentName, ModelSpec
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError
@@ -38,6 +37,7 @@ from mobilevd_deploy.npu.onnx_export import DATA, MODEL, OnnxGraph, export_onnx,
 from mobilevd_deploy.npu.skeleton import deploy_skeleton, rewrites
 from mobilevd_deploy.passes.runner import UNetProbe, run_passes, select_passes
 from mobilevd_deploy.probe import Probe, make_probe
+from mobilevd_deploy.quantize.calibration import Pictures, choose_pictures
 from mobilevd_deploy.report import render_report
 from mobilevd_deploy.runtime.runners import OnnxRunner
 from mobilevd_deploy.stages import StageOutput, Stages
@@ -99,7 +99,7 @@ def deploy(
     checkpoint = open_checkpoint(checkpoint_path)
     spec, tools = checkpoint.spec, tool_versions(recipe)
     source = Source(checkpoint.path.resolve().name, checkpoint.sha256)
-    pictures = _pictures(spec, recipe, calibration)
+    pictures = choose_pictures(spec, recipe, calibration)
     # 2.
     if (finished := _same_artifact(output, source, recipe, tools, pictures)) is not None:
         progress.say(f"{output}: nothing has changed since it was made, so it stays as it is")
@@ -304,20 +304,6 @@ def deploy_form(
     """
     reports = _rewrite(network, spec, recipe, progress) if isinstance(network, MobileVDUNet) else ()
     return build_npu(name, network, spec, recipe.graph), reports
-
-
-def _pictures(spec: ModelSpec, recipe: Recipe, calibration: Sequence[str | Path]) -> Pictures | None:
-    """Return what calibrates and judges; None where the recipe ends with float ONNX."""
-    if not (recipe.quant or recipe.npu):
-        if calibration:
-            raise UsageError(
-                f"recipe {recipe.name} calibrates nothing", next_step="choose a recipe with [quant] or [npu]"
-            )
-        return None
-    scheme = recipe.quant or QuantScheme(samples=1)
-    if calibration:
-        return read_pictures(calibration, spec.width, spec.height, scheme.samples, scheme.seed)
-    return drawn_pictures(spec.width, spec.height, scheme.samples, scheme.seed)
 
 
 def _rewrite(

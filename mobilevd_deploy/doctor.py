@@ -104,7 +104,9 @@ def _qnn(recipe: Recipe) -> Finding:
         from mobilevd_deploy.base.tensors import Tensors, sqnr_db
         from mobilevd_deploy.config.recipe import OnnxOptions
         from mobilevd_deploy.npu.onnx_export import MODEL, export_onnx
-        from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target
+        from mobilevd_deploy.qnn.compiler import compile_context
+        from mobilevd_deploy.qnn.simulator import NpuSimRunner
+        from mobilevd_deploy.qnn.targets import find_target
 
         torch.manual_seed(0)
         layer = torch.nn.Conv2d(32, 32, 3, padding=1).eval()

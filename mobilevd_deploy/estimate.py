@@ -29,7 +29,7 @@ from mobilevd_deploy.config.presets import Preset
 from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.qnn_graph import DramBytes
+from mobilevd_deploy.qnn.compiled import DramBytes
 
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact.artifact import Artifact

@@ -54,7 +54,6 @@ from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Array, sqnr_db
 from mobilevd_deploy.config.devices import chip_called
 from mobilevd_deploy.config.strict import from_dict
-from mobilevd_deploy.encodings import write_encodings
 from mobilevd_deploy.errors import (
     ArtifactError,
     MobileVDError,
@@ -80,6 +79,7 @@ from mobilevd_deploy.profiles import (
 )
 from mobilevd_deploy.profiles import SCHEMA_VERSION as PROFILE_VERSION
 from mobilevd_deploy.profiling.hub.hosted import HostedDevice, HostedPhone, choose_hosted
+from mobilevd_deploy.quantize.encodings import write_encodings
 from mobilevd_deploy.runtime.recording import run_on_host
 
 T = TypeVar("T")

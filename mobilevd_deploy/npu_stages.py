@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
 
@@ -33,18 +32,30 @@ from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.processes import StageCost, Steps, memory_bytes, side_by_side
 from mobilevd_deploy.base.progress import Progress, shares
 from mobilevd_deploy.base.tensors import Tensors, psnr_db, sqnr_db
-from mobilevd_deploy.calibration import JUDGES, Pictures
 from mobilevd_deploy.config.recipe import Recipe
 from mobilevd_deploy.config.spec import ComponentName
 from mobilevd_deploy.errors import ExportError, ParityError
 from mobilevd_deploy.npu.onnx_export import DATA, MODEL
-from mobilevd_deploy.qnn import SIMULATE_UP_TO_FLOPS, NpuSimRunner, compile_context, find_target, lint
-from mobilevd_deploy.qnn_graph import check_graph
-from mobilevd_deploy.quantize import answers, conditioning, quantise, sensitivity
+from mobilevd_deploy.qnn.compiled import check_graph
+from mobilevd_deploy.qnn.compiler import compile_context
+from mobilevd_deploy.qnn.lint import lint
+from mobilevd_deploy.qnn.simulator import SIMULATE_UP_TO_FLOPS, NpuSimRunner
+from mobilevd_deploy.qnn.split import (
+    Cut,
+    compiler_bytes,
+    compiler_work,
+    fewest_parts,
+    plan_cut,
+    read_shaped,
+    write_parts,
+)
+from mobilevd_deploy.qnn.targets import find_target
+from mobilevd_deploy.quantize.calibration import JUDGES, Pictures
+from mobilevd_deploy.quantize.judging import answers, conditioning, sensitivity
+from mobilevd_deploy.quantize.simulation import quantise
 from mobilevd_deploy.runtime.media import to_uint8, write_sheet
 from mobilevd_deploy.runtime.pipeline import ClipJob, run_component
 from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
-from mobilevd_deploy.split import Cut, compiler_bytes, compiler_work, fewest_parts, plan_cut, write_parts
 from mobilevd_deploy.stages import Pieces, StageOutput, StageRecord, Stages
 
 JUDGE_ALL_UP_TO_FLOPS = 100e9
@@ -336,7 +347,7 @@ class _Flow:
 
         with self._cut(component, model / MODEL, pieces, progress) as cut:
             names = [f"{n} of {len(cut)}" if len(cut) > 1 else "" for n in range(1, len(cut) + 1)]
-            graphs = [_shaped(path) for path, _, _ in cut]
+            graphs = [read_shaped(path) for path, _, _ in cut]
             needed = [compiler_bytes(graph, 4 if quantised else 2) for graph in graphs]
             work = [compiler_work(graph) for graph in graphs]
             tasks = [
@@ -360,7 +371,7 @@ class _Flow:
         """Yield the files to compile with their inputs and outputs: the model, or proven parts of it."""
         assert self.recipe.npu is not None
         quantised = self.recipe.quant is not None
-        whole = _shaped(model)
+        whole = read_shaped(model)
         count = self.recipe.npu.parts if component.name == "unet" else 0
         count = count or fewest_parts(whole, float_bytes=4 if quantised else 2)
         if count == 1:
@@ -503,11 +514,6 @@ class _Flow:
                 f"{name}: {what} gives {value:.1f} dB SQNR, the floor is {floor:g} dB",
                 next_step="calibrate with more pictures, or keep layers at 16 bit with quant.rules",
             )
-
-
-def _shaped(model: Path) -> onnx.ModelProto:
-    """Read a graph without its weights, with shapes."""
-    return onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
 
 
 def _plain(value: float) -> float | None:

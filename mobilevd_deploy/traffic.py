@@ -36,9 +36,10 @@ from mobilevd_deploy.npu.ops import PerFrame, TemporalResBlock
 from mobilevd_deploy.npu.skeleton import rewrites, rewritten_skeleton
 from mobilevd_deploy.npu.unet import TemporalStage, Transformer, VideoResBlock
 from mobilevd_deploy.profiles import SCHEMA_VERSION, TrafficReport, TrafficRow, now
-from mobilevd_deploy.qnn import Target, find_target, measure_traffic
-from mobilevd_deploy.qnn_graph import Traffic
-from mobilevd_deploy.quantize import block_of, quantise
+from mobilevd_deploy.qnn.compiled import Traffic
+from mobilevd_deploy.qnn.compiler import measure_traffic
+from mobilevd_deploy.qnn.targets import Target, find_target
+from mobilevd_deploy.quantize.simulation import block_of, quantise
 
 WHOLE_UP_TO_FLOPS = 200e9
 """The schedule of a larger graph takes gigabytes and hours: its blocks are compiled one by one."""

@@ -30,24 +30,24 @@ from torch import nn
 from mobilevd_deploy.base.files import digest, write_durably
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
-from mobilevd_deploy.calibration import JUDGES
 from mobilevd_deploy.config.recipe import QuantRule, QuantScheme, Recipe, to_toml
 from mobilevd_deploy.config.spec import ComponentName
-from mobilevd_deploy.deploy import _pictures, _reference, deploy_form, tool_versions
+from mobilevd_deploy.deploy import _reference, deploy_form, tool_versions
 from mobilevd_deploy.errors import ParityError, UsageError
 from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.model.components import deploy_contract
 from mobilevd_deploy.model.flops import count_flops_by_module
 from mobilevd_deploy.model.interface import component_tensors
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.quantize import (
+from mobilevd_deploy.quantize.calibration import JUDGES, choose_pictures
+from mobilevd_deploy.quantize.simulation import (
     FLOAT,
     Quantised,
-    _arguments,
-    _bits,
-    _borders,
-    _sources,
+    as_arguments,
+    bits_of,
     block_of,
+    borders,
+    input_sources,
     quantise,
 )
 from mobilevd_deploy.runtime.pipeline import ClipJob
@@ -130,7 +130,7 @@ def tune(
     if output.suffix != ".toml":
         raise UsageError(f"{output} is not a TOML file", next_step="name it like my.toml")
     checkpoint = open_checkpoint(checkpoint_path)
-    pictures = _pictures(checkpoint.spec, recipe, calibration)
+    pictures = choose_pictures(checkpoint.spec, recipe, calibration)
     assert pictures is not None
     progress.plan({"inputs": 1, "measure blocks": 4, "search": 4})
     progress.begin("inputs")
@@ -191,7 +191,7 @@ class Mixture:
         palettes: Mapping[Bits, Palette],
         sources: Mapping[str, Sequence[str | None]],
     ) -> None:
-        self.quantised, self._palettes, self._sources = quantised, palettes, sources
+        self.quantised, self._palettes, self.sources = quantised, palettes, sources
         self._modules: dict[str, Any] = dict(quantised.sim.named_qmodules())
         self._joint: dict[tuple[Bits, tuple[str, ...]], Any] = {}
 
@@ -211,7 +211,7 @@ class Mixture:
                 joint = self._joint_range(bits(sharing[0]), sharing)
                 for path in sharing:
                     self._modules[path].output_quantizers[0] = joint
-        for path, i, source in list(_borders(self._modules, self._sources, bits)):
+        for path, i, source in list(borders(self._modules, self.sources, bits)):
             self._modules[path].input_quantizers[i] = self._range_of(source, self._palette(bits(path)))
         return self.quantised.run(inputs)
 
@@ -234,7 +234,7 @@ class Mixture:
         while source is not None:
             if source in palette and (quantiser := palette[source][1][0]) is not None:
                 return quantiser
-            source = self._sources[source][0]  # it only moves values
+            source = self.sources[source][0]  # it only moves values
         return None
 
 
@@ -263,7 +263,7 @@ def bit_operations(network: nn.Module, inputs: Tensors) -> dict[str, Callable[[B
     Multiply-accumulates x the bits of both factors, counted in a run on `inputs`. A product of two
     activations has the bits of activations twice.
     """
-    counts = count_flops_by_module(network, network, *_arguments(inputs))["honest"]
+    counts = count_flops_by_module(network, network, *as_arguments(inputs))["honest"]
 
     def price(macs: int, of_activations: bool, bits: Bits) -> int:
         weights, activations = bits
@@ -342,17 +342,15 @@ class _Search:
         self._notes, self._work, self._progress = notes, work, progress
         network = build()
         self._prices = bit_operations(network, judges[0])
-        self._sources = _sources(network, judges[0])
+        self.sources = input_sources(network, judges[0])
         # What a rule of the recipe has decided is decided.
         free = [
-            path
-            for path in self._sources
-            if not any(fnmatchcase(path, rule.modules) for rule in scheme.rules)
+            path for path in self.sources if not any(fnmatchcase(path, rule.modules) for rule in scheme.rules)
         ]
         priced = [path for path in free if path in self._prices]
         if not priced:
             raise UsageError("the recipe's rules decide over every block", next_step="remove some")
-        groups = group_blocks(self._sources, priced)
+        groups = group_blocks(self.sources, priced)
         self._group = {path: groups[path] for path in free}
         self._groups = list(dict.fromkeys(groups[path] for path in priced))
         self._unit = sum(price(UNIT) for price in self._prices.values())
@@ -365,7 +363,7 @@ class _Search:
             rule = QuantRule("*", weights=bits[0], activations=bits[1])  # type: ignore[arg-type]
             mixed = self._quantise((rule,), f"{_name(bits)}.pt", apart=True)
             palettes[bits] = palette_of(mixed)
-        return Mixture(mixed, palettes, self._sources)
+        return Mixture(mixed, palettes, self.sources)
 
     @cached_property
     def _exact(self) -> npt.NDArray[Any]:
@@ -373,7 +371,7 @@ class _Search:
 
     def price(self, choice: Choice) -> float:
         """Bit operations relative to `UNIT` throughout."""
-        return sum(price(self._bits(choice, path)) for path, price in self._prices.items()) / self._unit
+        return sum(price(self.bits_of(choice, path)) for path, price in self._prices.items()) / self._unit
 
     def rules(self, choice: Choice) -> Iterator[QuantRule]:
         """Yield what makes `choice` of the scheme: a rule for each block that differs from it."""
@@ -430,7 +428,7 @@ class _Search:
         while True:
             price = self.price(choice)
             predicted = sum(noise[group, chosen] for group, chosen in choice.items())
-            measured = self._noise(f"mixed {_say(choice)}", partial(self._bits, dict(choice)))
+            measured = self._noise(f"mixed {_say(choice)}", partial(self.bits_of, dict(choice)))
             yield dict(choice), Step(changed, *bits, price, _decibels(predicted), _decibels(measured))
             options = {}
             for group, chosen in choice.items():
@@ -485,9 +483,9 @@ class _Search:
         scheme = dataclasses.replace(self._scheme, rules=(*self._scheme.rules, *rules))
         return quantise(self._build(), self._samples, scheme, state=self._work / state, apart=apart)
 
-    def _bits(self, choice: Choice, path: str) -> Bits:
+    def bits_of(self, choice: Choice, path: str) -> Bits:
         group = self._group.get(path)
-        return _bits(self._scheme, path) if group is None else choice[group]
+        return bits_of(self._scheme, path) if group is None else choice[group]
 
 
 def _unet_inputs(checkpoint: Checkpoint, jobs: Sequence[ClipJob]) -> list[Tensors]:

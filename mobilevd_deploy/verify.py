@@ -11,11 +11,12 @@ from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import Component
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Array, psnr_db, sqnr_db
-from mobilevd_deploy.calibration import drawn_pictures
 from mobilevd_deploy.config.recipe import Recipe
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import MobileVDError
-from mobilevd_deploy.qnn import SIMULATE_UP_TO_FLOPS, read_target
+from mobilevd_deploy.qnn.simulator import SIMULATE_UP_TO_FLOPS
+from mobilevd_deploy.qnn.targets import read_target
+from mobilevd_deploy.quantize.calibration import drawn_pictures
 from mobilevd_deploy.runtime.pipeline import ClipJob, loader, run_component
 from mobilevd_deploy.runtime.runners import Loader
 

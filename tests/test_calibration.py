@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevd_deploy.calibration import JUDGES, Pictures, drawn_pictures, read_pictures
 from mobilevd_deploy.errors import MediaError, UsageError
+from mobilevd_deploy.quantize.calibration import JUDGES, Pictures, drawn_pictures, read_pictures
 from mobilevd_deploy.runtime.media import write_clip
 from mobilevd_deploy.training.clips import HELD_OUT, make_clip
 

@@ -14,10 +14,10 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from mobilevd_deploy.config.recipe import QuantScheme
-from mobilevd_deploy.encodings import write_encodings
 from mobilevd_deploy.errors import ExportError
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.quantize import quantise
+from mobilevd_deploy.quantize.encodings import write_encodings
+from mobilevd_deploy.quantize.simulation import quantise
 
 pytest.importorskip("aimet_torch")
 

@@ -36,7 +36,7 @@ from mobilevd_deploy.estimate import (
 from mobilevd_deploy.inspection import STRUCTURAL_REWRITES
 from mobilevd_deploy.model.flops import count_flops
 from mobilevd_deploy.profiles import TrafficReport, TrafficRow, profiles_dir, render_profile, save_traffic
-from mobilevd_deploy.qnn_graph import DramBytes
+from mobilevd_deploy.qnn.compiled import DramBytes
 
 CHIP = "Snapdragon 8 Gen 3"
 TINY = ModelSpec(

@@ -28,7 +28,6 @@ from mobilevd_deploy.artifact.manifest import Component, FileEntry
 from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import psnr_db
-from mobilevd_deploy.calibration import drawn_pictures
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import Floors, QuantRule, Recipe, load_recipe, to_toml
 from mobilevd_deploy.config.spec import ModelSpec
@@ -37,7 +36,8 @@ from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError, Vendo
 from mobilevd_deploy.model.interface import TensorSpec
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.npu.onnx_export import export_onnx
-from mobilevd_deploy.quantize import _Graph
+from mobilevd_deploy.quantize.calibration import drawn_pictures
+from mobilevd_deploy.quantize.qdq import QdqGraph
 from mobilevd_deploy.report import render_report
 from mobilevd_deploy.runtime.pipeline import ClipJob, Pipeline
 
@@ -395,7 +395,7 @@ def test_blocks_of_eight_bits_compile_and_agree(checkpoint: Path, halted: Path, 
     simulated = artifact.manifest.drift["npu.SM8650"]["unet"]
     assert simulated == pytest.approx(artifact.manifest.drift["quantised"]["unet"], abs=2)
     unet = onnx.load(artifact.root / "unet" / "quantised" / "model.onnx")
-    graph = _Graph(unet)
+    graph = QdqGraph(unet)
     kinds = {
         graph.dtype(node)
         for node in unet.graph.node

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 pytest.importorskip("aimet_torch")
 pytest.importorskip("onnxruntime_qnn")
 
-from mobilevd_deploy import quantize
 from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.config.recipe import NpuOptions, QuantRule, load_recipe
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.npu.onnx_export import MODEL
-from mobilevd_deploy.qnn import NpuSimRunner, compile_context, find_target, lint
-from mobilevd_deploy.quantize import quantise
+from mobilevd_deploy.qnn.compiler import compile_context
+from mobilevd_deploy.qnn.lint import lint
+from mobilevd_deploy.qnn.simulator import NpuSimRunner
+from mobilevd_deploy.qnn.targets import find_target
+from mobilevd_deploy.quantize import qdq_check, simulation
+from mobilevd_deploy.quantize.simulation import quantise
 
 RECIPE = load_recipe("xiaomi-14-pro")
 Shape = tuple[int, int, int, int]
@@ -100,7 +103,7 @@ def test_temporal_resblocks_are_right(
 
 def test_the_plain_product_is_still_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, the compiler was mended: SiLU's detour can go, and the check that refuses it."""
-    monkeypatch.setattr(quantize, "_is_silu", lambda *_: False)
+    monkeypatch.setattr(qdq_check, "_is_silu", lambda *_: False)
     assert agreement(tmp_path, nn.Sequential(norm(64), PlainSiLU()), (14, 64, 8, 16)) < 20
 
 
@@ -115,8 +118,8 @@ def test_weights_with_few_values_are_right(tmp_path: Path) -> None:
 
 def test_small_integers_are_still_coarse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, the compiler was mended: _use_all_steps and _check_steps can go."""
-    for name in ("_use_all_steps", "_check_steps"):
-        monkeypatch.setattr(quantize, name, lambda *_: None)
+    monkeypatch.setattr(simulation, "_use_all_steps", lambda *_: None)
+    monkeypatch.setattr(qdq_check, "_check_steps", lambda *_: None)
     assert agreement(tmp_path, identity(), (1, 64, 16, 3)) < 50
 
 

@@ -18,23 +18,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_qnn_graph import write_convs, write_matmul
 
-from mobilevd_deploy import qnn
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.config.recipe import NpuOptions
 from mobilevd_deploy.errors import ExportError, ResourceError, UsageError, VendorError
-from mobilevd_deploy.qnn import (
-    ContextBinary,
-    NpuSimRunner,
-    Target,
-    compile_context,
-    find_target,
-    lint,
-    measure_traffic,
-    read_target,
-    targets,
-)
-from mobilevd_deploy.qnn_graph import DramBytes
+from mobilevd_deploy.qnn import compiler
+from mobilevd_deploy.qnn.compiled import DramBytes
+from mobilevd_deploy.qnn.compiler import ContextBinary, compile_context, measure_traffic
+from mobilevd_deploy.qnn.lint import lint
+from mobilevd_deploy.qnn.simulator import NpuSimRunner
+from mobilevd_deploy.qnn.targets import Target, find_target, read_target, targets
 from mobilevd_deploy.runtime.runners import OnnxRunner
 
 SM8650 = find_target("SM8650")
@@ -116,7 +109,7 @@ def stub(tmp_path, monkeypatch):
 
 def test_importing_is_cheap():
     heavy = "onnxruntime", "onnxruntime_qnn", "onnx", "torch"
-    code = f"import mobilevd_deploy.qnn, sys; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import mobilevd_deploy.qnn.compiler, sys; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 
@@ -355,7 +348,7 @@ def test_memory_limit(model, tmp_path):
 
 
 def test_a_compilation_may_take_what_is_free_when_it_starts(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(qnn, "memory_bytes", lambda: (int(8e9), 30_000_000))
+    monkeypatch.setattr(compiler, "memory_bytes", lambda: (int(8e9), 30_000_000))
     for compilation in (
         lambda: compile_float(model, tmp_path),
         lambda: measure_traffic(model, SM8650, NpuOptions(), float16=True),
@@ -477,13 +470,13 @@ def test_the_compilers_own_sum_goes_with_the_binary(tmp_path):
 
 
 def test_a_schedule_that_adds_up_to_something_else_is_not_believed(tmp_path, monkeypatch):
-    model, read = write_convs(tmp_path / "m.onnx"), qnn.read_traffic
+    model, read = write_convs(tmp_path / "m.onnx"), compiler.read_traffic
 
     def generous(*arguments):
         traffic = read(*arguments)
         return dataclasses.replace(traffic, edges=traffic.edges + DramBytes(1, 0))
 
-    monkeypatch.setattr(qnn, "read_traffic", generous)
+    monkeypatch.setattr(compiler, "read_traffic", generous)
     with pytest.raises(VendorError, match="the compiler's own sum is"):
         measure_traffic(model, SM8650, NpuOptions(), float16=False)
 

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mobilevd_deploy.errors import ExportError, VendorError
-from mobilevd_deploy.qnn_graph import (
+from mobilevd_deploy.qnn.compiled import (
     DramBytes,
     Narrowed,
     QnnGraph,
@@ -156,7 +156,8 @@ def write_eight_bit_layer(path: Path) -> Path:
 def compiled(model: Path) -> QnnGraph:
     pytest.importorskip("onnxruntime_qnn")
     from mobilevd_deploy.config.recipe import NpuOptions
-    from mobilevd_deploy.qnn import compile_context, find_target
+    from mobilevd_deploy.qnn.compiler import compile_context
+    from mobilevd_deploy.qnn.targets import find_target
 
     target = find_target("SM8650")
     return compile_context(model, model.parent, target, NpuOptions(), float16=False).graph

@@ -22,7 +22,6 @@ from onnx import TensorProto
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevd_deploy import quantize
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import GraphForms, QuantRule, QuantScheme
@@ -31,21 +30,14 @@ from mobilevd_deploy.npu import ops
 from mobilevd_deploy.npu.onnx_export import DATA, MODEL
 from mobilevd_deploy.npu.unet import NpuUNet
 from mobilevd_deploy.passes.runner import PASSES
-from mobilevd_deploy.quantize import (
-    RULES,
-    Quantised,
-    answers,
-    block_of,
-    check_interface,
-    check_operands,
-    check_quantised,
-    conditioning,
-    quantise,
-    relabel,
-    sensitivity,
-)
+from mobilevd_deploy.qnn.split import plan_cut, write_parts
+from mobilevd_deploy.quantize import qdq as quantize_qdq
+from mobilevd_deploy.quantize import simulation as quantize
+from mobilevd_deploy.quantize.judging import answers, conditioning, sensitivity
+from mobilevd_deploy.quantize.qdq import relabel
+from mobilevd_deploy.quantize.qdq_check import check_interface, check_operands, check_quantised
+from mobilevd_deploy.quantize.simulation import RULES, Quantised, block_of, quantise
 from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
-from mobilevd_deploy.split import plan_cut, write_parts
 
 FORMS = GraphForms(attention="heads", linear="conv", group_norm="instance")
 # One resblock down, one up, and both kinds of both blocks in the middle.
@@ -131,7 +123,7 @@ def quantise_little(middle: nn.Module, scheme: QuantScheme | None = None) -> Qua
 
 
 def test_import_leaves_aimet_alone() -> None:
-    code = "import sys, mobilevd_deploy.quantize; sys.exit('aimet_torch' in sys.modules)"
+    code = "import sys, mobilevd_deploy.quantize.simulation; sys.exit('aimet_torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -141,7 +133,7 @@ def test_values_change_their_width_before_they_are_moved(tmp_path: Path) -> None
     little = quantise_little(norm, QuantScheme(rules=(QuantRule("middle.*", activations=8),)))
     little.export(tmp_path, little_sample(0), ["y"])
     model = onnx.load(tmp_path / MODEL)
-    graph, conversions = quantize._Graph(model), 0
+    graph, conversions = quantize_qdq.QdqGraph(model), 0
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear" and node.input[0] in graph.producers:
             before = graph.producers[node.input[0]]
@@ -477,7 +469,7 @@ def test_integers_of_other_bits_are_converted(inside: Literal[8, 16], tmp_path: 
     )
     little = quantise_little(nn.Sequential(nn.Conv2d(8, 8, 1), nn.GELU()), scheme)
     little.export(tmp_path, little_sample(0), ["y"])
-    graph = quantize._Graph(onnx.load(tmp_path / MODEL))
+    graph = quantize_qdq.QdqGraph(onnx.load(tmp_path / MODEL))
     readers = {name: node for node in graph.graph.node for name in node.input}
     convs = [node for node in graph.graph.node if node.op_type == "Conv"]
     for conv in convs:
@@ -495,7 +487,7 @@ def test_what_shares_a_range_parts_where_bits_differ(tmp_path: Path) -> None:
     assert joins
     assert all(widths[path] == (8 if path.startswith("down_blocks") else 16) for path in widths)
     mixed.export(tmp_path, sample(0), ["latents"])
-    graph = quantize._Graph(onnx.load(tmp_path / MODEL))
+    graph = quantize_qdq.QdqGraph(onnx.load(tmp_path / MODEL))
     readers = {name: node for node in graph.graph.node for name in node.input}
     for join in (node for node in graph.graph.node if node.name in [f"{path}/Concat" for path in joins]):
         types = {graph.dtype(graph.producers[name]) for name in join.input}
@@ -550,7 +542,7 @@ def test_traps_of_networks_are_refused(middle: nn.Module, message: str, tmp_path
 def test_every_pair_is_needed(graph: onnx.ModelProto) -> None:
     """Take any one Q and DQ out of the middle, and the reader is named."""
     producers = {name: node for node in graph.graph.node for name in node.output}
-    moves = quantize._MOVES
+    moves = quantize_qdq.MOVES
     tried = 0
     for node in graph.graph.node:
         for i, name in enumerate(node.input):

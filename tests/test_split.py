@@ -15,8 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.tensors import Array
 from mobilevd_deploy.errors import ExportError
-from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
-from mobilevd_deploy.split import (
+from mobilevd_deploy.qnn.split import (
     ALLOCATION_LIMIT,
     COMPILER_LIMIT,
     Cut,
@@ -26,6 +25,7 @@ from mobilevd_deploy.split import (
     weight_bytes,
     write_parts,
 )
+from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
 
 
 def cut_and_run(path: Path, parts: int, feeds: dict[str, Array]) -> tuple[Cut, dict[str, Array]]:

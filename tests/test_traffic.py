@@ -23,8 +23,8 @@ from mobilevd_deploy.profiles import (
     profiles_dir,
     save_traffic,
 )
-from mobilevd_deploy.qnn import Target
-from mobilevd_deploy.qnn_graph import DramBytes, Traffic
+from mobilevd_deploy.qnn.compiled import DramBytes, Traffic
+from mobilevd_deploy.qnn.targets import Target
 from mobilevd_deploy.traffic import bars, measure_artifact, measure_preset, unet_blocks, write_picture
 
 DEMO = load_preset("demo").model

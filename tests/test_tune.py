@@ -20,7 +20,7 @@ from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.config.recipe import QuantRule, QuantScheme, Recipe, load_recipe
 from mobilevd_deploy.errors import ParityError, UsageError
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.quantize import Quantised, _bits, _sources, quantise
+from mobilevd_deploy.quantize.simulation import Quantised, bits_of, input_sources, quantise
 from mobilevd_deploy.tune import (
     CANDIDATES,
     UNIT,
@@ -80,7 +80,7 @@ def sample(seed: int) -> Tensors:
 
 @pytest.fixture(scope="module")
 def sources() -> dict[str, list[str | None]]:
-    return _sources(net(), sample(0))
+    return input_sources(net(), sample(0))
 
 
 def throughout(bits: Bits, *, apart: bool = False) -> Quantised:
@@ -115,7 +115,7 @@ def test_a_mixture_is_what_rules_make(mixture: Mixture, chosen: tuple[Bits, Bits
     scheme = QuantScheme(rules=rules)
     anew = quantise(net(), map(sample, range(2)), scheme)
     exact, inputs = anew.run_float(sample(5)), sample(5)
-    believed, made = mixture.run(lambda path: _bits(scheme, path), inputs), anew.run(inputs)
+    believed, made = mixture.run(lambda path: bits_of(scheme, path), inputs), anew.run(inputs)
     assert sqnr_db(exact, believed) == pytest.approx(sqnr_db(exact, made), abs=0.5)
 
 
@@ -196,7 +196,7 @@ def test_the_recipe_is_complete_and_means_what_was_found(tuned: Tuned, checkpoin
     assert recipe.quant.of("decoder").rules == ()
     scheme = recipe.quant.of("unet")
     for block, bits in found.bits.items():
-        assert _bits(scheme, f"{block}.conv") == bits or _bits(scheme, block) == bits, block
+        assert bits_of(scheme, f"{block}.conv") == bits or bits_of(scheme, block) == bits, block
     assert recipe.floors.quantised_sqnr_db < found.sqnr_db
 
 

@@ -156,7 +156,7 @@ def _load_onnx(artifact: Artifact, role: str, providers: Sequence[str], componen
 
 
 def _load_simulated(artifact: Artifact, component: Component) -> Runner:
-    from mobilevd_deploy.qnn import NpuSimRunner
+    from mobilevd_deploy.qnn.simulator import NpuSimRunner
 
     artifact.verify(component)
     return PartsRunner(

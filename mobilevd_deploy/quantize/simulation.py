@@ -18,11 +18,9 @@ import copy
 import functools
 import hashlib
 import logging
-import math
 import pickle
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -33,23 +31,22 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx_ir.passes.common
 import torch
-from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mobilevd_deploy.base.files import written_aside
-from mobilevd_deploy.base.tensors import Tensors, sqnr_db
+from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import QuantScheme
-from mobilevd_deploy.errors import ExportError, UsageError, listed
+from mobilevd_deploy.errors import ExportError, UsageError
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.npu.onnx_export import DATA, MODEL, fold_constants, name_nodes, quiet
+from mobilevd_deploy.npu.onnx_export import DATA, MODEL, name_nodes, quiet
+from mobilevd_deploy.quantize.qdq import convert_before_moves, load_folded, name_pairs, relabel
+from mobilevd_deploy.quantize.qdq_check import check_quantised
 
 Array = npt.NDArray[Any]
-Runner = Callable[[Tensors], npt.ArrayLike]
 
 RULES = "htp_quantsim.json"
 # "up_blocks.1.resnets.0" of "up_blocks.1.resnets.0.spatial_res_block.conv1".
@@ -94,11 +91,11 @@ def quantise(
     key = _digest(network, first, (scheme, apart))
     with _silence():
         _swap_arithmetic(network.eval().requires_grad_(False), aimet.arithmetic)
-        sources = _sources(network, first)
+        sources = input_sources(network, first)
         with _blaming_aimet("simulate", network), _Hollow():
             sim = aimet.sim(
                 network,
-                _arguments(first),
+                as_arguments(first),
                 default_param_bw=8,
                 default_output_bw=16,  # so that second operands of matrix products are symmetric
                 config_file=str(data_dir("export") / RULES),
@@ -138,7 +135,7 @@ class Quantised:
     def run(self, inputs: Tensors) -> Array:
         """Return the network's output as the integers give it, float32, for inputs in argument order."""
         with _silence():
-            output: Tensor = self.sim.model(*_arguments(inputs))
+            output: Tensor = self.sim.model(*as_arguments(inputs))
         return np.asarray(output.as_subclass(torch.Tensor).numpy())
 
     def run_float(self, inputs: Tensors) -> Array:
@@ -157,7 +154,7 @@ class Quantised:
         # AIMET leaves files behind that no graph refers to.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".aimet-") as aside:
             raw = Path(aside) / MODEL
-            network, arguments, aimet = self.sim.model, _arguments(inputs), _load_aimet()
+            network, arguments, aimet = self.sim.model, as_arguments(inputs), _load_aimet()
             with _silence(), _blaming_aimet("export", network), contextlib.ExitStack() as stack:
                 with torch.no_grad(), _Hollow():
                     stack.enter_context(aimet.int32_biases(network, arguments))
@@ -175,10 +172,10 @@ class Quantised:
                     export_int32_bias=False,  # they are there
                     force_activation_as="unsigned",
                 )
-            model = _load_folded(raw)
+            model = load_folded(raw)
         name_nodes(model)
         convert_before_moves(model)
-        _name_pairs(model)
+        name_pairs(model)
         relabel(model)
         check_quantised(model, self._is_float)
         path, data = folder / MODEL, folder / DATA
@@ -192,7 +189,7 @@ class Quantised:
             raise ExportError(f"{path}: AIMET wrote what is not valid ONNX: {error}") from error
 
     def _is_float(self, module: str) -> bool:
-        return FLOAT in _bits(self.scheme, module)
+        return FLOAT in bits_of(self.scheme, module)
 
     @contextlib.contextmanager
     def _without(self, chosen: Callable[[str], bool]) -> Iterator[None]:
@@ -289,14 +286,15 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)  # the rest is code to paste
 
 
-def _arguments(inputs: Tensors) -> tuple[Tensor, ...]:
+def as_arguments(inputs: Tensors) -> tuple[Tensor, ...]:
+    """Return the inputs as tensors in calling order."""
     return tuple(torch.from_numpy(value) for value in inputs.values())
 
 
 def _run_all(model: nn.Module, samples: Iterable[Tensors]) -> None:
     for sample in samples:
         with _blaming_aimet("calibrate", model):
-            model(*_arguments(sample))
+            model(*as_arguments(sample))
         del sample  # before the next one is made
 
 
@@ -328,7 +326,7 @@ def _swap_arithmetic(network: nn.Module, swaps: Mapping[type[nn.Module], Callabl
                 setattr(parent, name, swaps[type(child)](child))
 
 
-def _bits(scheme: QuantScheme, path: str) -> tuple[int, int]:
+def bits_of(scheme: QuantScheme, path: str) -> tuple[int, int]:
     """Return the bits of a module's weights and activations."""
     rule = next((rule for rule in scheme.rules if fnmatchcase(path, rule.modules)), None)
     if rule is None:
@@ -357,7 +355,7 @@ def _set_bits(sim: Any, scheme: QuantScheme) -> None:
     # What shares a range goes on sharing it with those of the same bits.
     narrow: dict[int, tuple[Any, Any]] = {}  # quantisers by id, each with its twin of 8 bits
     for path, module in sim.named_qmodules():
-        weights, activations = _bits(scheme, path)
+        weights, activations = bits_of(scheme, path)
         parameters = module.param_quantizers
         for name, quantiser in parameters.items():
             if weights == FLOAT:
@@ -391,7 +389,7 @@ class _Traced(Tensor):
 
 
 @torch.no_grad()
-def _sources(network: nn.Module, inputs: Tensors) -> dict[str, list[str | None]]:
+def input_sources(network: nn.Module, inputs: Tensors) -> dict[str, list[str | None]]:
     """Return, for each leaf module, which leaf module each of its inputs comes from; None: an input.
 
     Shapes tell that, so it runs on tensors without values.
@@ -409,7 +407,7 @@ def _sources(network: nn.Module, inputs: Tensors) -> dict[str, list[str | None]]
     hollow = {
         name: tensor.to("meta") for name, tensor in chain(network.named_parameters(), network.named_buffers())
     }
-    arguments = tuple(argument.to("meta") for argument in _arguments(inputs))
+    arguments = tuple(argument.to("meta") for argument in as_arguments(inputs))
     try:
         torch.func.functional_call(network, hollow, arguments)
     finally:
@@ -426,12 +424,12 @@ def _convert_between(
     The NPU's operations take and give integers of one width, and a Q and DQ in between converts.
     """
     modules = dict(sim.named_qmodules())
-    for path, i, _ in _borders(modules, sources, functools.partial(_bits, scheme)):
-        own = _bits(scheme, path)[1]
+    for path, i, _ in borders(modules, sources, functools.partial(bits_of, scheme)):
+        own = bits_of(scheme, path)[1]
         modules[path].input_quantizers[i] = aimet.quantiser(shape=(), bitwidth=own, symmetric=False)
 
 
-def _borders(
+def borders(
     modules: Mapping[str, Any],
     sources: Mapping[str, Sequence[str | None]],
     bits: Callable[[str], tuple[int, int]],
@@ -540,447 +538,7 @@ def _restore(sim: Any, state: Path, key: str) -> bool:
 # ---- the written graph ----
 
 
-def _load_folded(path: Path) -> onnx.ModelProto:
-    """Read what was exported without torch's optimiser, and do what little of it a quantised graph needs."""
-    model = onnx_ir.from_proto(onnx.load(path))  # its files go away
-    onnx_ir.passes.common.ShapeInferencePass()(model)  # so that shapes of weights behind a DQ fold as well
-    fold_constants(model)
-    for node in model.graph:
-        # The exporter gives every convolution a bias; one of zeros, in floats, would keep it off the NPU.
-        if node.op_type == "Conv" and len(node.inputs) > 2 and (bias := node.inputs[2]) is not None:
-            zeros = bias.const_value
-            if zeros is not None and not zeros.numpy().any():
-                node.resize_inputs(2)
-    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
-    return onnx_ir.to_proto(model)
-
-
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
-# Ops that carry values through unchanged: what stands on their other side decides.
-_MOVES = frozenset(
-    {"Concat", "DepthToSpace", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
-    | {"Unsqueeze"}
-)
-_DATA_ONLY_FIRST = frozenset({"Clip", "Pad", "Resize"} | _MOVES - {"Concat"})
-_WITH_BIAS = frozenset({"Conv", "ConvTranspose", "Gemm", "InstanceNormalization", "LayerNormalization"})
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_LARGEST = {TensorProto.INT4: 7, TensorProto.INT8: 127, TensorProto.INT16: 32767}
-_UNSIGNED, _SIGNED = (TensorProto.UINT8, TensorProto.UINT16), (TensorProto.INT8, TensorProto.INT16)
-_WIDE = (TensorProto.UINT16, TensorProto.INT16)
-_MIDDLE = 32768  # zero point of a symmetric range written as uint16
-
-Origin = NodeProto | str  # a node, or the name of a graph input or initializer
-
-
-class _Graph:
-    """Who makes and who reads each tensor."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.graph = model.graph
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.producers = {name: node for node in model.graph.node for name in node.output}
-
-    def origins(self, tensor: str) -> Iterator[Origin]:
-        """Yield what a tensor's values come from, looking through moves."""
-        node = self.producers.get(tensor)
-        if node is None or node.op_type not in _MOVES:
-            yield tensor if node is None else node
-            return
-        for name in self.operands(node):
-            yield from self.origins(name)
-
-    def operands(self, node: NodeProto) -> list[str]:
-        """Return the inputs that hold values, not shapes, axes or scales."""
-        if node.op_type in _DATA_ONLY_FIRST:
-            return [node.input[0]]
-        return [name for name in node.input if name and self._is_float(name)]
-
-    def _is_float(self, name: str) -> bool:
-        return name not in self.constants or self.constants[name].data_type == TensorProto.FLOAT
-
-    def dtype(self, pair: NodeProto) -> int:
-        """Return the integer type on the inner side of a Q or DQ."""
-        return self.constants[pair.input[2]].data_type
-
-    def value(self, name: str) -> Array:
-        return numpy_helper.to_array(self.constants[name])
-
-    def before_pairs(self, tensor: str) -> str:
-        """Return the float tensor that Q and DQ made this one from."""
-        node = self.producers.get(tensor)
-        while node is not None and node.op_type in _PAIR:
-            tensor = node.input[0]
-            node = self.producers.get(tensor)
-        return tensor
-
-    def is_constant(self, dequantise: NodeProto) -> bool:
-        """Whether a DQ yields weights."""
-        stored = dequantise.input[0]
-        return stored in self.constants or self.producers[stored].input[0] in self.constants
-
-
-def convert_before_moves(model: onnx.ModelProto) -> None:
-    """Let values change their width before they are moved, in place.
-
-    before  uint16 -> DQ -> Reshape -> Q -> uint8      three operations in float for the compiler
-    after   uint16 -> DQ -> Q -> uint8 -> DQ -> Reshape    one Convert
-
-    A move takes every value where it was, so the result is the same.
-    """
-    graph = _Graph(model)
-    replaced: dict[int, list[NodeProto]] = {}
-    renamed: dict[str, str] = {}
-    outputs = {value.name for value in model.graph.output}  # they keep their names
-    for index, node in enumerate(model.graph.node):
-        if node.op_type != "QuantizeLinear":
-            continue
-        moves, before = list[NodeProto](), graph.producers.get(node.input[0])
-        while before is not None and before.op_type in _MOVES - {"Concat", "Split"}:
-            moves.insert(0, before)
-            before = graph.producers.get(before.input[0])
-        if not moves or before is None or before.op_type != "DequantizeLinear":
-            continue
-        if graph.dtype(before) == graph.dtype(node):
-            continue
-        dequantise = next(n for n in model.graph.node if n.input[:1] == node.output[:1])
-        if dequantise.output[0] in outputs:
-            continue
-        narrow, wide = f"{node.output[0]}_before", f"{dequantise.output[0]}_before"
-        chain = [
-            onnx.helper.make_node(node.op_type, [before.output[0], *node.input[1:]], [narrow], node.name),
-            onnx.helper.make_node(
-                dequantise.op_type, [narrow, *dequantise.input[1:]], [wide], dequantise.name
-            ),
-        ]
-        for move in moves:
-            copied = NodeProto()
-            copied.CopyFrom(move)
-            copied.input[0] = chain[-1].output[0]
-            copied.output[0] = f"{move.output[0]}_{node.output[0]}"
-            chain.append(copied)
-        replaced[index] = chain
-        renamed[dequantise.output[0]] = chain[-1].output[0]
-    if not replaced:
-        return
-    nodes = [n for i, node in enumerate(model.graph.node) for n in replaced.get(i, [node])]
-    for node in nodes:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-    read = set(outputs)
-    kept: list[NodeProto] = []
-    for node in reversed(nodes):
-        if any(name in read for name in node.output):
-            read.update(node.input)
-            kept.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(reversed(kept))
-
-
-def relabel(model: onnx.ModelProto) -> None:
-    """Give 16-bit second operands of matrix products the type that the NPU has a kernel for, in place.
-
-    before  uint16, zero point 32768 -> DQ -> MatMul        narrowed to 8 bits by the compiler
-    after   uint16, zero point 32768 -> DQ -> Q -> int16, zero point 0 -> DQ -> MatMul
-
-    Same scale, same values. Raises ExportError for a range that is not symmetric.
-    """
-    graph, zero = _Graph(model), numpy_helper.from_array(np.zeros((), np.int16), "relabel_zero_point")
-    nodes: list[NodeProto] = []
-    done: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.op_type == "MatMul" and (pair := _unsigned_operand(graph, node)) is not None:
-            scale, zero_point = pair.input[1:3]
-            if int(graph.value(zero_point)) != _MIDDLE:
-                raise ExportError(
-                    f"{node.name}: the range of its second operand is not symmetric",
-                    next_step=f"make the quantiser behind {pair.name} symmetric, or give it 8 bits by a rule",
-                )
-            operand = node.input[1]
-            if operand not in done:
-                done[operand] = f"{operand}_signed"
-                inner = f"{operand}_int16"
-                for op, before, after in zip(_PAIR, (operand, inner), (inner, done[operand]), strict=True):
-                    name = f"{node.name}_relabel_{op}"
-                    nodes.append(onnx.helper.make_node(op, [before, scale, zero.name], [after], name))
-            node.input[1] = done[operand]
-        nodes.append(node)
-    if done:
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
-        model.graph.initializer.append(zero)
-
-
-def _unsigned_operand(graph: _Graph, matmul: NodeProto) -> NodeProto | None:
-    """Return the DQ from which a MatMul's second operand comes as uint16, unless it is a weight."""
-    for origin in graph.origins(matmul.input[1]):
-        if (
-            isinstance(origin, NodeProto)
-            and origin.op_type == "DequantizeLinear"
-            and not graph.is_constant(origin)
-            and graph.dtype(origin) == TensorProto.UINT16
-        ):
-            return origin
-    return None
-
-
-def check_quantised(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda _: False) -> None:
-    """Refuse a graph that compiles and then is wrong, narrow or slow.
-
-    `is_float` says of a module path whether float is what its rule asks for. Raises ExportError that names
-    the node; weights have to be in memory.
-    """
-    check_interface(model)
-    check_forms(model, is_float)
-    check_coverage(model, is_float)
-    check_operands(model, is_float)
-
-
-def check_interface(model: onnx.ModelProto) -> None:
-    """Refuse inputs or outputs that are not float32: what calls the NPU speaks floats."""
-    for value in (*model.graph.input, *model.graph.output):
-        if value.type.tensor_type.elem_type != TensorProto.FLOAT:
-            raise ExportError(f"{value.name}: an input or output that is not float32")
-
-
-def check_forms(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda _: False) -> None:
-    """Refuse ops that the compiler runs in float32 or computes wrongly, whatever their ranges.
-
-    All were seen on SM8650 with onnxruntime-qnn 2.7.0.
-    """
-    graph = _Graph(model)
-    for node in model.graph.node:
-        if is_float(_module(node)):
-            continue
-        if node.op_type == "GroupNormalization":
-            raise ExportError(
-                f"{node.name}: group normalisation always runs in float32",
-                next_step='set graph.group_norm = "instance" in the recipe',
-            )
-        if node.op_type == "Expand":
-            raise ExportError(
-                f"{node.name}: an expanded axis is computed wrongly",
-                next_step="concatenate the tensor with itself, or let an op broadcast",
-            )
-        if node.op_type == "Mul" and _is_silu(graph, node):
-            raise ExportError(
-                f"{node.name}: a tensor times its own sigmoid is computed wrongly at many sizes",
-                next_step="use npu.ops.SiLU, which hides it from the compiler",
-            )
-
-
-def _is_silu(graph: _Graph, mul: NodeProto) -> bool:
-    """Whether it multiplies x and sigmoid(x), each behind Q and DQ and nothing else."""
-    for x, other in (mul.input, mul.input[::-1]):
-        source = graph.before_pairs(other)
-        node = graph.producers.get(source)
-        if source != other and node is not None and node.op_type == "Sigmoid":
-            return graph.before_pairs(node.input[0]) == graph.before_pairs(x)
-    return False
-
-
-def check_coverage(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda _: False) -> None:
-    """Refuse values that reach an op, or the graph's output, without a Q and DQ on the way; name them all."""
-    gaps = dict.fromkeys(_gaps(_Graph(model), is_float))
-    if gaps:
-        raise ExportError(
-            "values without a range; what makes and what reads them would run in float32 or not on the NPU:"
-            + listed(gaps),
-            next_step="make each of these ops a module of its own with one instance per call, as in "
-            "npu/ops.py (for SiLU: npu.ops.SiLU), or allow it by a rule with 32 bits",
-        )
-
-
-def _gaps(graph: _Graph, is_float: Callable[[str], bool]) -> Iterator[str]:
-    """Yield what reads a value without a range, and which."""
-    readers = [
-        (f"{node.name} ({node.op_type})", operand, node)
-        for node in graph.graph.node
-        if node.op_type not in (*_PAIR, *_MOVES) and not is_float(_module(node))
-        for operand in graph.operands(node)
-    ]
-    outputs = [(f"the output {output.name}", output.name, None) for output in graph.graph.output]
-    for reader, operand, node in (*readers, *outputs):
-        for origin in graph.origins(operand):
-            if not isinstance(origin, NodeProto):
-                yield f"{reader} reads {origin}"
-            elif not (
-                origin.op_type == "DequantizeLinear"
-                or is_float(_module(origin))
-                or (node is not None and _fuses(graph, origin, node))
-            ):
-                yield f"{reader} reads {origin.name} ({origin.op_type})"
-
-
-def _fuses(graph: _Graph, first: NodeProto, second: NodeProto) -> bool:
-    """Whether the compiler makes one op of the two."""
-    if second.op_type in ("Relu", "Clip"):
-        return first.op_type in ("Conv", "Gemm", "Add")
-    if first.op_type != "MatMul" or second.op_type != "Add":
-        return False
-    # A linear layer on tokens: product with a weight, plus a bias.
-    others = [first.input[1], *(name for name in second.input if name not in first.output)]
-    return all(
-        isinstance(origin, NodeProto) and origin.op_type == "DequantizeLinear" and graph.is_constant(origin)
-        for name in others
-        for origin in graph.origins(name)
-    )
-
-
-def check_operands(model: onnx.ModelProto, is_float: Callable[[str], bool] = lambda _: False) -> None:
-    """Refuse integers of a type or scale that the compiler narrows, converts or leaves to the CPU."""
-    graph = _Graph(model)
-    for node in model.graph.node:
-        if node.op_type == "QuantizeLinear":
-            _check_signs(graph, node)
-        elif is_float(_module(node)):
-            continue
-        elif node.op_type == "MatMul":
-            _check_matmul(graph, node)
-        elif node.op_type in _WITH_BIAS and len(node.input) > 2 and node.input[2]:
-            _check_bias(graph, node)
-        if node.op_type in _PRODUCTS:
-            _check_steps(graph, node)
-
-
-def _check_signs(graph: _Graph, node: NodeProto) -> None:
-    before = graph.producers.get(node.input[0])
-    relabelled = before is not None and before.op_type == "DequantizeLinear"
-    if graph.dtype(node) not in _UNSIGNED and not relabelled and node.input[0] not in graph.constants:
-        raise ExportError(
-            f"{node.name}: a signed activation, which sends the layer to the CPU",
-            next_step='export with force_activation_as="unsigned"',
-        )
-
-
-def _check_matmul(graph: _Graph, node: NodeProto) -> None:
-    if _unsigned_operand(graph, node) is not None:
-        raise ExportError(
-            f"{node.name}: its second operand is uint16, which the compiler narrows to 8 bits",
-            next_step="call relabel first",
-        )
-    first, second = (
-        {
-            graph.dtype(origin)
-            for origin in graph.origins(name)
-            if isinstance(origin, NodeProto) and origin.op_type == "DequantizeLinear"
-        }
-        for name in node.input
-    )
-    if second & set(_WIDE) and first - set(_WIDE):
-        raise ExportError(
-            f"{node.name}: a 16-bit second operand needs a 16-bit first one",
-            next_step="give both the same bits by a rule",
-        )
-
-
-def _check_bias(graph: _Graph, node: NodeProto) -> None:
-    bias = graph.producers.get(node.input[2])
-    if bias is None or bias.op_type != "DequantizeLinear" or graph.dtype(bias) != TensorProto.INT32:
-        raise ExportError(
-            f"{node.name} ({node.op_type}): its bias is not int32, so it runs in float32",
-            next_step="export with export_int32_bias, or allow it by a rule with 32 bits",
-        )
-    if node.op_type.endswith("Normalization"):
-        return
-    weight = graph.producers[node.input[1]]
-    for source in graph.origins(node.input[0]):
-        if isinstance(source, NodeProto) and source.op_type == "DequantizeLinear":
-            expected = graph.value(source.input[1]) * graph.value(weight.input[1])
-            if not np.allclose(graph.value(bias.input[1]), expected, rtol=1e-3, atol=0):
-                raise ExportError(
-                    f"{node.name}: its bias is stored for another input's scale; is the module called twice?",
-                    next_step="one instance per call",
-                )
-
-
-def _check_steps(graph: _Graph, node: NodeProto) -> None:
-    pair = graph.producers.get(node.input[1])
-    if pair is None or pair.op_type != "DequantizeLinear" or pair.input[0] not in graph.constants:
-        return
-    integers = np.abs(graph.value(pair.input[0]).astype(np.int64))
-    axis = next((a.i for a in pair.attribute if a.name == "axis"), 1)
-    per_output = graph.value(pair.input[1]).ndim > 0
-    rows = np.moveaxis(integers, axis, 0).reshape(integers.shape[axis], -1) if per_output else [integers]
-    largest = _LARGEST.get(graph.constants[pair.input[0]].data_type, 0)
-    for row in rows:
-        if 0 < 2 * (steps := int(np.max(row))) <= largest:
-            raise ExportError(
-                f"{node.name}: weights stored as integers up to {steps} where {largest} is possible; the NPU "
-                "drops the low byte of their sums",
-                next_step="make their scale smaller",
-            )
-
-
-def _module(node: NodeProto) -> str:
-    return node.name.rpartition("/")[0]
-
-
-def _name_pairs(model: onnx.ModelProto) -> None:
-    """Name each Q and DQ after the module that made its values, or that reads them if they are weights."""
-    readers: dict[str, str] = {}
-    for node in reversed(model.graph.node):
-        owner = readers.get(node.output[0], "graph") if node.op_type in _PAIR else _module(node)
-        readers |= dict.fromkeys(node.input, owner)
-    owners = {value.name: value.name for value in model.graph.input}
-    taken: Counter[str] = Counter()
-    for node in model.graph.node:
-        if node.op_type in _PAIR:
-            owner = owners.get(node.input[0]) or readers[node.input[0]]
-            name = f"{owner}/{node.op_type}"
-            taken[name] += 1
-            node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
-        else:
-            owner = _module(node)
-        owners |= dict.fromkeys(node.output, owner)
-
-
 # ---- what was lost ----
-
-
-def answers(run: Runner, samples: Sequence[Tensors], given: Sequence[Array]) -> dict[str, float]:
-    """Return by input how far the output of `run` moves when this input alone is taken from another sample.
-
-    The RMS over the first samples, each with the next; `given` is what `run` gives for these, and how many
-    they are. Raises UsageError for fewer than two samples.
-    """
-    if len(samples) < 2:
-        raise UsageError("conditioning needs two samples or more")
-    squares = dict.fromkeys(samples[0], 0.0)
-    for i, base in enumerate(given):
-        sample, other = samples[i], samples[(i + 1) % len(samples)]
-        for name in squares:
-            changed = np.asarray(run(sample | {name: other[name]}), np.float64) - base
-            squares[name] += float(np.sum(changed * changed))
-    sizes = sum(base.size for base in given)
-    return {name: math.sqrt(square / sizes) for name, square in squares.items()}
-
-
-def conditioning(given: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
-    """Return by input how much a network answers to it over how much the reference does; see `answers`.
-
-    1 is perfect, 0 an input that does not matter any more. An input to which the reference does not answer
-    either has 1, or inf if the network does.
-    """
-    return {name: _ratio(value, reference[name]) for name, value in given.items()}
-
-
-def _ratio(value: float, reference: float) -> float:
-    if reference:
-        return value / reference
-    return math.inf if value else 1.0
-
-
-def sensitivity(quantised: Quantised, inputs: Tensors) -> dict[str, float]:
-    """Return by block the SQNR of the output in dB with nothing but that block quantised, costliest first.
-
-    A block is a resblock, a transformer or the like with all its modules, or a module that stands alone.
-    Ranges stay as they are. A block that changes nothing has inf.
-    """
-    reference = quantised.run_float(inputs)
-    alone: dict[str, float] = {}
-    for block in dict.fromkeys(block_of(path) for path, _ in quantised.sim.named_qmodules()):
-        with quantised._without(lambda path, block=block: block_of(path) != block):  # type: ignore[misc]
-            alone[block] = sqnr_db(reference, quantised.run(inputs))
-    return dict(sorted(alone.items(), key=lambda item: item[1]))
 
 
 def block_of(path: str) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mobilevd_deploy.config.recipe import QuantScheme, Recipe
+from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.runtime import media
 
@@ -107,3 +109,17 @@ def _draw(seed: int, height: int, width: int, index: int) -> Floats:
 
 def _read(width: int, height: int, path: Path) -> Floats:
     return media.read_picture(path, width, height).pixels
+
+
+def choose_pictures(spec: ModelSpec, recipe: Recipe, calibration: Sequence[str | Path]) -> Pictures | None:
+    """Return what calibrates and judges; None where the recipe ends with float ONNX."""
+    if not (recipe.quant or recipe.npu):
+        if calibration:
+            raise UsageError(
+                f"recipe {recipe.name} calibrates nothing", next_step="choose a recipe with [quant] or [npu]"
+            )
+        return None
+    scheme = recipe.quant or QuantScheme(samples=1)
+    if calibration:
+        return read_pictures(calibration, spec.width, spec.height, scheme.samples, scheme.seed)
+    return drawn_pictures(spec.width, spec.height, scheme.samples, scheme.seed)

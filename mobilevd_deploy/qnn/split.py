@@ -15,11 +15,16 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
 from mobilevd_deploy.errors import ExportError
+
+if TYPE_CHECKING:
+    import onnx
+
 
 ALLOCATION_LIMIT = 2**31
 """Bytes that one graph may allocate on the NPU; source: ai-hub-models #129, #274."""
@@ -331,3 +336,19 @@ def _quantise_again(flow: _Flow, name: str) -> Iterator[NodeProto]:
     yield onnx.helper.make_node(
         _DEQUANTISE, [inner, scale, zero_point], [outer], f"{module}/{_DEQUANTISE}_again_{name}"
     )
+
+
+def tensor_shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
+    """Return the static shape of every tensor that the graph names."""
+    return {
+        value.name: tuple(
+            d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim
+        )
+        for value in (*graph.input, *graph.output, *graph.value_info)
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def read_shaped(model: Path) -> onnx.ModelProto:
+    """Read a graph without its weights, with shapes."""
+    return onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))

@@ -1,0 +1,62 @@
+"""How far a quantised component is from its float one, by input and by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from mobilevd_deploy.base.tensors import Tensors, sqnr_db
+from mobilevd_deploy.errors import UsageError
+from mobilevd_deploy.quantize.simulation import Array, Quantised, block_of
+
+Runner = Callable[[Tensors], npt.ArrayLike]
+
+
+def answers(run: Runner, samples: Sequence[Tensors], given: Sequence[Array]) -> dict[str, float]:
+    """Return by input how far the output of `run` moves when this input alone is taken from another sample.
+
+    The RMS over the first samples, each with the next; `given` is what `run` gives for these, and how many
+    they are. Raises UsageError for fewer than two samples.
+    """
+    if len(samples) < 2:
+        raise UsageError("conditioning needs two samples or more")
+    squares = dict.fromkeys(samples[0], 0.0)
+    for i, base in enumerate(given):
+        sample, other = samples[i], samples[(i + 1) % len(samples)]
+        for name in squares:
+            changed = np.asarray(run(sample | {name: other[name]}), np.float64) - base
+            squares[name] += float(np.sum(changed * changed))
+    sizes = sum(base.size for base in given)
+    return {name: math.sqrt(square / sizes) for name, square in squares.items()}
+
+
+def conditioning(given: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
+    """Return by input how much a network answers to it over how much the reference does; see `answers`.
+
+    1 is perfect, 0 an input that does not matter any more. An input to which the reference does not answer
+    either has 1, or inf if the network does.
+    """
+    return {name: _ratio(value, reference[name]) for name, value in given.items()}
+
+
+def _ratio(value: float, reference: float) -> float:
+    if reference:
+        return value / reference
+    return math.inf if value else 1.0
+
+
+def sensitivity(quantised: Quantised, inputs: Tensors) -> dict[str, float]:
+    """Return by block the SQNR of the output in dB with nothing but that block quantised, costliest first.
+
+    A block is a resblock, a transformer or the like with all its modules, or a module that stands alone.
+    Ranges stay as they are. A block that changes nothing has inf.
+    """
+    reference = quantised.run_float(inputs)
+    alone: dict[str, float] = {}
+    for block in dict.fromkeys(block_of(path) for path, _ in quantised.sim.named_qmodules()):
+        with quantised._without(lambda path, block=block: block_of(path) != block):  # type: ignore[misc]
+            alone[block] = sqnr_db(reference, quantised.run(inputs))
+    return dict(sorted(alone.items(), key=lambda item: item[1]))
