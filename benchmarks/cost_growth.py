@@ -27,7 +27,6 @@ from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import Recipe, load_recipe
 from mobilevd_deploy.config.spec import ModelSpec
-from mobilevd_deploy.deploy import deploy_form
 from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint, read_weights, write_weights
 from mobilevd_deploy.model.interface import input_shapes
 from mobilevd_deploy.npu.onnx_export import DATA, MODEL, export_onnx, read_graph
@@ -35,6 +34,7 @@ from mobilevd_deploy.npu.skeleton import deploy_skeleton
 from mobilevd_deploy.qnn.compiler import compile_context
 from mobilevd_deploy.qnn.targets import find_target
 from mobilevd_deploy.quantize.simulation import quantise
+from mobilevd_deploy.stages.export import deploy_form
 from mobilevd_deploy.training.initialise import draw_checkpoint
 
 WEIGHTS = "unet.safetensors"

@@ -39,9 +39,9 @@ from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import GraphForms, NpuOptions, Recipe, load_recipe
 from mobilevd_deploy.errors import VendorError
 from mobilevd_deploy.npu.onnx_export import MODEL
+from mobilevd_deploy.profiling.traffic import Block, export_block, unet_blocks
 from mobilevd_deploy.qnn.compiler import measure_traffic
 from mobilevd_deploy.qnn.targets import find_target
-from mobilevd_deploy.traffic import Block, export_block, unet_blocks
 
 NAME = "dram_traffic"
 TARGET = "SM8650"

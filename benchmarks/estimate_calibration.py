@@ -1,4 +1,4 @@
-"""Calibrate the latency estimate: writes mobilevd_deploy/latency.json and results/estimate_calibration.json.
+"""Calibrate the latency estimate: writes profiling/latency.json and results/estimate_calibration.json.
 
     python benchmarks/estimate_calibration.py
 
@@ -30,7 +30,7 @@ import mobilevd_deploy
 from mobilevd_deploy.config.devices import table
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec
-from mobilevd_deploy.estimate import (
+from mobilevd_deploy.profiling.estimate import (
     Calibration,
     Counts,
     Row,
@@ -70,7 +70,7 @@ def main() -> None:
         sd15=count_module(unet, unet, *inputs),
         sd15_moved=DramBytes(moved["read"], moved["written"]),
     )
-    path = Path(mobilevd_deploy.__file__).with_name("latency.json")
+    path = Path(mobilevd_deploy.__file__).parent / "profiling" / "latency.json"
     path.write_text(json.dumps(dataclasses.asdict(calibration), indent=2) + "\n", encoding="utf-8")
 
     errors, rate = calibration.leave_one_out(), calibration.rate()

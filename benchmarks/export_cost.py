@@ -261,8 +261,8 @@ def _ours(job: Mapping[str, Any], folder: Path) -> Record:
     from mobilevd_deploy.npu.build import build_npu
     from mobilevd_deploy.npu.onnx_export import MODEL, export_onnx, read_graph
     from mobilevd_deploy.passes.runner import UNetProbe, run_passes, select_passes
-    from mobilevd_deploy.probe import Probe
     from mobilevd_deploy.runtime.runners import OnnxRunner
+    from mobilevd_deploy.stages.probe import Probe
 
     network, spec, identity = _load(job)
     recipe = load_recipe(RECIPE)
@@ -371,7 +371,7 @@ def _latency(job: Mapping[str, Any], folder: Path) -> Record:
 
 def _feeds(spec: ModelSpec) -> Tensors:
     from mobilevd_deploy.model.interface import component_tensors
-    from mobilevd_deploy.probe import make_probe
+    from mobilevd_deploy.stages.probe import make_probe
 
     return make_probe(component_tensors("unet", spec)[0], INPUTS_SEED, lambda _: {}).inputs
 

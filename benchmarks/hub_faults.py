@@ -31,8 +31,10 @@ from tiny_artifact import write_artifact
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.errors import VendorError
-from mobilevd_deploy.hub import Hub, Request, profile_on_hub
-from mobilevd_deploy.profiles import profiles_dir
+from mobilevd_deploy.profiling.hub.client import Hub
+from mobilevd_deploy.profiling.hub.ledger import Request
+from mobilevd_deploy.profiling.hub.run import profile_on_hub
+from mobilevd_deploy.profiling.store import profiles_dir
 
 FAULTS: dict[str, Callable[[HubServer], Fault]] = {
     "too many calls, list of devices": lambda _: Fault("GET .*devices", status=429),

@@ -30,13 +30,13 @@ from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import QuantScheme, load_recipe
-from mobilevd_deploy.deploy import deploy_form
 from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.quantize import simulation as quantize
 from mobilevd_deploy.quantize.calibration import drawn_pictures
 from mobilevd_deploy.quantize.simulation import Quantised, quantise
 from mobilevd_deploy.runtime.media import to_uint8
 from mobilevd_deploy.runtime.pipeline import ClipJob, loader, run_component
+from mobilevd_deploy.stages.export import deploy_form
 from mobilevd_deploy.training.clips import HELD_OUT, make_clip
 from mobilevd_deploy.training.quality import score, summarise
 

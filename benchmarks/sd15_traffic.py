@@ -32,7 +32,6 @@ from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.config.devices import Chip, table
 from mobilevd_deploy.config.recipe import GraphForms, load_recipe
-from mobilevd_deploy.estimate import Counts, count_module, floor, load_calibration
 from mobilevd_deploy.npu.ops import (
     Add,
     ResBlock,
@@ -48,9 +47,10 @@ from mobilevd_deploy.npu.ops import (
     to_tokens,
 )
 from mobilevd_deploy.npu.unet import FeedForward
+from mobilevd_deploy.profiling.estimate import Counts, count_module, floor, load_calibration
+from mobilevd_deploy.profiling.traffic import Block, measure_block, randomised
 from mobilevd_deploy.qnn.compiled import DramBytes
 from mobilevd_deploy.qnn.targets import find_target
-from mobilevd_deploy.traffic import Block, measure_block, randomised
 
 NAME = "sd15_traffic"
 RECIPE = "xiaomi-14-pro"

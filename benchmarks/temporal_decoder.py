@@ -30,10 +30,10 @@ from mobilevd_deploy.config.recipe import load_recipe
 from mobilevd_deploy.model.interface import input_shapes
 from mobilevd_deploy.npu.onnx_export import MODEL, export_onnx, read_graph
 from mobilevd_deploy.npu.skeleton import deploy_skeleton
+from mobilevd_deploy.profiling.traffic import randomised
 from mobilevd_deploy.qnn.lint import lint
 from mobilevd_deploy.qnn.split import plan_cut, weight_bytes, write_parts
 from mobilevd_deploy.quantize.simulation import quantise
-from mobilevd_deploy.traffic import randomised
 
 NAME, PRESET = "temporal_decoder", "svd-lowres"
 RECIPES = {"float16": "xiaomi-14-pro-float16", "w8a16": "xiaomi-14-pro"}

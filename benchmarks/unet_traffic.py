@@ -23,9 +23,9 @@ from _common import RESULTS, write_result
 from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import GraphForms, Recipe, load_recipe
+from mobilevd_deploy.profiling.traffic import measure_block, unet_blocks
 from mobilevd_deploy.qnn.compiled import Traffic
 from mobilevd_deploy.qnn.targets import find_target
-from mobilevd_deploy.traffic import measure_block, unet_blocks
 
 NAME = "unet_traffic"
 TARGET = "SM8650"

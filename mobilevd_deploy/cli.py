@@ -19,12 +19,14 @@ import typer
 
 from mobilevd_deploy import __version__
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, UsageError, VendorError
+from mobilevd_deploy.profiling.hub import client, ledger
 
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact.artifact import Artifact
     from mobilevd_deploy.base.progress import Progress
-    from mobilevd_deploy.hub import Hub, Run
-    from mobilevd_deploy.profiles import Profile
+    from mobilevd_deploy.profiling.hub.client import Hub
+    from mobilevd_deploy.profiling.hub.ledger import Run
+    from mobilevd_deploy.profiling.profile import Profile
 
 app = typer.Typer(
     name="mobilevd-deploy",
@@ -388,8 +390,8 @@ def traffic(
     from mobilevd_deploy.artifact.manifest import MANIFEST
     from mobilevd_deploy.config.presets import load_preset
     from mobilevd_deploy.config.recipe import load_recipe
-    from mobilevd_deploy.profiles import profiles_dir, save_traffic
-    from mobilevd_deploy.traffic import measure_artifact, measure_preset, write_picture
+    from mobilevd_deploy.profiling.store import profiles_dir, save_traffic
+    from mobilevd_deploy.profiling.traffic import measure_artifact, measure_preset, write_picture
 
     if picture is not None and picture.suffix != ".png":
         raise UsageError(f"{picture} is not a PNG file", next_step="name it like traffic.png")
@@ -468,7 +470,7 @@ def diff(
     """Compare two artifacts: size, parameters, FLOPs, op counts, drift, and the newest profiles of both."""
     from mobilevd_deploy.artifact.artifact import Artifact
     from mobilevd_deploy.artifact.diff import diff as compare
-    from mobilevd_deploy.profiles import diff_profiles
+    from mobilevd_deploy.profiling.store import diff_profiles
 
     before, after = Artifact.open(a), Artifact.open(b)
     rows = (*compare(before, after), *diff_profiles(before, after))
@@ -599,9 +601,9 @@ def profile(
     if host or adb is not None:
         _show_profiles([_profile_here(opened, adb, names, samples, backend, quiet or as_json)], as_json)
         return
-    from mobilevd_deploy import hub
+    from mobilevd_deploy.profiling.hub import run as hub
 
-    request = hub.Request(
+    request = ledger.Request(
         tuple(device or ()),
         names,
         samples,
@@ -619,7 +621,7 @@ def profile(
                 progress,
                 wait=not no_wait,
             )
-    except hub.NotConfiguredError as error:
+    except client.NotConfiguredError as error:
         if resume:
             raise
         _show_profiles(_estimate(str(opened.root), device, unmeasured=error), as_json)
@@ -651,7 +653,8 @@ def report(
     """
     from mobilevd_deploy.artifact.artifact import Artifact, find_newest
     from mobilevd_deploy.base.files import write_durably
-    from mobilevd_deploy.profiles import load_traffic, newest_profiles, profiles_dir, render_comparison
+    from mobilevd_deploy.profiling.profile import render_comparison
+    from mobilevd_deploy.profiling.store import load_traffic, newest_profiles, profiles_dir
     from mobilevd_deploy.report import render_profiles
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
@@ -689,9 +692,10 @@ def install(
     quiet: Quiet = False,
 ) -> None:
     """Put an artifact into the app on the attached phone; every byte is checked there."""
-    from mobilevd_deploy.adb import ARTIFACTS, Adb
-    from mobilevd_deploy.adb import install as put
     from mobilevd_deploy.artifact.artifact import Artifact, find_newest
+    from mobilevd_deploy.profiling.phone.adb import Adb
+    from mobilevd_deploy.profiling.phone.run import ARTIFACTS
+    from mobilevd_deploy.profiling.phone.run import install as put
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
     with _progress(quiet or as_json) as progress:
@@ -778,8 +782,8 @@ def jobs(
     as_json: Json = False,
 ) -> None:
     """List the jobs that `profile` submitted for an artifact, and how they stand."""
-    from mobilevd_deploy import hub
     from mobilevd_deploy.artifact.artifact import Artifact, find_newest
+    from mobilevd_deploy.profiling.hub import run as hub
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
     runs = hub.refresh_jobs(opened, None if offline else _open_hub())
@@ -955,7 +959,7 @@ def _progress(quiet: bool) -> Progress:
 
 def _open_hub() -> Hub:
     """Open the hub's client; that others can read the token is said however quiet the rest is to be."""
-    from mobilevd_deploy.hub import Hub
+    from mobilevd_deploy.profiling.hub.client import Hub
 
     opened = Hub.open()
     if opened.exposed:
@@ -984,8 +988,8 @@ def _estimate(
     from mobilevd_deploy.artifact.artifact import Artifact, find_newest
     from mobilevd_deploy.artifact.manifest import MANIFEST
     from mobilevd_deploy.config.devices import find
-    from mobilevd_deploy.estimate import estimate_profile
-    from mobilevd_deploy.profiles import profiles_dir, save_profile
+    from mobilevd_deploy.profiling.estimate import estimate_profile
+    from mobilevd_deploy.profiling.store import profiles_dir, save_profile
 
     if not devices:
         raise UsageError("no device is named", next_step='for example --device "Xiaomi 14 Pro"')
@@ -1024,16 +1028,17 @@ def _profile_here(
     quiet: bool,
 ) -> tuple[Path, Profile]:
     """Measure on the phone on the desk or, where `adb` is None, on this computer; and store it."""
-    from mobilevd_deploy.profiles import profiles_dir, save_profile
+    from mobilevd_deploy.profiling.store import profiles_dir, save_profile
 
     with _progress(quiet) as progress:
         progress.say(f"profiling {artifact.root}")
         if adb is None:
-            from mobilevd_deploy.host import profile_on_host
+            from mobilevd_deploy.profiling.host import profile_on_host
 
             found = profile_on_host(artifact, progress, components=components, samples=samples)
         else:
-            from mobilevd_deploy.adb import Adb, profile_over_adb
+            from mobilevd_deploy.profiling.phone.adb import Adb
+            from mobilevd_deploy.profiling.phone.run import profile_over_adb
 
             found = profile_over_adb(
                 artifact,
@@ -1049,7 +1054,7 @@ def _profile_here(
 
 def _show_profiles(profiles: Sequence[tuple[Path | None, Profile]], as_json: bool) -> None:
     """Print profiles; what failed in them decides the exit code."""
-    from mobilevd_deploy.profiles import render_profile
+    from mobilevd_deploy.profiling.profile import render_profile
 
     if as_json:
         values = [profile.to_dict() | {"file": path} for path, profile in profiles]

@@ -27,6 +27,7 @@ from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.config.recipe import NpuOptions, Recipe
 from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.errors import MobileVDError
+from mobilevd_deploy.profiling.hub import client
 
 # Peak memory of the largest process of an export, in bytes: fixed part and bytes per parameter of the UNet.
 # Measured: the demo's 5.7 M parameters took 1.8 GB (AIMET), in float 1.0 GB (onnxruntime); the paper's 845 M
@@ -164,10 +165,9 @@ def _disk(recipe: Recipe, spec: ModelSpec, folder: Path) -> Finding:
 
 
 def _hub() -> Finding:
-    from mobilevd_deploy import hub
 
     try:
-        opened = hub.Hub.open()
+        opened = client.Hub.open()
         count = len(opened.devices())
     except MobileVDError as error:
         return Finding("AI Hub", False, False, error.what, error.next_step)
@@ -177,7 +177,8 @@ def _hub() -> Finding:
 
 
 def _phone() -> Finding:
-    from mobilevd_deploy.adb import Adb, require_app
+    from mobilevd_deploy.profiling.phone.adb import Adb
+    from mobilevd_deploy.profiling.phone.run import require_app
 
     try:
         phone = Adb.open()

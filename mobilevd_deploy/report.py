@@ -22,7 +22,7 @@ from mobilevd_deploy.config.recipe import GraphForms, Recipe
 from mobilevd_deploy.config.spec import ModelSpec, UNetSpec
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.model.interface import TensorSpec
-from mobilevd_deploy.profiles import FIGURES, Profile, TrafficReport, TrafficRow, number, total_words
+from mobilevd_deploy.profiling.profile import FIGURES, Profile, TrafficReport, TrafficRow, number, total_words
 
 _MS = "\N{NO-BREAK SPACE}ms"
 _SHOWN_BLOCKS = 8  # per component; the others are folded away

@@ -32,7 +32,7 @@ from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.config.recipe import QuantRule, QuantScheme, Recipe, to_toml
 from mobilevd_deploy.config.spec import ComponentName
-from mobilevd_deploy.deploy import _reference, deploy_form, tool_versions
+from mobilevd_deploy.deploy import tool_versions
 from mobilevd_deploy.errors import ParityError, UsageError
 from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.model.components import deploy_contract
@@ -51,6 +51,7 @@ from mobilevd_deploy.quantize.simulation import (
     quantise,
 )
 from mobilevd_deploy.runtime.pipeline import ClipJob
+from mobilevd_deploy.stages.export import deploy_form, reference
 
 Bits = tuple[int, int]
 """Bits of weights and of activations."""
@@ -495,7 +496,7 @@ def _unet_inputs(checkpoint: Checkpoint, jobs: Sequence[ClipJob]) -> list[Tensor
         inputs, (output,) = component_tensors(name, checkpoint.spec)
         network = deploy_contract(checkpoint.load(name))
         for job in jobs:
-            job.outputs[name] = _reference(network, output.name, job.gather(inputs))[output.name]
+            job.outputs[name] = reference(network, output.name, job.gather(inputs))[output.name]
     inputs, _ = component_tensors("unet", checkpoint.spec)
     return [job.gather(inputs) for job in jobs]
 

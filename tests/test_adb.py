@@ -16,11 +16,13 @@ from adb_phone import SERIAL, Phone
 from rich.console import Console
 from tiny_artifact import write_artifact
 
-from mobilevd_deploy.adb import Adb, attached, install, profile_over_adb
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.progress import LineProgress
 from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError, VendorError
-from mobilevd_deploy.profiles import load_profile, profiles_dir, render_profile, save_profile
+from mobilevd_deploy.profiling.phone.adb import Adb, attached
+from mobilevd_deploy.profiling.phone.run import install, profile_over_adb
+from mobilevd_deploy.profiling.profile import render_profile
+from mobilevd_deploy.profiling.store import load_profile, profiles_dir, save_profile
 
 ALL = ["image_encoder", "vae_encoder", "unet", "decoder"]
 
@@ -292,7 +294,7 @@ def test_a_benchmark_that_fails(phone, artifact, settings, message):
 def test_the_phone_does_not_go_on_when_we_stop(phone, artifact, tmp_path):
     phone.app(stalls=True)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mobilevd_deploy.adb import *\n"
+        "import sys\nfrom pathlib import Path\nfrom mobilevd_deploy.profiling.phone.run import *\n"
         "profile_over_adb(Artifact.open(sys.argv[1]), Adb.open(), samples=3, poll_seconds=0.02)"
     )
     command = [sys.executable, "-c", code, str(artifact.root)]

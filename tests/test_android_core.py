@@ -25,9 +25,9 @@ import pytest
 import mobilevd_deploy
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import MANIFEST_DIGEST
-from mobilevd_deploy.benchmark import Benchmark
 from mobilevd_deploy.config.recipe import Recipe, load_recipe
 from mobilevd_deploy.deploy import deploy
+from mobilevd_deploy.profiling.phone.result import Benchmark
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models" / "demo.safetensors"
@@ -87,7 +87,9 @@ def test_javas_clips_are_pythons(report):
 
 
 def test_python_reads_what_the_benchmark_wrote(report):
-    schema = json.loads((Path(mobilevd_deploy.__file__).parent / "benchmark.schema.json").read_text())
+    schema = json.loads(
+        (Path(mobilevd_deploy.__file__).parent / "profiling" / "phone" / "benchmark.schema.json").read_text()
+    )
     results = {path.stem: path.read_bytes() for path in (Path(report[0]) / "results").iterdir()}
     assert {"run-1", "run-2", "run-3", "run-4"} <= results.keys()
     for text in results.values():

@@ -10,10 +10,20 @@ import pytest
 from schema_mutations import same_verdicts
 
 import mobilevd_deploy
-from mobilevd_deploy.benchmark import ArtifactId, Benchmark, Failure, Handset, Memory, Runtime, Timing
 from mobilevd_deploy.errors import ArtifactError
+from mobilevd_deploy.profiling.phone.result import (
+    ArtifactId,
+    Benchmark,
+    Failure,
+    Handset,
+    Memory,
+    PhoneRuntime,
+    Timing,
+)
 
-SCHEMA = json.loads((Path(mobilevd_deploy.__file__).parent / "benchmark.schema.json").read_text())
+SCHEMA = json.loads(
+    (Path(mobilevd_deploy.__file__).parent / "profiling" / "phone" / "benchmark.schema.json").read_text()
+)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 GOLDEN = Path(__file__).parent / "vectors" / "benchmark.json"
 
@@ -31,7 +41,7 @@ def test_the_golden_example_is_valid_and_reads_back():
     ]
 
 
-@pytest.mark.parametrize("cls", [Benchmark, ArtifactId, Handset, Runtime, Timing, Memory, Failure])
+@pytest.mark.parametrize("cls", [Benchmark, ArtifactId, Handset, PhoneRuntime, Timing, Memory, Failure])
 def test_schema_lists_the_fields(cls):
     entry = SCHEMA["$defs"][cls.__name__]
     names = {field.name for field in dataclasses.fields(cls)}

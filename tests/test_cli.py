@@ -36,17 +36,16 @@ from mobilevd_deploy.config.recipe import PassName, load_recipe
 from mobilevd_deploy.doctor import Finding
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
 from mobilevd_deploy.passes.runner import PASSES
-from mobilevd_deploy.profiles import (
+from mobilevd_deploy.profiling.profile import (
     ComponentProfile,
     Latency,
     Profile,
     TrafficReport,
     TrafficRow,
     now,
-    profiles_dir,
-    save_profile,
-    save_traffic,
 )
+from mobilevd_deploy.profiling.store import profiles_dir, save_profile, save_traffic
+from mobilevd_deploy.stages import export as stages_export
 from mobilevd_deploy.tune import Step, Tuned
 
 VERBS = (
@@ -256,7 +255,7 @@ def test_export_says_where_it_is(
         shutil.copytree(artifact.root / folder.name, folder, dirs_exist_ok=True)
         return (f"a note about {folder.name}",)
 
-    monkeypatch.setattr(flow, "export_onnx", copy)
+    monkeypatch.setattr(stages_export, "export_onnx", copy)
     stopped = run("export", tiny_checkpoint, "-r", "onnx")
     assert (stopped.code, stopped.out) == (130, "")
     assert stopped.err.endswith("error: interrupted\n next: run the same command again to go on\n")

@@ -53,6 +53,8 @@ from mobilevd_deploy.model.interface import COMPONENTS, component_tensors, input
 from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.runtime.noise import unit_noise
 from mobilevd_deploy.runtime.pipeline import Pipeline
+from mobilevd_deploy.stages import export
+from mobilevd_deploy.stages import export as stages_export
 
 RECIPE = load_recipe("onnx")
 PARTIAL = ".model.partial"
@@ -92,20 +94,20 @@ def borrowed(monkeypatch: pytest.MonkeyPatch, exported: dict[str, Artifact]) -> 
         shutil.copytree(exported["onnx"].root / folder.name, folder, dirs_exist_ok=True)
         return ()
 
-    monkeypatch.setattr(flow, "export_onnx", copy)
+    monkeypatch.setattr(stages_export, "export_onnx", copy)
     return asked
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, component: str, act: Callable[[], None]) -> None:
     """Let `act` happen where the component's deploy form is built."""
-    build = flow.build_npu
+    build = stages_export.build_npu
 
     def built(name: Any, *rest: Any) -> nn.Module:
         if name == component:
             act()
         return build(name, *rest)
 
-    monkeypatch.setattr(flow, "build_npu", built)
+    monkeypatch.setattr(stages_export, "build_npu", built)
 
 
 def throw(error: BaseException) -> Callable[[], None]:
@@ -249,12 +251,16 @@ def test_rewrites_are_proven_on_sizes_that_the_network_takes(monkeypatch: pytest
     assert isinstance(unet, MobileVDUNet)
     unet.reset_gates()
     seen: list[tuple[int, ...]] = []
-    monkeypatch.setattr(flow, "run_passes", lambda _, __, probe, ___: seen.append(tuple(probe.noise.shape)))
+    monkeypatch.setattr(
+        stages_export, "run_passes", lambda _, __, probe, ___: seen.append(tuple(probe.noise.shape))
+    )
     heard = Heard()
-    flow._rewrite(unet, narrow, RECIPE, heard)
-    flow._rewrite(unet, dataclasses.replace(narrow, width=64), RECIPE, heard)
-    flow._rewrite(unet, TINY_MODEL, RECIPE, heard)
-    flow._rewrite(unet, load_preset("mobilevd-hd").model, RECIPE, heard)  # 72 rows are not to be halved to 9
+    export._rewrite(unet, narrow, RECIPE, heard)
+    export._rewrite(unet, dataclasses.replace(narrow, width=64), RECIPE, heard)
+    export._rewrite(unet, TINY_MODEL, RECIPE, heard)
+    export._rewrite(
+        unet, load_preset("mobilevd-hd").model, RECIPE, heard
+    )  # 72 rows are not to be halved to 9
     assert [shape[-2:] for shape in seen] == [(8, 16), (8, 16), (6, 10), (8, 16)]
     assert heard.said == ["unet: rewrites are proven on latents of 16x8, the export at full size"] * 3
 
@@ -331,7 +337,7 @@ def test_a_failed_run_keeps_the_old_artifact(
 def test_a_wrong_weight_is_found(
     tiny_checkpoint: Path, output: Path, borrowed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy, build = flow.export_onnx, flow.build_npu
+    copy, build = stages_export.export_onnx, stages_export.build_npu
 
     def perturbed(name: Any, *rest: Any) -> nn.Module:
         module = build(name, *rest)
@@ -344,8 +350,10 @@ def test_a_wrong_weight_is_found(
     from mobilevd_deploy.npu.onnx_export import export_onnx
 
     with monkeypatch.context() as patch:
-        patch.setattr(flow, "build_npu", perturbed)
-        patch.setattr(flow, "export_onnx", lambda *a: export_onnx(*a) if a[3].name == "decoder" else copy(*a))
+        patch.setattr(stages_export, "build_npu", perturbed)
+        patch.setattr(
+            stages_export, "export_onnx", lambda *a: export_onnx(*a) if a[3].name == "decoder" else copy(*a)
+        )
         with pytest.raises(
             ParityError, match=r"decoder: .* dB from the trained network, the floor is 90"
         ) as e:
@@ -453,12 +461,12 @@ def test_a_disk_that_fills_up(
         if place == "weights":
             from mobilevd_deploy.npu.onnx_export import export_onnx
 
-            patch.setattr(flow, "export_onnx", export_onnx)
+            patch.setattr(stages_export, "export_onnx", export_onnx)
             patch.setattr(torch.onnx.ONNXProgram, "save", full)
         elif place == "report":
             patch.setattr(flow, "render_report", full)
         else:
-            patch.setattr("mobilevd_deploy.stages.write_durably", full)
+            patch.setattr("mobilevd_deploy.stages.records.write_durably", full)
         with pytest.raises(ResourceError, match="the disk is full") as raised:
             deploy(tiny_checkpoint, RECIPE, output)
     assert "free some space" in str(raised.value.next_step)

@@ -14,13 +14,15 @@ from conftest import FULL
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from mobilevd_deploy import estimate as estimate_module
 from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.config.devices import find
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec
 from mobilevd_deploy.errors import SpecError, UsageError
-from mobilevd_deploy.estimate import (
+from mobilevd_deploy.inspection import STRUCTURAL_REWRITES
+from mobilevd_deploy.model.flops import count_flops
+from mobilevd_deploy.profiling import estimate as estimate_module
+from mobilevd_deploy.profiling.estimate import (
     Calibration,
     Counts,
     Row,
@@ -33,9 +35,8 @@ from mobilevd_deploy.estimate import (
     load_calibration,
     preset_rewrites,
 )
-from mobilevd_deploy.inspection import STRUCTURAL_REWRITES
-from mobilevd_deploy.model.flops import count_flops
-from mobilevd_deploy.profiles import TrafficReport, TrafficRow, profiles_dir, render_profile, save_traffic
+from mobilevd_deploy.profiling.profile import TrafficReport, TrafficRow, render_profile
+from mobilevd_deploy.profiling.store import profiles_dir, save_traffic
 from mobilevd_deploy.qnn.compiled import DramBytes
 
 CHIP = "Snapdragon 8 Gen 3"

@@ -5,8 +5,8 @@ import pytest
 from tiny_artifact import write_artifact
 
 from mobilevd_deploy.errors import ArtifactError
-from mobilevd_deploy.host import profile_on_host
-from mobilevd_deploy.profiles import load_profile, save_profile
+from mobilevd_deploy.profiling.host import profile_on_host
+from mobilevd_deploy.profiling.store import load_profile, save_profile
 from mobilevd_deploy.runtime.pipeline import Pipeline
 from mobilevd_deploy.runtime.recording import check_picture, run_on_host
 

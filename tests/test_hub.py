@@ -33,19 +33,14 @@ from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import LineProgress
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.errors import ArtifactError, SpecError, UsageError, VendorError
-from mobilevd_deploy.estimate import load_calibration
-from mobilevd_deploy.hub import (
-    LEDGER,
-    Book,
-    Hub,
-    Request,
-    profile_on_hub,
-    read_ledger,
-    read_result,
-    refresh_jobs,
-)
-from mobilevd_deploy.profiles import load_profile, load_profiles, profiles_dir, render_profile
+from mobilevd_deploy.profiling.estimate import load_calibration
+from mobilevd_deploy.profiling.hub.client import Hub
 from mobilevd_deploy.profiling.hub.hosted import HostedDevice
+from mobilevd_deploy.profiling.hub.ledger import LEDGER, Book, Request, read_ledger
+from mobilevd_deploy.profiling.hub.result import read_result
+from mobilevd_deploy.profiling.hub.run import profile_on_hub, refresh_jobs
+from mobilevd_deploy.profiling.profile import render_profile
+from mobilevd_deploy.profiling.store import load_profile, load_profiles, profiles_dir
 from mobilevd_deploy.runtime.recording import run_on_host
 
 ONE = Request((S24,), ("image_encoder",), compile="onnx")
@@ -583,7 +578,7 @@ def test_two_runs_at_once_keep_out_of_each_others_way(run, server, artifact):
 CHILD = """
 import sys, traceback
 from mobilevd_deploy.artifact.manifest import Artifact
-from mobilevd_deploy.hub import Hub, Request, profile_on_hub
+from mobilevd_deploy.profiling.hub.run import Hub, Request, profile_on_hub
 from mobilevd_deploy.base.progress import LineProgress
 from mobilevd_deploy.config.spec import load_preset
 try:
@@ -804,7 +799,7 @@ def test_without_a_token_unknown_names_get_the_nearest_and_known_ones_their_reas
     assert (code, out) == (2, "")
     assert "next: nearest are Xiaomi 14 Pro" in err
     counts = load_calibration().rows[-1].counts
-    monkeypatch.setattr("mobilevd_deploy.estimate.count_operations", lambda *_: counts)
+    monkeypatch.setattr("mobilevd_deploy.profiling.estimate.count_operations", lambda *_: counts)
     code, out, err = command("profile", "mobilevd", "--device", "Xiaomi 13")
     assert (code, out) == (3, "")
     assert "an estimate is possible for Snapdragon 8 Gen 3" in err

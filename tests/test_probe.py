@@ -8,8 +8,8 @@ import pytest
 from mobilevd_deploy.base.tensors import psnr_db, sqnr_db
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.model.interface import TensorSpec
-from mobilevd_deploy.probe import Probe, make_probe
 from mobilevd_deploy.runtime.noise import unit_noise
+from mobilevd_deploy.stages.probe import Probe, make_probe
 
 
 def test_sqnr_by_hand():

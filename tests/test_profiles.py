@@ -11,24 +11,26 @@ from tiny_artifact import write_artifact
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.errors import ArtifactError, SpecError
-from mobilevd_deploy.profiles import (
+from mobilevd_deploy.profiling.profile import (
     MADE_UP,
-    Check,
     ComponentProfile,
     Latency,
     OpTime,
+    OutputCheck,
     Profile,
-    diff_profiles,
     draw_profile,
     join_parts,
+    render_comparison,
+    render_profile,
+    total_ms,
+)
+from mobilevd_deploy.profiling.store import (
+    diff_profiles,
     load_profile,
     load_profiles,
     newest_profiles,
     profiles_dir,
-    render_comparison,
-    render_profile,
     save_profile,
-    total_ms,
 )
 from mobilevd_deploy.report import render_profiles
 
@@ -41,9 +43,9 @@ COMPONENTS = (
         peak_bytes=12_000_000,
         ops={"NPU": 812, "CPU": 3},
         slowest=(OpTime("conv_in", "Conv", "NPU", 4.5),),
-        check=Check(41.25),
+        check=OutputCheck(41.25),
     ),
-    ComponentProfile("decoder", Latency(99.5), check=Check(None)),
+    ComponentProfile("decoder", Latency(99.5), check=OutputCheck(None)),
 )
 PROFILE = Profile(
     schema_version=1,

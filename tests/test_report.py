@@ -19,7 +19,7 @@ from mobilevd_deploy.config.recipe import GraphForms, load_recipe
 from mobilevd_deploy.config.spec import StepSpec, UNetSpec
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.model.unet import MobileVDUNet
-from mobilevd_deploy.profiles import TrafficReport, TrafficRow
+from mobilevd_deploy.profiling.profile import TrafficReport, TrafficRow
 from mobilevd_deploy.report import graph_form_words, render_profiles, render_report, temporal_block_groups
 
 VOID = {"meta"}

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 
 from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.config.recipe import load_recipe
-from mobilevd_deploy.estimate import load_calibration
+from mobilevd_deploy.profiling.estimate import load_calibration
 from mobilevd_deploy.qnn.compiled import DramBytes
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

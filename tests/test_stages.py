@@ -16,7 +16,7 @@ from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.files import digest
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.errors import ResourceError, UsageError
-from mobilevd_deploy.stages import StageOutput, Stages
+from mobilevd_deploy.stages.records import StageOutput, Stages
 
 KEY = {"checkpoint": "abc", "tools": {"onnx": "1.23"}}
 

@@ -10,22 +10,22 @@ import torch
 from conftest import TINY_MODEL
 from PIL import Image
 
-from mobilevd_deploy import traffic
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import NpuOptions, Recipe, load_recipe
 from mobilevd_deploy.errors import ArtifactError, UsageError
-from mobilevd_deploy.profiles import (
-    TrafficReport,
-    TrafficRow,
-    load_profiles,
-    load_traffic,
-    profiles_dir,
-    save_traffic,
+from mobilevd_deploy.profiling import traffic
+from mobilevd_deploy.profiling.profile import TrafficReport, TrafficRow
+from mobilevd_deploy.profiling.store import load_profiles, load_traffic, profiles_dir, save_traffic
+from mobilevd_deploy.profiling.traffic import (
+    bars,
+    measure_artifact,
+    measure_preset,
+    unet_blocks,
+    write_picture,
 )
 from mobilevd_deploy.qnn.compiled import DramBytes, Traffic
 from mobilevd_deploy.qnn.targets import Target
-from mobilevd_deploy.traffic import bars, measure_artifact, measure_preset, unet_blocks, write_picture
 
 DEMO = load_preset("demo").model
 FLOAT = load_recipe("npu-float")

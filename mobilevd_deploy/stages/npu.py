@@ -56,7 +56,7 @@ from mobilevd_deploy.quantize.simulation import quantise
 from mobilevd_deploy.runtime.media import to_uint8, write_sheet
 from mobilevd_deploy.runtime.pipeline import ClipJob, run_component
 from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
-from mobilevd_deploy.stages import Pieces, StageOutput, StageRecord, Stages
+from mobilevd_deploy.stages.records import Pieces, StageOutput, StageRecord, Stages
 
 JUDGE_ALL_UP_TO_FLOPS = 100e9
 """A component with more is judged on one picture, and not block by block: at the paper's size a run of the

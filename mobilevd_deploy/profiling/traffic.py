@@ -35,7 +35,7 @@ from mobilevd_deploy.npu.onnx_export import MODEL, export_onnx
 from mobilevd_deploy.npu.ops import PerFrame, TemporalResBlock
 from mobilevd_deploy.npu.skeleton import rewrites, rewritten_skeleton
 from mobilevd_deploy.npu.unet import TemporalStage, Transformer, VideoResBlock
-from mobilevd_deploy.profiles import SCHEMA_VERSION, TrafficReport, TrafficRow, now
+from mobilevd_deploy.profiling.profile import SCHEMA_VERSION, TrafficReport, TrafficRow, now
 from mobilevd_deploy.qnn.compiled import Traffic
 from mobilevd_deploy.qnn.compiler import measure_traffic
 from mobilevd_deploy.qnn.targets import Target, find_target

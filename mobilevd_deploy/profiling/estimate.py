@@ -33,7 +33,7 @@ from mobilevd_deploy.qnn.compiled import DramBytes
 
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact.artifact import Artifact
-    from mobilevd_deploy.profiles import Profile, TrafficRow
+    from mobilevd_deploy.profiling.profile import Profile, TrafficRow
 
 # Passes per operation of a product of two 16-bit activations, over those of one with 8-bit weights.
 ATTENTION_WEIGHT = 2
@@ -221,7 +221,8 @@ def _planned(
 
     Without an artifact, that of the calibrated structure with these counts.
     """
-    from mobilevd_deploy.profiles import TrafficRow, load_traffic
+    from mobilevd_deploy.profiling.profile import TrafficRow
+    from mobilevd_deploy.profiling.store import load_traffic
 
     if artifact is not None:
         rows = (row for r in load_traffic(artifact) if r.target.lower() in chip.sm for row in r.rows)
@@ -415,7 +416,7 @@ def estimate_profile(
     from mobilevd_deploy.artifact.artifact import Artifact
     from mobilevd_deploy.artifact.manifest import MANIFEST_DIGEST
     from mobilevd_deploy.config.presets import load_preset
-    from mobilevd_deploy.profiles import SCHEMA_VERSION, ComponentProfile, Latency, Profile, now
+    from mobilevd_deploy.profiling.profile import SCHEMA_VERSION, ComponentProfile, Latency, Profile, now
 
     if isinstance(what, (str, Path)) and (Path(what) / MANIFEST_DIGEST).exists():
         what = Artifact.open(what)

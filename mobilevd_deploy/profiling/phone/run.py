@@ -13,25 +13,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import secrets
-import shutil
-import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import MANIFEST, MANIFEST_DIGEST
 from mobilevd_deploy.base.progress import Progress
-from mobilevd_deploy.benchmark import Benchmark, Timing
 from mobilevd_deploy.config.devices import chip_called
-from mobilevd_deploy.errors import MobileVDError, ResourceError, UsageError, VendorError
-from mobilevd_deploy.profiles import (
+from mobilevd_deploy.errors import MobileVDError, UsageError, VendorError
+from mobilevd_deploy.profiling.phone.adb import AGAIN, BYTES_PER_SECOND, SHELL_SECONDS, Adb, phone_full
+from mobilevd_deploy.profiling.phone.result import Benchmark, Timing
+from mobilevd_deploy.profiling.profile import (
     SCHEMA_VERSION,
     ComponentProfile,
     Latency,
@@ -53,140 +49,8 @@ POLL_SECONDS = 1.0
 # Compiling for the CPU at full size, the slowest single step, takes a phone some minutes.
 STALL_SECONDS = 900.0
 
-_SHELL_SECONDS = 60.0
-# Slower than any phone hashes or any cable carries, so that only what hangs is ended.
-_BYTES_PER_SECOND = 1e6
 _SPARE_BYTES = 64 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_ATTACHED = re.compile(r"(\S+)\s+(no permissions|\w+)(.*)")
-_ENDED = "mobilevd-deploy: exit "
-_AGAIN = "the same command again; files that are there are not pushed again"
-
-
-@dataclass(frozen=True)
-class Attached:
-    """A line of `adb devices -l`: `state` is "device" where the phone is ready."""
-
-    serial: str
-    state: str
-    model: str | None
-
-    def __str__(self) -> str:
-        return self.serial if self.model is None else f"{self.serial} ({self.model})"
-
-
-class Adb:
-    """One attached phone, by the `adb` program.
-
-    Every call raises VendorError with what is wrong and the next step, or ResourceError where the phone's
-    storage is full.
-    """
-
-    def __init__(self, program: str, serial: str) -> None:
-        self.serial = serial
-        self._program = program
-
-    @classmethod
-    def open(cls, serial: str = "") -> Adb:
-        """Take the phone of that serial number, of ANDROID_SERIAL, or else the only one that is attached.
-
-        Raises UsageError where several are, or none has that number; VendorError where there is no adb, no
-        phone, or one that does not let us in.
-        """
-        program, phones = attached()
-        serial = serial or os.environ.get("ANDROID_SERIAL", "")
-        if serial:
-            chosen = next((phone for phone in phones if phone.serial == serial), None)
-            if chosen is None:
-                there = f"attached: {', '.join(map(str, phones))}" if phones else "no phone is attached"
-                raise UsageError(f"no phone {serial} is attached", next_step=f"{there}; see adb devices")
-        else:
-            ready = [phone for phone in phones if phone.state == "device"]
-            if len(ready) > 1:
-                raise UsageError(
-                    f"several phones are attached: {', '.join(map(str, ready))}",
-                    next_step=f"choose one: --adb {ready[0].serial}",
-                )
-            chosen = next(iter(ready or phones), None)
-            if chosen is None:
-                raise _no_phone()
-        if chosen.state != "device":
-            raise _not_ready(chosen.serial, chosen.state)
-        return cls(program, chosen.serial)
-
-    def shell(self, command: str, seconds: float = _SHELL_SECONDS) -> tuple[int, str]:
-        """Run a command line in the phone's shell; return its exit status, and its output and errors.
-
-        VendorError also where the connection ended before the command did.
-        """
-        # The status travels in the text: adb itself ends with 1 or 255 for reasons of its own.
-        script = f"({command}) 2>&1; status=$?; echo; echo {quote(_ENDED)}$status"
-        done = self._run("shell", script, seconds=seconds)
-        text, mark, status = done.stdout.rpartition(f"\n{_ENDED}")
-        if not mark:
-            raise self._explain("shell", done)
-        return int(status), text
-
-    def push(self, source: Path, target: str) -> None:
-        """Copy a file to the phone; `target` is the file's path there."""
-        seconds = _SHELL_SECONDS + source.stat().st_size / _BYTES_PER_SECOND
-        done = self._run("push", str(source), target, seconds=seconds)
-        if done.returncode:
-            raise self._explain("push", done)
-
-    def _run(self, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
-        try:
-            return _adb(self._program, "-s", self.serial, *arguments, seconds=seconds)
-        except subprocess.TimeoutExpired:
-            raise VendorError(
-                f"{self.serial} did not answer within {seconds:.0f} s (adb {arguments[0]})",
-                next_step=f"unlock the phone, look at the cable; then {_AGAIN}",
-            ) from None
-
-    def _explain(self, doing: str, done: subprocess.CompletedProcess[str]) -> MobileVDError:
-        said = f"{done.stdout}\n{done.stderr}"
-        if "No space left on device" in said:
-            return _full(self.serial)
-        for words, state in (("unauthorized", "unauthorized"), ("device offline", "offline")):
-            if words in said:
-                return _not_ready(self.serial, state)
-        if "no devices/emulators" in said:
-            return _no_phone()
-        gone = ("not found", "couldn't read from device", "closed", "EOF", "reset", "protocol fault")
-        if not done.stderr.strip() or any(words in done.stderr for words in gone):
-            return VendorError(
-                f"{self.serial} went away in the middle (adb {doing})",
-                next_step=f"plug it in again, then {_AGAIN}",
-            )
-        reason = [line for line in done.stderr.splitlines() if line.strip()][-1].strip()
-        return VendorError(f"adb {doing} on {self.serial}: {reason}", next_step="see what adb says by hand")
-
-
-def attached() -> tuple[str, list[Attached]]:
-    """Return the path of `adb`, and the phones that it sees, ready or not; VendorError if it is broken."""
-    program = shutil.which("adb")
-    if program is None:
-        raise VendorError(
-            "adb is not on this computer",
-            next_step="apt install adb, brew install android-platform-tools, or Google's platform-tools; "
-            "it has to be on the PATH",
-        )
-    try:
-        done = _adb(program, "devices", "-l", seconds=_SHELL_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise VendorError(
-            f"{program} does not work: {error}", next_step="adb kill-server, then again"
-        ) from None
-    _, mark, lines = done.stdout.partition("List of devices attached")
-    if done.returncode or not mark:
-        reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no list of devices"]
-        raise VendorError(f"{program} does not work: {reason[0]}", next_step="adb kill-server, then again")
-    found = []
-    for line in filter(None, map(str.strip, lines.splitlines())):
-        if match := _ATTACHED.fullmatch(line):
-            model = re.search(r"\bmodel:(\S+)", match[3])
-            found.append(Attached(match[1], match[2], model[1].replace("_", " ") if model else None))
-    return program, found
 
 
 def profile_over_adb(
@@ -345,7 +209,7 @@ def install(artifact: Artifact, adb: Adb, progress: Progress | None = None) -> s
     progress.end()
     if _digests(adb, partial, total) != wanted:
         raise VendorError(
-            f"{name} arrived damaged on {adb.serial}", next_step=f"try another cable or port; {_AGAIN}"
+            f"{name} arrived damaged on {adb.serial}", next_step=f"try another cable or port; {AGAIN}"
         )
     # What the shell writes belongs to the shell; the app has to read it, and to remove it one day. Some
     # phones refuse and need none of it.
@@ -369,14 +233,14 @@ def _require_space(adb: Adb, needed: int) -> None:
     _, said = adb.shell(f"df -k {ARTIFACTS}")
     columns = re.search(r"\s(\d+)\s+(\d+)\s+(\d+)\s+\d+%", said)
     if columns and int(columns[3]) * 1024 < needed + _SPARE_BYTES:
-        raise _full(
+        raise phone_full(
             adb.serial, f": {needed / 1e6:,.0f} MB are needed, {int(columns[3]) / 1e3:,.0f} MB are free"
         )
 
 
 def _digests(adb: Adb, folder: str, total: int) -> dict[str, str]:
     """Return the sha256 of every file below a folder of the phone, by relative path; {} if there is none."""
-    seconds = _SHELL_SECONDS + total / _BYTES_PER_SECOND
+    seconds = SHELL_SECONDS + total / BYTES_PER_SECOND
     status, said = adb.shell(f"cd {quote(folder)} && find . -type f -exec sha256sum {{}} +", seconds)
     found = re.findall(r"^([0-9a-f]{64})\s+\*?\./(.+?)\r?$", said, re.MULTILINE)
     return {} if status else {path: digest for digest, path in found}
@@ -387,7 +251,7 @@ def _must(adb: Adb, command: str, doing: str) -> None:
     if status == 0:
         return
     if "No space left on device" in said:
-        raise _full(adb.serial)
+        raise phone_full(adb.serial)
     lines = said.strip().splitlines() or [f"exit status {status}"]
     raise VendorError(
         f"{adb.serial} refuses to {doing}: {lines[-1]}",
@@ -467,44 +331,3 @@ def _running(text: str) -> dict[str, Any]:
         if isinstance(values, dict) and isinstance(values.get("sample", 0), int):
             return values
     return {}
-
-
-def _adb(program: str, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [program, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=seconds,
-        check=False,
-    )
-
-
-def _no_phone() -> VendorError:
-    return VendorError(
-        "no phone is attached",
-        next_step="plug one in and switch on USB debugging (Settings, Developer options); see adb devices",
-    )
-
-
-def _not_ready(serial: str, state: str) -> VendorError:
-    what, next_step = {
-        "unauthorized": (
-            "has not allowed this computer",
-            "unlock the phone and allow USB debugging; no dialog: adb kill-server, and plug it in again",
-        ),
-        "offline": ("is offline", "unplug it and plug it in again; adb reconnect offline"),
-        "no permissions": (
-            "cannot be opened by this user",
-            "apt install android-sdk-platform-tools-common (its udev rules), and plug it in again",
-        ),
-    }.get(state, (f"is in state {state!r}", "wait until it has started; see adb devices"))
-    return VendorError(f"{serial} {what}", next_step=next_step)
-
-
-def _full(serial: str, detail: str = "") -> ResourceError:
-    return ResourceError(
-        f"{serial}: the phone's storage is full{detail}", next_step=f"free some there, then {_AGAIN}"
-    )

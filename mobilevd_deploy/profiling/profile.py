@@ -16,22 +16,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from mobilevd_deploy.artifact.artifact import Artifact
-from mobilevd_deploy.artifact.diff import DiffRow
-from mobilevd_deploy.artifact.manifest import MANIFEST
 from mobilevd_deploy.base.chart import Bar, draw_bars
-from mobilevd_deploy.base.files import file_sha256, write_durably
-from mobilevd_deploy.config.strict import from_dict
-from mobilevd_deploy.errors import ArtifactError, SpecError
+from mobilevd_deploy.errors import SpecError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -102,7 +95,7 @@ class OpTime:
 
 
 @dataclass(frozen=True)
-class Check:
+class OutputCheck:
     """The device's output against this computer's for the same input; `sqnr_db` None: identical."""
 
     sqnr_db: float | None
@@ -124,7 +117,7 @@ class ComponentProfile:
     peak_bytes: int | None = None
     ops: dict[str, int] = field(default_factory=dict)
     slowest: tuple[OpTime, ...] = ()
-    check: Check | None = None
+    check: OutputCheck | None = None
     error: str | None = None
     where: str | None = None
 
@@ -305,35 +298,6 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def profiles_dir(artifact: Artifact) -> Path:
-    """Return where the profiles of an artifact lie: beside it. The folder may not exist yet."""
-    root = artifact.root.resolve()
-    return root.with_name(f"{root.name}.profiles")
-
-
-def save_profile(profile: Profile, folder: Path) -> Path:
-    """Write a profile into `folder` under a name of its own, its bars as PNG beside it; earlier ones stay.
-
-    Returns the JSON file.
-
-    Raises ResourceError on a full disk, ArtifactError where the folder cannot be written.
-    """
-    device = re.sub(r"[^a-z0-9]+", "-", profile.asked_for.lower()).strip("-")[:60] or "device"
-    stem = f"{profile.source}_{device}_{profile.created.replace(':', '').replace('-', '')}"
-    text = json.dumps(profile.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    number, path = 1, folder / f"{stem}.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        while path.exists():
-            number += 1
-            path = folder / f"{stem}_{number}.json"
-        write_durably(path, text)
-        write_durably(path.with_suffix(".png"), draw_profile(profile))
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be written: {error}") from error
-    return path
-
-
 def draw_profile(profile: Profile) -> bytes:
     """Draw the components' medians as a PNG; its title says where they come from."""
     bars = [
@@ -346,71 +310,6 @@ def draw_profile(profile: Profile) -> bytes:
     return draw_bars(
         _head(profile), bars, f"{profile.artifact}: {total_words(profile, ' ms')} in all, {profile.created}"
     )
-
-
-def load_profile(path: str | Path) -> Profile:
-    """Read a profile strictly; ArtifactError for anything that is not one."""
-    return _load(Path(path), Profile, "profile again")
-
-
-def _load(path: Path, kind: type[T], next_step: str) -> T:
-    try:
-        values = json.loads(path.read_bytes())
-        version = values.get("schema_version") if isinstance(values, dict) else None
-        if version != SCHEMA_VERSION:
-            raise SpecError(f"schema version {version!r}; this toolkit reads {SCHEMA_VERSION}")
-        return from_dict(kind, values)
-    except SpecError as error:
-        raise ArtifactError(f"{path}: {error.what}", next_step=next_step) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path} is not a readable {kind.__name__}: {error}", next_step=next_step
-        ) from error
-
-
-def load_profiles(artifact: Artifact) -> list[Profile]:
-    """Read all profiles of an artifact, oldest first."""
-    paths = [path for source in HOW for path in profiles_dir(artifact).glob(f"{source}_*.json")]
-    paths.sort(key=lambda path: (len(path.name), path.name))  # those of one second: in the order of writing
-    return sorted((load_profile(path) for path in paths), key=lambda profile: profile.created)
-
-
-def newest_profiles(artifact: Artifact) -> list[Profile]:
-    """Return the newest profile of each source and device, oldest first.
-
-    One in which something failed stands beside the last one without failures, not in its place. Those of an
-    artifact that had this name before are left out.
-    """
-    newest: dict[tuple[str, str], list[Profile]] = {}
-    for profile in load_profiles(artifact):
-        if profile.manifest_sha256 == artifact.digest:
-            before = newest.setdefault((profile.source, profile.asked_for), [])
-            whole = [] if profile.total_ms is not None else [p for p in before if p.total_ms is not None]
-            before[:] = [*whole, profile]
-    return sorted((p for found in newest.values() for p in found), key=lambda profile: profile.created)
-
-
-def diff_profiles(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:
-    """Put the newest profiles of two artifacts side by side: the total and each component's median, in ms.
-
-    A row's quantity is "ms.<source>.<device>"; what only one side has is None on the other.
-    """
-    sides = []
-    for artifact in (a, b):
-        values: dict[tuple[str | None, str], tuple[float, float | None]] = {}
-        # What failed comes first: a whole profile takes the place of its times.
-        for profile in sorted(newest_profiles(artifact), key=lambda profile: profile.total_ms is not None):
-            quantity = f"ms.{_source(profile)}.{profile.place}"
-            parts = {c.name: c.ms.median for c in profile.components if c.ms is not None}
-            whole = {} if profile.total_ms is None else {None: profile.total_ms}
-            values |= {(name, quantity): (ms, profile.error_percent) for name, ms in (whole | parts).items()}
-        sides.append(values)
-    keys = sorted({*sides[0], *sides[1]}, key=lambda key: (key[0] or "", key[1]))
-    rows = []
-    for key in keys:
-        (ms_a, error_a), (ms_b, error_b) = (side.get(key, (None, None)) for side in sides)
-        rows.append(DiffRow(*key, ms_a, ms_b, error_a, error_b))
-    return tuple(rows)
 
 
 @dataclass(frozen=True)
@@ -460,33 +359,6 @@ class TrafficReport:
         return dataclasses.asdict(self)
 
 
-def save_traffic(report: TrafficReport, folder: Path) -> Path:
-    """Write a report into `folder` in place of an earlier one for the same chip; return the file.
-
-    Raises ResourceError on a full disk, ArtifactError where the folder cannot be written.
-    """
-    path = folder / f"traffic_{report.target}.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(path, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be written: {error}") from error
-    return path
-
-
-def load_traffic(artifact: Artifact) -> list[TrafficReport]:
-    """Read what was planned for an artifact, by chip; none where it was not measured or has changed since.
-
-    Raises ArtifactError for a file that is not such a report.
-    """
-    digest = file_sha256(artifact.root / MANIFEST)
-    reports = [
-        _load(path, TrafficReport, "measure the traffic again")
-        for path in sorted(profiles_dir(artifact).glob("traffic_*.json"))
-    ]
-    return [report for report in reports if report.manifest_sha256 == digest]
-
-
 def render_profile(profile: Profile) -> RenderableType:
     """Show a profile: where from, a table with bars, the slowest operations, and what to know beside it."""
     from rich.console import Group
@@ -528,7 +400,7 @@ def render_comparison(profiles: Sequence[Profile]) -> RenderableType:
     table = Table("component", title="median ms", title_justify="left", title_style="bold")
     for profile in profiles:
         table.add_column(
-            Text(f"{profile.place}\n{_source(profile)}, {profile.created[:10]}"), justify="right"
+            Text(f"{profile.place}\n{source_of(profile)}, {profile.created[:10]}"), justify="right"
         )
     names = dict.fromkeys(component.name for profile in profiles for component in profile.components)
     for name in names:
@@ -542,12 +414,13 @@ def render_comparison(profiles: Sequence[Profile]) -> RenderableType:
         if profile.total_ms is not None:
             bar = "█" * max(1, round(_BAR * profile.total_ms / max(totals))) if max(totals) else ""
             bars.append(
-                Text(f"{bar:<{_BAR}} {total_words(profile, ' ms')}  {profile.place} ({_source(profile)})")
+                Text(f"{bar:<{_BAR}} {total_words(profile, ' ms')}  {profile.place} ({source_of(profile)})")
             )
     return Group(table, *bars)
 
 
-def _source(profile: Profile) -> str:
+def source_of(profile: Profile) -> str:
+    """Say where a profile's numbers are from."""
     if profile.outside:
         return f"{profile.source}, OUTSIDE"
     return f"{profile.source}, MADE UP" if profile.made_up else profile.source
@@ -572,7 +445,7 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _sqnr(check: Check | None) -> str:
+def _sqnr(check: OutputCheck | None) -> str:
     if check is None:
         return "-"
     return "identical" if check.sqnr_db is None else f"{check.sqnr_db:.1f} dB"

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.progress import Progress
-from mobilevd_deploy.profiles import SCHEMA_VERSION, ComponentProfile, Latency, Profile, now, total_ms
+from mobilevd_deploy.profiling.profile import (
+    SCHEMA_VERSION,
+    ComponentProfile,
+    Latency,
+    Profile,
+    now,
+    total_ms,
+)
 from mobilevd_deploy.runtime.pipeline import ClipJob
 from mobilevd_deploy.runtime.recording import SEED, check_picture
 from mobilevd_deploy.runtime.runners import OnnxRunner

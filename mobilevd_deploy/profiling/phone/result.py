@@ -57,7 +57,7 @@ class Handset:
 
 
 @dataclass(frozen=True)
-class Runtime:
+class PhoneRuntime:
     """Versions inside the app; `qnn` is QAIRT's, None in an app without Qualcomm's libraries."""
 
     onnxruntime: str
@@ -121,7 +121,7 @@ class Benchmark:
     asked_backend: Literal["auto", "npu", "cpu"]
     samples: int
     warmup: int
-    runtime: Runtime
+    runtime: PhoneRuntime
     components: tuple[Timing, ...]
     thermal_before: Thermal | None
     thermal_after: Thermal | None
