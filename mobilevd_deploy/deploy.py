@@ -1,4 +1,17 @@
-"""deploy(): the whole way from a checkpoint to an artifact. READ FIRST."""
+"""deploy(): a checkpoint becomes an artifact. READ FIRST.
+
+    open            every name, shape and dtype is checked, nothing is run
+    export NAME     rewrite exactly, write ONNX, compare            stages/export.py
+    calibrate       run the float graphs on pictures                stages/quantise.py
+    quantise NAME   AIMET, judged on other pictures                 stages/quantise.py
+    judge clip      the quantised graphs against the float clip     stages/quantise.py
+    ranges NAME     for float16 instead of the two above            stages/compile.py
+    compile NAME T  a context binary for the chip T, read back      stages/compile.py
+    simulate NAME T the binary on the HTP simulator                 stages/compile.py
+    finish          manifest and report; one rename gives the artifact its name
+
+NAME is each component in running order. `stage_table` lists the stages: one table plans, runs and resumes them.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +21,47 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from mobilevd_deploy.artifact.artifact import Artifact
-from mobilevd_deploy.artifact.manifest import FileEntry, Manifest, PassReport, PipelineSpec, Source
+from mobilevd_deploy.artifact.manifest import FileEntry, Manifest, PipelineSpec, Quality, Source
 from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.files import disk_guard
 from mobilevd_deploy.base.processes import Steps
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.config.recipe import Recipe
-from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import ArtifactError, UsageError
 from mobilevd_deploy.model.checkpoint import open_checkpoint
 from mobilevd_deploy.model.interface import COMPONENTS
-from mobilevd_deploy.quantize.calibration import Pictures, choose_pictures
+from mobilevd_deploy.quantize.calibration import JUDGES, Pictures, choose_pictures
 from mobilevd_deploy.report import render_report
-from mobilevd_deploy.stages.export import build_deploy_form, component_entry, export_component, weights_path
-from mobilevd_deploy.stages.records import Stages
+from mobilevd_deploy.stages.compile import (
+    compile_component,
+    measure_ranges,
+    note_compiled,
+    note_ranges,
+    note_simulated,
+    simulate_component,
+)
+from mobilevd_deploy.stages.export import export_component, note_exported, weights_path
+from mobilevd_deploy.stages.job import ExportJob, Stage, StageContext
+from mobilevd_deploy.stages.quantise import (
+    SHEET,
+    calibrate,
+    judge_clip,
+    note_calibrated,
+    note_clip,
+    note_quantised,
+    quantise_component,
+)
+from mobilevd_deploy.stages.records import StageOutput, StageRecord, Stages
 
 REPORT = "report.html"
 APART_ABOVE_PARAMETERS = 300_000_000
-"""A larger network takes a child process for each step (apart.py)."""
+"""A larger network takes a child process for each step (base/processes.py)."""
 
-# Shares of the time, for the estimate of the rest: the UNet has most of the nodes.
-_WEIGHTS: dict[str, float] = {"image_encoder": 2, "vae_encoder": 1, "unet": 12, "decoder": 1}
+# Shares of the time: the UNet has most of the nodes.
+_SHARES: dict[str, float] = {"image_encoder": 2, "vae_encoder": 1, "unet": 12, "decoder": 1}
 _LATER = ("quant", "npu")  # parts of a recipe that the float export does not depend on
 _TOOLS = (
     "mobilevd-deploy",
@@ -56,100 +85,122 @@ def deploy(
 ) -> Artifact:
     """Take a trained checkpoint to a verified artifact.
 
-    1. Open the checkpoint: every name, shape and dtype is checked, nothing is run.
-    2. Return what lies at `output` if it was made from the same checkpoint, recipe and tools.
-    3. Claim a hidden folder beside `output`; finished stages of an interrupted run are found there.
-    For each component in running order, as one resumable stage:
-    4. Ask the trained network for reference outputs on a fixed probe.
-    5. Rewrite it exactly (the UNet), each pass proven against the untouched network.
-    6. Build the deploy form and write it as ONNX: simplified, checked, read back.
-    7. Run the file on onnxruntime and compare with the reference.
-    8. Where the recipe asks for it: calibrate, quantise with AIMET, compile for the NPU, prove it on the
-       simulator (npu_stages.py), again as resumable stages.
-    9. Write manifest and report, and give the artifact its name in one rename. What was calibrated and
-       compiled stays in the hidden folder, for an export to another chip.
+    Args:
+        checkpoint_path: a checkpoint in a form that `open_checkpoint` reads.
+        recipe: graph forms, precision, chips and floors.
+        output: folder of the artifact. If it holds an artifact from the same checkpoint, recipe, pictures and
+            tools, that one is returned.
+        progress: receives the stages as they begin and end.
+        calibration: pictures, or folders of them. If empty, pictures are drawn as the demo's training clips
+            are.
 
-    `calibration`: pictures, or folders of them; left out, they are drawn as the demo's training clips are.
+    An interrupted export resumes at its last finished stage, in the hidden folder `.NAME.partial` beside the
+    output. After an export to binaries that folder stays, so that another chip costs its compilation alone.
 
     Raises:
-        CheckpointError, RewriteError, ExportError, ParityError, ResourceError: named in errors.py.
+        CheckpointError, RewriteError, ExportError, ParityError, ResourceError: see errors.py.
         UsageError: `output` exists and is not an artifact of ours, or another run is writing it.
     """
-    progress = progress or Progress()
-    output = Path(output)
-    # 1.
+    progress, output = progress or Progress(), Path(output)
     checkpoint = open_checkpoint(checkpoint_path)
-    spec, tools = checkpoint.spec, tool_versions(recipe)
-    source = Source(checkpoint.path.resolve().name, checkpoint.sha256)
-    pictures = choose_pictures(spec, recipe, calibration)
-    # 2.
+    source, tools = Source(checkpoint.path.resolve().name, checkpoint.sha256), tool_versions(recipe)
+    pictures = choose_pictures(checkpoint.spec, recipe, calibration)
     if (finished := _same_artifact(output, source, recipe, tools, pictures)) is not None:
-        progress.say(f"{output}: nothing has changed since it was made, so it stays as it is")
+        progress.say(f"{output}: checkpoint, recipe and tools have not changed, so it stays as it is")
         return finished
-    # 3.
     with PartialArtifact(output) as folder, disk_guard(folder.root, 0):
+        job = ExportJob(checkpoint, recipe, pictures, folder)
         stages = Stages(folder, {"checkpoint": source.sha256, "tools": tools}, progress)
-        shares = {f"export {name}": _WEIGHTS[name] for name in COMPONENTS}
-        if pictures is not None:
-            from mobilevd_deploy.stages import npu as npu_stages
+        table = stage_table(job)
+        progress.plan({stage.name: stage.share for stage in table})
+        for stage in table:
+            record = _run_stage(stage, job, stages, progress)
+            stage.note(job, record.values, *stage.arguments)
+        return _finish(job, source, tools, stages)
 
-            shares |= npu_stages.plan(recipe, _WEIGHTS)
-        progress.plan(shares)
-        sizes = [4 * checkpoint.parameters[name] for name in COMPONENTS]
-        apart = sum(checkpoint.parameters.values()) > APART_ABOVE_PARAMETERS
-        records = {
-            name: stages.run(
-                f"export {name}",
-                {key: value for key, value in recipe.to_dict().items() if key not in _LATER},
-                partial(export_component, name, checkpoint, recipe, folder, Steps(apart, progress)),
-                disk_bytes=2 * sum(sizes[i:]),  # of all that is still to be written
-            ).values
-            for i, name in enumerate(COMPONENTS)
-        }
-        drift: dict[str, dict[str, float | None]] = {
-            "onnx": {name: record["drift"] for name, record in records.items()}
-        }
-        components = tuple(
-            component_entry(name, spec, record, folder.artifact) for name, record in records.items()
+
+def stage_table(job: ExportJob) -> list[Stage]:
+    """List the stages of an export in running order."""
+    recipe, table = job.recipe, list[Stage]()
+    float_inputs = {key: value for key, value in recipe.to_dict().items() if key not in _LATER}
+    floors = {"floors": dataclasses.asdict(recipe.floors)}
+    sizes = [4 * job.checkpoint.parameters[name] for name in COMPONENTS]
+    for i, name in enumerate(COMPONENTS):
+        inputs, share, still_to_write = float_inputs, _SHARES[name], 2 * sum(sizes[i:])
+        table.append(
+            Stage(f"export {name}", share, inputs, export_component, note_exported, (name,), still_to_write)
         )
-        # 8.
-        quality = sheet = None
-        if pictures is not None:
-            added = npu_stages.run(
-                recipe,
-                components,
-                partial(build_deploy_form, checkpoint=checkpoint, recipe=recipe, work=folder.work),
-                pictures,
-                folder,
-                stages,
-                progress,
-                apart=apart,
-            )
-            components, drift = added.components, drift | added.drift
-            quality, sheet = added.quality, added.sheet
-        # 9.
-        manifest = Manifest(
-            schema_version=1,
-            created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            name=folder.output.name,
-            source=source,
-            recipe=recipe.to_dict(),
-            model=spec.to_dict(),
-            passes=tuple(from_dict(PassReport, report) for report in records["unet"]["passes"]),
-            drift=drift,
-            components=components,
-            pipeline=PipelineSpec(spec.frames, spec.height, spec.width, spec.step.fps),
-            tools=tools,
-            stages=stages.costs,
-            quality=quality,
-        )
-        report = folder.artifact / REPORT
-        report.write_text(render_report(manifest, checkpoint.importance(), sheet), encoding="utf-8")
-        files = {"report": FileEntry.of(folder.artifact, report)}
+    if job.pictures is not None:
+        inputs = {"pictures": job.pictures.sha256}
+        table.append(Stage("calibrate", 1, inputs, calibrate, note_calibrated))
+    if recipe.quant:
+        inputs = {"quant": dataclasses.asdict(recipe.quant)} | floors
         for name in COMPONENTS:
-            weights_path(folder.work, name).unlink(missing_ok=True)
-        # Another chip for the same network then costs no more than its compilation.
-        return folder.finish(dataclasses.replace(manifest, files=files), keep=pictures is not None)
+            share = 3 * _SHARES[name]
+            table.append(
+                Stage(f"quantise {name}", share, inputs, quantise_component, note_quantised, (name,))
+            )
+        table.append(Stage("judge clip", 1, inputs, judge_clip, note_clip))
+    elif recipe.npu:
+        for name in COMPONENTS:
+            table.append(Stage(f"ranges {name}", _SHARES[name], {}, measure_ranges, note_ranges, (name,)))
+    for target in recipe.npu.targets if recipe.npu else ():
+        inputs = {"npu": recipe.npu.deciding(target)} if recipe.npu else {}
+        for name in COMPONENTS:
+            share, arguments = _SHARES[name], (name, target)
+            table += [
+                Stage(
+                    f"compile {name} {target}", 3 * share, inputs, compile_component, note_compiled, arguments
+                ),
+                Stage(
+                    f"simulate {name} {target}", share, floors, simulate_component, note_simulated, arguments
+                ),
+            ]
+    return table
+
+
+def _run_stage(stage: Stage, job: ExportJob, stages: Stages, progress: Progress) -> StageRecord:
+    """Run a stage, or find it done by an earlier run."""
+    apart = sum(job.checkpoint.parameters.values()) > APART_ABOVE_PARAMETERS
+    pieces = stages.pieces(stage.name, stage.inputs)
+
+    def act() -> StageOutput:
+        steps = Steps(apart, progress)
+        output = stage.act(job, StageContext(steps, pieces, progress), *stage.arguments)
+        return dataclasses.replace(output, steps=output.steps | steps.costs)
+
+    return stages.run(stage.name, stage.inputs, act, disk_bytes=stage.disk_bytes)
+
+
+def _finish(job: ExportJob, source: Source, tools: Mapping[str, str], stages: Stages) -> Artifact:
+    """Write manifest and report, and rename the artifact into place."""
+    spec, folder, quality, sheet = job.spec, job.folder, None, None
+    if job.recipe.quant and job.pictures is not None:
+        pictures, judged = job.pictures, (job.clip_psnr_db, job.conditioning, job.sensitivity)
+        quality = Quality(pictures.source, len(pictures.values) - JUDGES, pictures.sha256, *judged)
+        sheet = (folder.work / SHEET).read_bytes()
+    manifest = Manifest(
+        schema_version=1,
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        name=folder.output.name,
+        source=source,
+        recipe=job.recipe.to_dict(),
+        model=spec.to_dict(),
+        passes=job.passes,
+        drift=job.drift,
+        components=tuple(job.components.values()),
+        pipeline=PipelineSpec(spec.frames, spec.height, spec.width, spec.step.fps),
+        tools=dict(tools),
+        stages=stages.costs,
+        quality=quality,
+    )
+    report = folder.artifact / REPORT
+    report.write_text(render_report(manifest, job.checkpoint.importance(), sheet), encoding="utf-8")
+    files = {"report": FileEntry.of(folder.artifact, report)}
+    for name in COMPONENTS:
+        weights_path(folder.work, name).unlink(missing_ok=True)
+    # Another chip for the same network then costs its compilation alone.
+    return folder.finish(dataclasses.replace(manifest, files=files), keep=job.pictures is not None)
 
 
 def tool_versions(recipe: Recipe) -> dict[str, str]:

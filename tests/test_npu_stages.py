@@ -26,21 +26,27 @@ from mobilevd_deploy import verify
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import Component, FileEntry
 from mobilevd_deploy.artifact.partial import PartialArtifact
+from mobilevd_deploy.base.processes import Steps
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import psnr_db
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import Floors, QuantRule, Recipe, load_recipe, to_toml
-from mobilevd_deploy.config.spec import ModelSpec
-from mobilevd_deploy.deploy import deploy
+from mobilevd_deploy.config.spec import ComponentName, ModelSpec
+from mobilevd_deploy.deploy import deploy, stage_table
 from mobilevd_deploy.errors import ArtifactError, ParityError, UsageError, VendorError
-from mobilevd_deploy.model.interface import TensorSpec
+from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
+from mobilevd_deploy.model.interface import COMPONENTS, TensorSpec
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.npu.onnx_export import export_onnx
-from mobilevd_deploy.quantize.calibration import drawn_pictures
+from mobilevd_deploy.quantize.calibration import choose_pictures, drawn_pictures
+from mobilevd_deploy.quantize.judging import conditioning
 from mobilevd_deploy.quantize.qdq import QdqGraph
 from mobilevd_deploy.report import render_report
 from mobilevd_deploy.runtime.pipeline import ClipJob, Pipeline
-from mobilevd_deploy.stages import npu as npu_stages
+from mobilevd_deploy.stages import compile as compile_stages
+from mobilevd_deploy.stages import quantise as quantise_stages
+from mobilevd_deploy.stages.job import ExportJob, StageContext
+from mobilevd_deploy.stages.records import Pieces
 
 SHIPPED = load_recipe("xiaomi-14-pro")
 # Random weights make more of every rounding than trained ones do.
@@ -77,7 +83,7 @@ def halted(checkpoint: Path) -> Path:
         raise VendorError("the compiler was asked")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(npu_stages, "compile_context", stop)
+        patch.setattr(compile_stages, "compile_context", stop)
         with pytest.raises(VendorError, match="the compiler was asked"):
             deploy(checkpoint, RECIPE, checkpoint.parent / "halted")
     return checkpoint.parent / ".halted.partial"
@@ -94,17 +100,12 @@ def go_on(halted: Path, checkpoint: Path, output: Path, recipe: Recipe = RECIPE)
     return deploy(checkpoint, recipe, output)
 
 
-def flow_in(
-    root: Path,
-    components: tuple[Component, ...],
-    recipe: Recipe = RECIPE,
-    network: nn.Module | None = None,
-) -> npu_stages._Flow:
-    """Return the stages' actions in a folder that has an `artifact` and a `work` below it."""
+def job_in(root: Path, components: tuple[Component, ...], recipe: Recipe = RECIPE) -> ExportJob:
+    """Return an export in a folder that has an `artifact` and a `work` below it."""
     folder = SimpleNamespace(artifact=root / "artifact", work=root / "work")
-    return npu_stages._Flow(
-        recipe, components, lambda _: network or nn.Identity(), cast(PartialArtifact, folder)
-    )
+    job = ExportJob(cast(Checkpoint, None), recipe, None, cast(PartialArtifact, folder))
+    job.components = {cast(ComponentName, component.name): component for component in components}
+    return job
 
 
 def spoil(model: Path, factor: float) -> None:
@@ -134,7 +135,7 @@ def test_every_component_has_a_binary_that_names_its_chip(artifact: Artifact) ->
 
 
 def test_the_manifest_follows_its_schema_and_tells_the_quality(artifact: Artifact) -> None:
-    schema = Path(npu_stages.__file__).parents[1] / "artifact" / "manifest.schema.json"
+    schema = Path(compile_stages.__file__).parents[1] / "artifact" / "manifest.schema.json"
     jsonschema.validate(
         json.loads(artifact.manifest.to_json()), json.loads(schema.read_text(encoding="utf-8"))
     )
@@ -168,7 +169,7 @@ def test_nothing_is_made_twice(artifact: Artifact, checkpoint: Path, monkeypatch
     def fail(*_: object) -> None:
         raise AssertionError("it was made again")
 
-    monkeypatch.setattr(npu_stages, "run", fail)
+    monkeypatch.setattr("mobilevd_deploy.deploy.stage_table", fail)
     assert deploy(checkpoint, RECIPE, artifact.root) == artifact
 
 
@@ -278,7 +279,7 @@ def test_a_dead_input_is_refused_even_where_the_outputs_are_close(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stable Diffusion lost its prompt this way at W8A16, with every other figure green."""
-    monkeypatch.setattr(npu_stages, "conditioning", lambda *_: {"image": 0.01})
+    monkeypatch.setattr(quantise_stages, "conditioning", lambda *_: {"image": 0.01})
     with pytest.raises(ParityError, match=r"0\.01 times as far"):
         deploy(checkpoint, RECIPE, tmp_path / "out")
 
@@ -296,8 +297,15 @@ class QuietInput(nn.Module):
         return self.conv(self.concat(noise, image_latents))
 
 
+def conditioning_of(job: ExportJob, name: ComponentName) -> dict[str, float]:
+    quantised = quantise_stages.answers_of_quantised(job, name, Progress())
+    return conditioning(quantised, quantise_stages.answers_of_float(job, name, Progress()))
+
+
 @pytest.mark.parametrize("activations", [16, 8])
-def test_an_input_that_eight_bits_kill_is_refused(activations: Literal[8, 16], tmp_path: Path) -> None:
+def test_an_input_that_eight_bits_kill_is_refused(
+    activations: Literal[8, 16], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the joined range a step is larger than all that the quiet input ever says, and nobody misses it."""
     shape, size = (1, 4, 4, 4), 0.004
     inputs = (
@@ -318,48 +326,47 @@ def test_an_input_that_eight_bits_kill_is_refused(activations: Literal[8, 16], t
     component = Component("unet", "onnx", files, inputs, outputs, 0, 0, {})
     recipe = dataclasses.replace(RECIPE, quant=dataclasses.replace(RECIPE.quant, activations=activations))
     export_onnx(network, job.gather(inputs), ["latents"], tmp_path / "artifact" / "unet", SHIPPED.onnx)
-    flow = flow_in(tmp_path, (component,), recipe, network)
-    flow.quantise(component, Progress())
-    answers = flow.answers_of_quantised(component, Progress()), flow.answers_of_float(component, Progress())
-    ratios = npu_stages.conditioning(*answers)
+    monkeypatch.setattr(quantise_stages, "build_deploy_form", lambda *_: network)
+    export = job_in(tmp_path, (component,), recipe)
+    quantise_stages.run_aimet(export, "unet", Progress())
+    ratios = conditioning_of(export, "unet")
     if activations == 16:
         assert ratios["image_latents"] == pytest.approx(1, abs=0.1)
         return
     with pytest.raises(ParityError, match=r"when image_latents changes, .* moves 0\.00 times as far"):
-        flow.require_conditioning(component, ratios)
+        quantise_stages.require_conditioning(export, "unet", ratios)
 
 
 def test_a_written_graph_that_is_not_what_was_simulated_is_refused(
     artifact: Artifact, halted: Path, tmp_path: Path
 ) -> None:
-    copied, components = Path(shutil.copytree(halted, tmp_path / "copy")), artifact.manifest.components
-    flow = flow_in(copied, components)
+    copied = Path(shutil.copytree(halted, tmp_path / "copy"))
+    job = job_in(copied, artifact.manifest.components)
     quality = artifact.manifest.quality
     assert quality is not None
-    decoder = components[3]
-    answers = flow.answers_of_quantised(decoder, Progress()), flow.answers_of_float(decoder, Progress())
-    assert npu_stages.conditioning(*answers) == pytest.approx(quality.conditioning["decoder"])
+    assert conditioning_of(job, "decoder") == pytest.approx(quality.conditioning["decoder"])
     spoil(copied / "artifact" / "decoder" / "quantised" / "model.onnx", 1.1)
-    with pytest.raises(ParityError, match=r"decoder: the written graph, seen from AIMET, gives 2\d\.\d dB"):
-        flow.answers_of_quantised(decoder, Progress())
+    with pytest.raises(ParityError, match=r"decoder: the written graph vs AIMET: 2\d\.\d dB"):
+        quantise_stages.answers_of_quantised(job, "decoder", Progress())
 
 
 def test_a_clip_below_its_floor_fails(artifact: Artifact, halted: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(halted, tmp_path / "copy"))
-    flow = flow_in(copied, artifact.manifest.components)
+    job = job_in(copied, artifact.manifest.components)
+    context = StageContext(Steps(False, Progress()), cast(Pieces, None), Progress())
     quality = artifact.manifest.quality
     assert quality is not None
-    assert flow.judge_clip(Progress()).values["psnr_db"] == pytest.approx(quality.clip_psnr_db)
+    assert quantise_stages.judge_clip(job, context).values["psnr_db"] == pytest.approx(quality.clip_psnr_db)
     spoil(copied / "artifact" / "decoder" / "quantised" / "model.onnx", 4)
     with pytest.raises(ParityError, match=r"clip is -?\d+\.\d dB PSNR .*, the floor is 15 dB"):
-        flow.judge_clip(Progress())
+        quantise_stages.judge_clip(job, context)
 
 
 def test_a_binary_that_computes_something_else_fails(
     checkpoint: Path, halted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler is given a graph that is a little wrong; only the simulator can tell."""
-    real = npu_stages.compile_context
+    real = compile_stages.compile_context
 
     def compile_wrongly(model: Path, *arguments: Any, **options: Any) -> Any:
         graph = onnx.load(model, load_external_data=False)
@@ -371,10 +378,8 @@ def test_a_binary_that_computes_something_else_fails(
         onnx.save(graph, wrong)
         return real(wrong, *arguments, **options)
 
-    monkeypatch.setattr(npu_stages, "compile_context", compile_wrongly)
-    with pytest.raises(
-        ParityError, match=r"image_encoder: the simulator, seen from AIMET, .* the floor is 35 dB"
-    ):
+    monkeypatch.setattr(compile_stages, "compile_context", compile_wrongly)
+    with pytest.raises(ParityError, match=r"image_encoder: the simulator vs AIMET: .* the floor is 35 dB"):
         go_on(halted, checkpoint, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
@@ -448,7 +453,7 @@ def test_parts_that_were_compiled_before_a_stop_stay(
     checkpoint: Path, halted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = dataclasses.replace(RECIPE, npu=dataclasses.replace(RECIPE.npu, parts=3))
-    real, compiled = npu_stages.compile_context, list[str]()
+    real, compiled = compile_stages.compile_context, list[str]()
 
     def stop_at_the_second(model: Path, *arguments: Any, **options: Any) -> Any:
         if "of3" in model.name:
@@ -460,36 +465,42 @@ def test_parts_that_were_compiled_before_a_stop_stay(
     def refuse(*_: Any) -> None:
         raise AssertionError("the row of parts was compared already")
 
-    monkeypatch.setattr(npu_stages.os, "cpu_count", lambda: 1)  # one after the other
-    monkeypatch.setattr(npu_stages, "compile_context", stop_at_the_second)
+    monkeypatch.setattr(compile_stages.os, "cpu_count", lambda: 1)  # one after the other
+    monkeypatch.setattr(compile_stages, "compile_context", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         go_on(halted, checkpoint, tmp_path / "cut", recipe)
-    monkeypatch.setattr(npu_stages._Flow, "_check_parts", refuse)
+    monkeypatch.setattr(compile_stages, "check_parts", refuse)
     monkeypatch.setattr(
-        npu_stages, "compile_context", lambda m, *a, **o: compiled.append(m.name) or real(m, *a, **o)
+        compile_stages, "compile_context", lambda m, *a, **o: compiled.append(m.name) or real(m, *a, **o)
     )
     (binary,) = deploy(checkpoint, recipe, tmp_path / "cut").manifest.components[2].npu
     assert len(binary.parts) == 3
     assert sorted(name for name in compiled if "of3" in name) == [f"model-{n}of3.onnx" for n in (1, 2, 3)]
 
 
-def test_plan_names_every_stage_that_runs(artifact: Artifact) -> None:
-    planned = npu_stages.plan(RECIPE, dict.fromkeys(("image_encoder", "vae_encoder", "unet", "decoder"), 1.0))
-    ran = [name for name in artifact.manifest.stages if not name.startswith("export ")]
-    assert set(planned) == set(ran)
-    assert npu_stages.plan(Recipe("float"), {"unet": 1.0}) == {}
-    assert [*npu_stages.plan(dataclasses.replace(RECIPE, quant=None), {"unet": 1.0})] == [
+def test_the_table_names_every_stage_that_runs(artifact: Artifact, checkpoint: Path) -> None:
+    def names(recipe: Recipe) -> list[str]:
+        pictures = choose_pictures(small_model(), recipe, ())
+        folder = cast(PartialArtifact, None)
+        table = stage_table(ExportJob(open_checkpoint(checkpoint), recipe, pictures, folder))
+        return [stage.name for stage in table]
+
+    exports = [f"export {name}" for name in COMPONENTS]
+    # A stage of several steps is followed by their costs, as "<stage>: <step>".
+    assert names(RECIPE) == [name for name in artifact.manifest.stages if ":" not in name]
+    assert names(Recipe("float")) == exports
+    assert names(dataclasses.replace(RECIPE, quant=None)) == [
+        *exports,
         "calibrate",
-        "ranges unet",
-        "compile unet SM8650",
-        "simulate unet SM8650",
+        *(f"ranges {name}" for name in COMPONENTS),
+        *(f"{stage} {name} SM8650" for name in COMPONENTS for stage in ("compile", "simulate")),
     ]
 
 
 def test_large_components_are_not_simulated_and_say_so(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(npu_stages, "SIMULATE_UP_TO_FLOPS", 0)
+    monkeypatch.setattr(compile_stages, "SIMULATE_UP_TO_FLOPS", 0)
     heard: list[str] = []
 
     class Heard(Progress):
@@ -497,8 +508,10 @@ def test_large_components_are_not_simulated_and_say_so(
             heard.append(sentence)
 
     component = artifact.manifest.components[0]
-    flow = npu_stages._Flow(RECIPE, (component,), lambda _: None, None)  # type: ignore[arg-type]
-    assert flow.simulate(component, "SM8650", Heard()).values == {"simulated": False}
+    job = job_in(Path(), (component,))
+    assert compile_stages.run_simulator(job, "image_encoder", "SM8650", Heard()).values == {
+        "simulated": False
+    }
     assert "not simulated" in heard[0]
 
 
@@ -508,11 +521,11 @@ def test_large_components_are_not_simulated_and_say_so(
 def test_the_largest_magnitude_of_every_layer_is_found() -> None:
     network = nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU()))
     samples = ({"x": np.array(values, np.float32)} for values in ([1, -70000], [3, 2]))
-    assert npu_stages.largest_magnitudes(network, samples) == {"0": 70000, "1.0": 3}
+    assert compile_stages.largest_magnitudes(network, samples) == {"0": 70000, "1.0": 3}
     assert all(not module._forward_hooks for module in network.modules())
     # A NaN must not be forgotten over what comes behind it.
     broken = ({"x": np.array([value], np.float32)} for value in (float("nan"), 1))
-    assert math.isnan(npu_stages.largest_magnitudes(network, broken)["0"])
+    assert math.isnan(compile_stages.largest_magnitudes(network, broken)["0"])
 
 
 def test_what_float16_does_not_hold_is_said_before_the_compiler_is_asked(
@@ -527,8 +540,10 @@ def test_what_float16_does_not_hold_is_said_before_the_compiler_is_asked(
     def stop(*_: object, **__: object) -> None:
         raise VendorError("the compiler was asked")
 
-    monkeypatch.setattr(npu_stages, "largest_magnitudes", lambda *_: {"blocks.0.conv": 70000.0, "fine": 1.0})
-    monkeypatch.setattr(npu_stages, "compile_context", stop)
+    monkeypatch.setattr(
+        compile_stages, "largest_magnitudes", lambda *_: {"blocks.0.conv": 70000.0, "fine": 1.0}
+    )
+    monkeypatch.setattr(compile_stages, "compile_context", stop)
     with pytest.raises(VendorError, match="the compiler was asked"):
         deploy(checkpoint, dataclasses.replace(RECIPE, quant=None), tmp_path / "out", progress=Heard())
     said = [sentence for sentence in heard if "float16-range" in sentence]

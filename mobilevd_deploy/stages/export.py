@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from mobilevd_deploy.artifact.manifest import Component, FileEntry, PassReport
-from mobilevd_deploy.artifact.partial import PartialArtifact
-from mobilevd_deploy.base.processes import Steps
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.config.recipe import Recipe
 from mobilevd_deploy.config.spec import ComponentName, ModelSpec
+from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import ParityError
 from mobilevd_deploy.model.checkpoint import Checkpoint, read_weights, write_weights
 from mobilevd_deploy.model.components import deploy_contract
@@ -30,39 +29,40 @@ from mobilevd_deploy.npu.onnx_export import DATA, MODEL, OnnxGraph, export_onnx,
 from mobilevd_deploy.npu.skeleton import deploy_skeleton, rewrites
 from mobilevd_deploy.passes.runner import UNetProbe, run_passes, select_passes
 from mobilevd_deploy.runtime.runners import OnnxRunner
+from mobilevd_deploy.stages.job import ExportJob, StageContext, graph_files, json_number
 from mobilevd_deploy.stages.probe import Probe, make_probe
 from mobilevd_deploy.stages.records import StageOutput
 
 PROBE_SEED = 20241207
-
-
 # The rewrites do not depend on the map's size; a larger one is proven on about this many pixels.
 _PROBE_PIXELS = 128
 
 
-def export_component(
-    name: ComponentName,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    partial_artifact: PartialArtifact,
-    steps: Steps,
-) -> StageOutput:
-    folder, work = partial_artifact.artifact / name, partial_artifact.work
-    # 4.
+def export_component(job: ExportJob, context: StageContext, name: ComponentName) -> StageOutput:
+    """Take one component from the checkpoint to a float ONNX file that is proven equal."""
+    steps, folder, work = context.steps, job.float_folder(name), job.folder.work
+    checkpoint, spec, recipe = job.checkpoint, job.spec, job.recipe
     steps.run("answer", _answer, name, checkpoint, work)
-    # 5.
     reports = steps.run("rewrite", _rewrite_component, name, checkpoint, recipe, work)
-    # 6.
-    graph = steps.run("write", _write_component, name, checkpoint.spec, recipe, folder, work)
-    # 7.
-    drift = steps.run("compare", _compare_component, name, checkpoint.spec, recipe, folder, work)
-    written = [folder / MODEL, folder / DATA, _probe_path(work, name)]
+    graph = steps.run("write", _write_component, name, spec, recipe, folder, work)
+    drift = steps.run("compare", _compare_component, name, spec, recipe, folder, work)
     values = {
-        "drift": None if drift == math.inf else drift,
+        "drift": json_number(drift),
         "passes": [dataclasses.asdict(report) for report in reports],
         "graph": dataclasses.asdict(graph),
     }
-    return StageOutput(tuple(path for path in written if path.exists()), values, steps.costs)
+    return StageOutput((*graph_files(folder), _probe_path(work, name)), values)
+
+
+def note_exported(job: ExportJob, values: Mapping[str, Any], name: ComponentName) -> None:
+    """Enter the component, its SQNR and, for the UNet, the reports of its rewrites."""
+    inputs, outputs = component_tensors(name, job.spec)
+    root, roles = job.folder.artifact, {MODEL: "model", DATA: "data"}
+    files = {roles[path.name]: FileEntry.of(root, path) for path in graph_files(job.float_folder(name))}
+    job.components[name] = Component(name, "onnx", files, inputs, outputs, **values["graph"])
+    job.drift.setdefault("onnx", {})[name] = values["drift"]
+    if name == "unet":
+        job.passes = tuple(from_dict(PassReport, report) for report in values["passes"])
 
 
 def _answer(name: ComponentName, checkpoint: Checkpoint, work: Path, progress: Progress) -> None:
@@ -127,6 +127,7 @@ def _probe_path(work: Path, name: ComponentName) -> Path:
 
 
 def weights_path(work: Path, name: ComponentName) -> Path:
+    """Return the file that holds a component's rewritten weights while the artifact is built."""
     return work / f"{name}.safetensors"
 
 
@@ -144,23 +145,10 @@ def _read_deploy_form(name: ComponentName, spec: ModelSpec, recipe: Recipe, work
 
 
 def build_deploy_form(name: ComponentName, checkpoint: Checkpoint, recipe: Recipe, work: Path) -> nn.Module:
-    """Build the deploy form, rewriting anew where an earlier export threw the weights away in the end."""
+    """Build the deploy form; rewrite the network again if an earlier export removed the rewritten weights."""
     if not weights_path(work, name).exists():
         _rewrite_component(name, checkpoint, recipe, work, Progress())
     return _read_deploy_form(name, checkpoint.spec, recipe, work)
-
-
-def component_entry(name: ComponentName, spec: ModelSpec, record: Mapping[str, Any], root: Path) -> Component:
-    inputs, outputs = component_tensors(name, spec)
-    files = {"model": root / name / MODEL, "data": root / name / DATA}
-    return Component(
-        name,
-        "onnx",
-        {role: FileEntry.of(root, path) for role, path in files.items() if path.exists()},
-        inputs,
-        outputs,
-        **record["graph"],
-    )
 
 
 def deploy_form(
@@ -189,4 +177,5 @@ def _rewrite(
 
 @torch.no_grad()
 def reference(network: nn.Module, output: str, inputs: Tensors) -> Tensors:
+    """Run a network on float32 inputs in calling order; return its output by name."""
     return {output: network(*(torch.from_numpy(value) for value in inputs.values())).numpy()}
