@@ -10,7 +10,7 @@
     simulate NAME T the binary on the HTP simulator                 stages/compile.py
     finish          manifest and report; one rename gives the artifact its name
 
-NAME is each component in running order. `stage_table` lists the stages: one table plans, runs and resumes them.
+NAME is each component in running order. One table, `stage_table`, plans, runs and resumes the stages.
 """
 
 from __future__ import annotations

@@ -222,6 +222,7 @@ def simulate_component(
 
 
 def run_simulator(job: ExportJob, name: ComponentName, target: str, progress: Progress) -> StageOutput:
+    """Run a binary on the first judge and hold it against its floors."""
     component = job.components[name]
     if component.flops > SIMULATE_UP_TO_FLOPS:
         progress.say(f"{name}: not simulated, {component.flops / 1e9:.0f} GFLOPs are too many")
