@@ -29,9 +29,10 @@ from conftest import TINY_MODEL
 from PIL import Image
 
 import mobilevd_deploy
-from mobilevd_deploy import cli, inspection
+from mobilevd_deploy import inspection
 from mobilevd_deploy import deploy as flow
 from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.cli.main import app, main
 from mobilevd_deploy.doctor import Finding
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
 from mobilevd_deploy.passes import PASSES
@@ -95,7 +96,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["mobilevd-deploy", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         captured = capfd.readouterr()
         assert "Traceback" not in captured.out + captured.err
         return Ended(int(ended.value.code or 0), captured.out, captured.err)
@@ -128,7 +129,7 @@ def test_help_ends_in_an_example(verb: str, run: Run) -> None:
 
 
 def test_every_verb_is_tested_here() -> None:
-    names = [c.name or c.callback.__name__ for c in cli.app.registered_commands]  # type: ignore[union-attr]
+    names = [c.name or c.callback.__name__ for c in app.registered_commands]  # type: ignore[union-attr]
     assert sorted(names) == sorted(VERBS)
 
 
@@ -157,7 +158,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     """Processor time against typer's own for one empty verb, so that a slow machine does not matter."""
     ours = """
 import sys
-from mobilevd_deploy.cli import main
+from mobilevd_deploy.cli.main import main
 try:
     main()
 finally:
@@ -655,7 +656,7 @@ def test_as_a_program(exported: dict[str, Artifact], tiny_checkpoint: Path, tmp_
 
     def program(*arguments: object) -> subprocess.CompletedProcess[str]:
         script = Path(sys.executable).with_name("mobilevd-deploy")
-        command = [script] if script.exists() else [sys.executable, "-m", "mobilevd_deploy.cli"]
+        command = [script] if script.exists() else [sys.executable, "-m", "mobilevd_deploy"]
         return subprocess.run([*command, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True)
 
     ended = program("diff", *(artifact.root for artifact in exported.values()), "--json")
@@ -677,7 +678,7 @@ def test_a_reader_that_goes_away(arguments: list[str], exported: dict[str, Artif
     os.close(reader)
     try:
         ended = subprocess.run(
-            [sys.executable, "-m", "mobilevd_deploy.cli", *arguments, *operands],
+            [sys.executable, "-m", "mobilevd_deploy", *arguments, *operands],
             stdout=writer,
             stderr=subprocess.PIPE,
             text=True,

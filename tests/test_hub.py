@@ -26,8 +26,8 @@ from qai_hub import public_api_pb2 as pb
 from rich.console import Console
 from tiny_artifact import build, write_artifact
 
-from mobilevd_deploy import cli
 from mobilevd_deploy.artifact import Artifact, FileEntry, PartialArtifact
+from mobilevd_deploy.cli.main import main
 from mobilevd_deploy.errors import ArtifactError, SpecError, UsageError, VendorError
 from mobilevd_deploy.estimate import load_calibration
 from mobilevd_deploy.host import run_on_host
@@ -705,7 +705,7 @@ def command(artifact, configured, server, monkeypatch, capfd):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["mobilevd-deploy", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main()
         written = capfd.readouterr()
         assert TOKEN not in written.out + written.err
         return caught.value.code or 0, written.out, written.err

@@ -13,7 +13,7 @@ from conftest import FULL, PLAIN, TINY_MODEL, decibels, temporal_paths, write_ch
 from torch import nn
 
 from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
-from mobilevd_deploy.cli import app
+from mobilevd_deploy.cli.main import app
 from mobilevd_deploy.components import build_component
 from mobilevd_deploy.errors import SpecError, UsageError
 from mobilevd_deploy.funnels import initialise_csi

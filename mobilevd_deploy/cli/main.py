@@ -1090,7 +1090,3 @@ def _number(value: float | None, error_percent: float | None = None) -> str:
 
 def _change(a: float | None, b: float | None) -> str:
     return f"{b / a - 1:+.1%}" if a and b and a < math.inf and b < math.inf else ""
-
-
-if __name__ == "__main__":
-    main()
