@@ -22,8 +22,6 @@ from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.spec import from_dict
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from mobilevd_deploy.hub import HostedDevice, Target
 
 _NOISE = re.compile(r"\(.*?\)|qualcomm|snapdragon|samsung|galaxy|[^a-z0-9]")
@@ -134,7 +132,7 @@ def choose_hosted(name: str, hosted: Sequence[HostedDevice]) -> Target:
     if not fitting:
         raise UsageError(
             f"{name}: no phone with its chip ({chip.name}) is hosted now",
-            next_step="mobilevd-deploy devices --hub lists what is; --estimate needs no phone",
+            next_step="mobilevd-deploy devices --hub lists what is; profile estimate needs no phone",
         )
     # The plain chip before a "for Galaxy" one, phones of our table before strangers.
     listed = {_plain(phone.name) for phone in table().phone}
@@ -190,26 +188,6 @@ def list_devices(hosted: Sequence[HostedDevice] | None = None) -> list[dict[str,
             row = _row(device.name, known, True, device.os, device.name)
             rows.append(row | {"chipset": chip_name(device), "htp": row["htp"] or htp})
     return rows
-
-
-def render_devices(rows: Iterable[dict[str, Any]], *, live: bool) -> RenderableType:
-    """Lay out what `list_devices` returns for a terminal."""
-    from rich.console import Group
-    from rich.table import Table as Grid
-
-    grid = Grid("phone", "chip", "part", "HTP", "soc_model", "hosted", "profiled on")
-    for row in rows:
-        grid.add_row(
-            row["phone"],
-            row["chipset"],
-            ", ".join(row["sm"]),
-            row["htp"] or "-",
-            "-" if row["soc_model"] is None else str(row["soc_model"]),
-            "yes" if row["hosted"] else "no",
-            row["profiled_on"] or "-",
-        )
-    source = "AI Hub's list of now" if live else "our table; --hub asks AI Hub what is hosted now"
-    return Group(grid, f"hosted: {source}")
 
 
 def _row(

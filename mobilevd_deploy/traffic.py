@@ -28,14 +28,22 @@ from mobilevd_deploy.npu.ops import PerFrame, TemporalResBlock
 from mobilevd_deploy.npu.unet import TemporalStage, Transformer, VideoResBlock
 from mobilevd_deploy.onnx_export import MODEL, export_onnx
 from mobilevd_deploy.probe import Tensors
-from mobilevd_deploy.profiles import SCHEMA_VERSION, TrafficReport, TrafficRow, now, write_durably
+from mobilevd_deploy.profiles import (
+    SCHEMA_VERSION,
+    TrafficReport,
+    TrafficRow,
+    now,
+    profiles_dir,
+    save_traffic,
+    write_durably,
+)
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.qnn import Target, find_target, measure_traffic
 from mobilevd_deploy.qnn_graph import Traffic
 from mobilevd_deploy.quantize import block_of, quantise
 from mobilevd_deploy.recipe import NpuOptions, Recipe
 from mobilevd_deploy.skeleton import rewrites, rewritten_skeleton
-from mobilevd_deploy.spec import ModelSpec, from_dict
+from mobilevd_deploy.spec import ModelSpec, from_dict, load_preset
 
 WHOLE_UP_TO_FLOPS = 200e9
 """The schedule of a larger graph takes gigabytes and hours: its blocks are compiled one by one."""
@@ -63,6 +71,26 @@ class Block:
         first = next(iter(self.inputs.values())).size
         values = sum(value.size for value in self.inputs.values()) + first
         return 2 * (values + sum(p.numel() for p in self.module.parameters()))
+
+
+def measure(
+    what: str,
+    recipe: Recipe,
+    patterns: Sequence[str] = ("*",),
+    mode: int | None = None,
+    progress: Progress | None = None,
+) -> TrafficReport:
+    """Measure an artifact, whose report is stored beside it, or a preset by name or TOML file.
+
+    `recipe`, `patterns` and `mode` are for presets: see `measure_preset`, and for errors `measure_artifact`
+    too.
+    """
+    if not (Path(what) / MANIFEST).exists():
+        return measure_preset(what, load_preset(what).model, recipe, patterns, mode, progress)
+    artifact = Artifact.open(what)
+    report = measure_artifact(artifact, progress)
+    save_traffic(report, profiles_dir(artifact))
+    return report
 
 
 def unet_blocks(spec: ModelSpec, recipe: Recipe, patterns: Sequence[str] = ("*",)) -> Iterator[Block]:

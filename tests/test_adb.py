@@ -18,8 +18,9 @@ from tiny_artifact import write_artifact
 
 from mobilevd_deploy.adb import Adb, attached, install, profile_over_adb
 from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.cli.tables import render_profile
 from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError, VendorError
-from mobilevd_deploy.profiles import load_profile, profiles_dir, render_profile, save_profile
+from mobilevd_deploy.profiles import load_profile, profiles_dir, save_profile
 from mobilevd_deploy.progress import LineProgress
 
 ALL = ["image_encoder", "vae_encoder", "unet", "decoder"]
@@ -71,7 +72,7 @@ def test_a_phone_that_is_ready_goes_before_one_that_is_not(phone):
         (
             {"devices": {"A": "device", "B": "device"}},
             UsageError,
-            "several .*A .*B .*\n.*choose one: --adb A",
+            "several .*A .*B .*\n.*choose one: --serial A",
         ),
         ({"broken": True}, VendorError, "does not work: adb: cannot bind.*\n.*kill-server"),
     ],

@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from mobilevd_deploy.devices import choose_hosted, find, list_devices, render_devices, table
+from mobilevd_deploy.cli.tables import render_devices
+from mobilevd_deploy.devices import choose_hosted, find, list_devices, table
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.hub import HostedDevice
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from mobilevd_deploy import estimate as estimate_module
 from mobilevd_deploy.artifact import PartialArtifact
+from mobilevd_deploy.cli.tables import render_profile
 from mobilevd_deploy.devices import find
 from mobilevd_deploy.errors import SpecError, UsageError
 from mobilevd_deploy.estimate import (
@@ -37,7 +38,6 @@ from mobilevd_deploy.profiles import (
     TrafficReport,
     TrafficRow,
     profiles_dir,
-    render_profile,
     save_traffic,
 )
 from mobilevd_deploy.qnn_graph import DramBytes

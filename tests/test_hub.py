@@ -28,6 +28,7 @@ from tiny_artifact import build, write_artifact
 
 from mobilevd_deploy.artifact import Artifact, FileEntry, PartialArtifact
 from mobilevd_deploy.cli.main import main
+from mobilevd_deploy.cli.tables import render_profile
 from mobilevd_deploy.errors import ArtifactError, SpecError, UsageError, VendorError
 from mobilevd_deploy.estimate import load_calibration
 from mobilevd_deploy.host import run_on_host
@@ -42,7 +43,7 @@ from mobilevd_deploy.hub import (
     read_result,
     refresh_jobs,
 )
-from mobilevd_deploy.profiles import load_profile, load_profiles, profiles_dir, render_profile
+from mobilevd_deploy.profiles import load_profile, load_profiles, profiles_dir
 from mobilevd_deploy.progress import LineProgress
 from mobilevd_deploy.spec import load_preset
 
@@ -785,13 +786,13 @@ def test_without_a_token_it_estimates_and_says_that_nothing_was_measured(command
     assert values["error_percent"] > 0
     assert "nothing was measured: mobilevd is a preset" in values["notes"][0]
     assert "qai-hub configure" in values["notes"][0]
-    assert "--adb" in values["notes"][0]
+    assert "on a phone with profile phone" in values["notes"][0]
     # The tiny artifact is of a size that nobody published a latency for.
     code, out, err = command("profile", tmp_path / "tiny", "--device", "Xiaomi 14 Pro")
     assert (code, out) == (3, "")
     assert "not configured" in err
     assert "there is no estimate" in err
-    assert "--host compares on this computer" in err
+    assert "profile host compares on this computer" in err
 
 
 def test_without_a_token_unknown_names_get_the_nearest_and_known_ones_their_reason(

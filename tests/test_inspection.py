@@ -16,9 +16,10 @@ from rich.console import Console, RenderableType
 
 from mobilevd_deploy.artifact import PartialArtifact
 from mobilevd_deploy.checkpoint import save_checkpoint
+from mobilevd_deploy.cli.tables import render_inspection, render_ladder
 from mobilevd_deploy.components import COMPONENTS, build_component
 from mobilevd_deploy.errors import CheckpointError, SpecError, UsageError
-from mobilevd_deploy.inspection import inspect, ladder, render_inspection, render_ladder
+from mobilevd_deploy.inspection import inspect, ladder
 from mobilevd_deploy.passes import PASSES
 from mobilevd_deploy.spec import Preset
 

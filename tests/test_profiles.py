@@ -10,6 +10,7 @@ from rich.console import Console
 from tiny_artifact import write_artifact
 
 from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.cli.tables import render_comparison, render_profile
 from mobilevd_deploy.errors import ArtifactError, SpecError
 from mobilevd_deploy.profiles import (
     MADE_UP,
@@ -25,8 +26,6 @@ from mobilevd_deploy.profiles import (
     load_profiles,
     newest_profiles,
     profiles_dir,
-    render_comparison,
-    render_profile,
     save_profile,
     total_ms,
 )
