@@ -168,5 +168,5 @@ def test_init(source: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[
         app(
             ["init", "--preset", "demo", "--from", str(source.path), "-o", str(output)], standalone_mode=False
         )
-    with pytest.raises(UsageError, match="--importance goes with --from"):
+    with pytest.raises(UsageError, match="--importance needs --from"):
         app(["init", "-o", str(output), "--importance", str(output)], standalone_mode=False)

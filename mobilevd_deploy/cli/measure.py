@@ -112,7 +112,7 @@ def report(artifact: ArtifactFolder = None, as_json: Json = False) -> None:
         print_rich(render_comparison(profiles))
     for one in planned:
         print(traffic_line(one))
-    print(f"see {page} and {opened.root / 'report.html'}")
+    print(f"look at {page} and {opened.root / 'report.html'}")
 
 
 @commands.command(epilog="Example: [bold]mobilevd-deploy jobs build/clip-model[/]")

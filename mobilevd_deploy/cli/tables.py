@@ -48,7 +48,7 @@ def export_lines(artifact: Artifact) -> Iterator[str]:
         simulated = [v for v in manifest.drift.get(f"npu.{binary.target}", {}).values() if v is not None]
         drift = f"worst on the simulator {min(simulated):.1f} dB" if simulated else "not simulated"
         yield f"{binary.target}: {binary.precision} context binaries, {size / 1e6:.1f} MB, {drift}"
-    yield f"see {artifact.root / 'report.html'}"
+    yield f"look at {artifact.root / 'report.html'}"
 
 
 def render_search(found: Tuned) -> RenderableType:
