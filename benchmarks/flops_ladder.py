@@ -10,7 +10,8 @@ from __future__ import annotations
 from _common import write_result
 from rich.console import Console
 
-from mobilevd_deploy.inspection import LADDER_NOTES, ladder, render_ladder
+from mobilevd_deploy.cli.tables import render_ladder
+from mobilevd_deploy.inspection import LADDER_NOTES, ladder
 
 
 def main() -> None:

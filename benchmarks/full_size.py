@@ -44,7 +44,7 @@ def run(folder: Path, name: str, *arguments: str) -> dict[str, float]:
     if kept.exists():
         return dict(json.loads(kept.read_bytes()))
     begun = time.monotonic()
-    command = [sys.executable, "-m", "mobilevd_deploy.cli", *arguments]
+    command = [sys.executable, "-m", "mobilevd_deploy", *arguments]
     with subprocess.Popen(command) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -35,7 +35,7 @@ LATEST_S = 1.0
 
 def command(*arguments: object) -> list[str]:
     """Return the command line of the toolkit."""
-    return [sys.executable, "-m", "mobilevd_deploy.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "mobilevd_deploy", *map(str, arguments)]
 
 
 def run_until_killed(export: list[str], killed: set[str], rng: random.Random) -> tuple[str | None, list[str]]:

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,11 @@ def examine(recipe: Recipe, spec: ModelSpec, folder: Path, progress: Progress | 
         findings.append(look())
         progress.end()
     return findings
+
+
+def is_ready(findings: Iterable[Finding]) -> bool:
+    """Tell whether everything is ready that the recipe needs."""
+    return all(finding.ready for finding in findings if finding.needed)
 
 
 def _aimet(recipe: Recipe) -> Finding:

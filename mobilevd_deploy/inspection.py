@@ -15,8 +15,6 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.resnet import SpatioTemporalResBlock
-from rich.console import Group, RenderableType
-from rich.table import Table
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import MANIFEST
@@ -251,84 +249,3 @@ def _component_parameters(spec: ModelSpec, name: ComponentName) -> int:
 
 def _parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-# ---- tables ----
-
-
-def render_inspection(report: dict[str, Any]) -> RenderableType:
-    """Lay out what `inspect` returns for a terminal."""
-    structure, blocks = report["structure"], report["temporal_blocks"]
-    facts = Table(title=f"{report['name']} ({report['kind']})", show_header=False, title_justify="left")
-    facts.add_row("clip", f"{structure['frames']} frames, {structure['width']}x{structure['height']} px")
-    facts.add_row("UNet parameters", f"{report['parameters']:,} in training form")
-    facts.add_row(
-        "", f"{report['parameters_rewritten']:,} after {', '.join(report['rewrites']) or 'no rewrite'}"
-    )
-    facts.add_row("UNet operations", f"{_flops(report['tflops'])} for one evaluation, after these rewrites")
-    facts.add_row("", f"{_flops(report['tflops_paper_convention'])} as the paper counts")
-    facts.add_row("temporal multiscaling", structure["temporal_multiscaling"])
-    facts.add_row("temporal blocks", f"{blocks['kept']} of {blocks['total']} kept")
-    for place, r in report["funnels"].items():
-        facts.add_row(f"funnels, {place.replace('_', ' ')}", "none" if r == 1 else f"r = {r:g}")
-    for name, parameters in report["components"].items():
-        facts.add_row(f"{name} parameters", f"{parameters:,}")
-
-    levels = Table(title="levels", title_justify="left")
-    for column in ("level", "channels", "heads", "latent h x w", "frames"):
-        levels.add_column(column, justify="right")
-    for level in structure["levels"]:
-        size = " x ".join(map(str, level["latent"]))
-        values = (level["level"], level["channels"], level["heads"] or "-", size, level["frames"])
-        levels.add_row(*map(str, values))
-
-    temporal = Table(title="temporal blocks", title_justify="left")
-    for column in ("block", "kind"):
-        temporal.add_column(column)
-    for column in ("level", "GFLOPs if kept", "importance"):
-        temporal.add_column(column, justify="right")
-    temporal.add_column("kept")
-    for block in blocks["blocks"]:
-        importance = "-" if block["importance"] is None else f"{block['importance']:.3f}"
-        cost = f"{1e3 * block['tflops']:.3g}"
-        kept = "kept" if block["kept"] else "dropped"
-        temporal.add_row(block["path"], block["kind"], str(block["level"]), cost, importance, kept)
-    return Group(facts, levels, temporal)
-
-
-def _flops(tflops: float) -> str:
-    return f"{tflops:.3f} TFLOPs" if tflops >= 0.1 else f"{1e3 * tflops:.3f} GFLOPs"
-
-
-def render_ladder(rows: list[dict[str, Any]]) -> RenderableType:
-    """Lay out what `ladder` returns for a terminal, with the notes that belong to it."""
-    table = Table(title="the published ladder beside ours: TFLOPs of one evaluation", title_justify="left")
-    table.add_column("preset")
-    table.add_column("row of the paper")
-    for column in (
-        "published",
-        "ours",
-        "",
-        "ours, paper's way",
-        "",
-        "NFE",
-        "FVD 25 / 7 fps",
-        "GPU ms",
-        "phone ms",
-    ):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            row["preset"],
-            row["title"],
-            f"{row['published_tflops']:.2f}",
-            f"{row['tflops']:.3f}",
-            f"{row['deviation']:+.1%}",
-            f"{row['tflops_paper_convention']:.3f}",
-            f"{row['deviation_paper_convention']:+.2%}",
-            str(row["nfe"]),
-            " / ".join(map(str, row["fvd"])),
-            f"{row['gpu_ms']:g}",
-            "-" if row["phone_ms"] is None else f"{row['phone_ms']:g}",
-        )
-    return Group(table, "NFE, FVD, GPU and phone milliseconds are the paper's.", *LADDER_NOTES)

@@ -18,10 +18,10 @@ from tiny_artifact import write_artifact
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.base.progress import LineProgress
+from mobilevd_deploy.cli.tables import render_profile
 from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError, VendorError
 from mobilevd_deploy.profiling.phone.adb import Adb, attached
 from mobilevd_deploy.profiling.phone.run import install, profile_over_adb
-from mobilevd_deploy.profiling.profile import render_profile
 from mobilevd_deploy.profiling.store import load_profile, profiles_dir, save_profile
 
 ALL = ["image_encoder", "vae_encoder", "unet", "decoder"]
@@ -73,7 +73,7 @@ def test_a_phone_that_is_ready_goes_before_one_that_is_not(phone):
         (
             {"devices": {"A": "device", "B": "device"}},
             UsageError,
-            "several .*A .*B .*\n.*choose one: --adb A",
+            "several .*A .*B .*\n.*choose one: --serial A",
         ),
         ({"broken": True}, VendorError, "does not work: adb: cannot bind.*\n.*kill-server"),
     ],
@@ -294,7 +294,7 @@ def test_a_benchmark_that_fails(phone, artifact, settings, message):
 def test_the_phone_does_not_go_on_when_we_stop(phone, artifact, tmp_path):
     phone.app(stalls=True)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mobilevd_deploy.profiling.phone.run import *\n"
+        "import sys\nfrom pathlib import Path\nfrom mobilevd_deploy.adb import *\n"
         "profile_over_adb(Artifact.open(sys.argv[1]), Adb.open(), samples=3, poll_seconds=0.02)"
     )
     command = [sys.executable, "-c", code, str(artifact.root)]

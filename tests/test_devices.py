@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from mobilevd_deploy.config.devices import find, render_devices, table
+from mobilevd_deploy.cli.tables import render_devices
+from mobilevd_deploy.config.devices import find, table
 from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.profiling.hub.hosted import HostedDevice, choose_hosted, list_devices
 

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from mobilevd_deploy.artifact.partial import PartialArtifact
+from mobilevd_deploy.cli.tables import render_profile
 from mobilevd_deploy.config.devices import find
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec
@@ -35,7 +36,7 @@ from mobilevd_deploy.profiling.estimate import (
     load_calibration,
     preset_rewrites,
 )
-from mobilevd_deploy.profiling.profile import TrafficReport, TrafficRow, render_profile
+from mobilevd_deploy.profiling.profile import TrafficReport, TrafficRow
 from mobilevd_deploy.profiling.store import profiles_dir, save_traffic
 from mobilevd_deploy.qnn.compiled import DramBytes
 

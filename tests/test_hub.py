@@ -26,11 +26,12 @@ from qai_hub import public_api_pb2 as pb
 from rich.console import Console
 from tiny_artifact import build, write_artifact
 
-from mobilevd_deploy import cli
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import FileEntry
 from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import LineProgress
+from mobilevd_deploy.cli.main import main
+from mobilevd_deploy.cli.tables import render_profile
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.errors import ArtifactError, SpecError, UsageError, VendorError
 from mobilevd_deploy.profiling.estimate import load_calibration
@@ -39,7 +40,6 @@ from mobilevd_deploy.profiling.hub.hosted import HostedDevice
 from mobilevd_deploy.profiling.hub.ledger import LEDGER, Book, Request, read_ledger
 from mobilevd_deploy.profiling.hub.result import read_result
 from mobilevd_deploy.profiling.hub.run import profile_on_hub, refresh_jobs
-from mobilevd_deploy.profiling.profile import render_profile
 from mobilevd_deploy.profiling.store import load_profile, load_profiles, profiles_dir
 from mobilevd_deploy.runtime.recording import run_on_host
 
@@ -577,10 +577,10 @@ def test_two_runs_at_once_keep_out_of_each_others_way(run, server, artifact):
 
 CHILD = """
 import sys, traceback
-from mobilevd_deploy.artifact.manifest import Artifact
-from mobilevd_deploy.profiling.hub.run import Hub, Request, profile_on_hub
-from mobilevd_deploy.base.progress import LineProgress
-from mobilevd_deploy.config.spec import load_preset
+from mobilevd_deploy.artifact import Artifact
+from mobilevd_deploy.hub import Hub, Request, profile_on_hub
+from mobilevd_deploy.progress import LineProgress
+from mobilevd_deploy.spec import load_preset
 try:
     request = Request((sys.argv[2],), compile="onnx") if len(sys.argv) > 2 else None
     artifact, progress = Artifact.open(sys.argv[1]), LineProgress(sys.stderr)
@@ -702,7 +702,7 @@ def command(artifact, configured, server, monkeypatch, capfd):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["mobilevd-deploy", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main()
         written = capfd.readouterr()
         assert TOKEN not in written.out + written.err
         return caught.value.code or 0, written.out, written.err
@@ -782,13 +782,13 @@ def test_without_a_token_it_estimates_and_says_that_nothing_was_measured(command
     assert values["error_percent"] > 0
     assert "nothing was measured: mobilevd is a preset" in values["notes"][0]
     assert "qai-hub configure" in values["notes"][0]
-    assert "--adb" in values["notes"][0]
+    assert "on a phone with profile phone" in values["notes"][0]
     # The tiny artifact is of a size that nobody published a latency for.
     code, out, err = command("profile", tmp_path / "tiny", "--device", "Xiaomi 14 Pro")
     assert (code, out) == (3, "")
     assert "not configured" in err
     assert "there is no estimate" in err
-    assert "--host compares on this computer" in err
+    assert "profile host compares on this computer" in err
 
 
 def test_without_a_token_unknown_names_get_the_nearest_and_known_ones_their_reason(

@@ -12,7 +12,7 @@ import torch
 from conftest import FULL, PLAIN, TINY_MODEL, decibels, temporal_paths, write_checkpoint
 from torch import nn
 
-from mobilevd_deploy.cli import app
+from mobilevd_deploy.cli.main import app
 from mobilevd_deploy.config.spec import FunnelSpec
 from mobilevd_deploy.errors import SpecError, UsageError
 from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
@@ -168,5 +168,5 @@ def test_init(source: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[
         app(
             ["init", "--preset", "demo", "--from", str(source.path), "-o", str(output)], standalone_mode=False
         )
-    with pytest.raises(UsageError, match="--importance goes with --from"):
+    with pytest.raises(UsageError, match="--importance needs --from"):
         app(["init", "-o", str(output), "--importance", str(output)], standalone_mode=False)

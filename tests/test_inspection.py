@@ -15,9 +15,10 @@ from conftest import FULL, TINY_MODEL
 from rich.console import Console, RenderableType
 
 from mobilevd_deploy.artifact.partial import PartialArtifact
+from mobilevd_deploy.cli.tables import render_inspection, render_ladder
 from mobilevd_deploy.config.presets import Preset
 from mobilevd_deploy.errors import CheckpointError, SpecError, UsageError
-from mobilevd_deploy.inspection import inspect, ladder, render_inspection, render_ladder
+from mobilevd_deploy.inspection import inspect, ladder
 from mobilevd_deploy.model.checkpoint import save_checkpoint
 from mobilevd_deploy.model.components import build_component
 from mobilevd_deploy.model.interface import COMPONENTS

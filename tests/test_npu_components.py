@@ -33,8 +33,8 @@ from mobilevd_deploy.model.interface import input_shapes
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.npu.encoders import Resize
 from mobilevd_deploy.npu.skeleton import deploy_skeleton
-from mobilevd_deploy.passes import SubPixelUpsampling
 from mobilevd_deploy.passes.runner import PASSES
+from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
 
 # What may stand between two modules of the deploy form: values pass through these unchanged.
 MOVES = {"view", "reshape", "flatten", "permute", "transpose", "slice", "clone"}

@@ -393,7 +393,7 @@ def test_counts_of_whole_components(
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_files_of_whole_components(recipe: str, exported: dict[str, Artifact]) -> None:
     artifact = exported[recipe]
-    here = [str(Path(onnx_export.__file__).parents[1]), str(Path(torch.__file__).parents[1]), str(Path.cwd())]
+    here = [str(Path(onnx_export.__file__).parents[2]), str(Path(torch.__file__).parents[1]), str(Path.cwd())]
     for component in artifact.manifest.components:
         path = artifact.path(component, "model")
         content = path.read_bytes()

@@ -10,6 +10,7 @@ from rich.console import Console
 from tiny_artifact import write_artifact
 
 from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.cli.tables import render_comparison, render_profile
 from mobilevd_deploy.errors import ArtifactError, SpecError
 from mobilevd_deploy.profiling.profile import (
     MADE_UP,
@@ -20,8 +21,6 @@ from mobilevd_deploy.profiling.profile import (
     Profile,
     draw_profile,
     join_parts,
-    render_comparison,
-    render_profile,
     total_ms,
 )
 from mobilevd_deploy.profiling.store import (

@@ -19,7 +19,7 @@ from mobilevd_deploy.config.recipe import (
     to_toml,
 )
 from mobilevd_deploy.config.strict import from_dict
-from mobilevd_deploy.errors import SpecError
+from mobilevd_deploy.errors import SpecError, UsageError
 
 
 def test_shipped_recipes():
@@ -140,3 +140,15 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\x00")
     with pytest.raises(SpecError, match="binary"):
         load_recipe(tmp_path / "binary.toml")
+
+
+def test_compiled_for_other_chips_and_parts() -> None:
+    recipe = load_recipe("xiaomi-14-pro")
+    assert recipe.npu is not None
+    changed = recipe.compiled_for(["SM8750", "SM8650", "SM8750"], 3)
+    assert changed.npu is not None
+    assert (changed.npu.targets, changed.npu.parts) == (("SM8750", "SM8650"), 3)
+    assert dataclasses.replace(changed, npu=recipe.npu) == recipe
+    assert recipe.compiled_for() == recipe
+    with pytest.raises(UsageError, match="recipe onnx compiles for no chip"):
+        load_recipe("onnx").compiled_for(["SM8650"])

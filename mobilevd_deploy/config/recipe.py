@@ -14,14 +14,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mobilevd_deploy.config.spec import ComponentName
 from mobilevd_deploy.config.strict import from_dict, read_named_toml, shipped_names
-from mobilevd_deploy.errors import SpecError
+from mobilevd_deploy.errors import SpecError, UsageError
 
 PassName = Literal[
     "fold-channel-funnels",
@@ -216,6 +216,19 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, every default written out."""
         return dataclasses.asdict(self)
+
+    def compiled_for(self, targets: Sequence[str] = (), parts: int | None = None) -> Recipe:
+        """Return the recipe for these chips, or its own, and with the UNet in `parts`, or in its own number.
+
+        A chip that is named twice counts once. Raises UsageError for a recipe without [npu].
+        """
+        if self.npu is None:
+            raise UsageError(
+                f"recipe {self.name} compiles for no chip", next_step="choose a recipe with [npu]"
+            )
+        chips = tuple(dict.fromkeys(targets or self.npu.targets))
+        npu = dataclasses.replace(self.npu, targets=chips, parts=parts or self.npu.parts)
+        return dataclasses.replace(self, npu=npu)
 
 
 def recipe_names() -> list[str]:

@@ -297,7 +297,7 @@ def _require_calibrated_size(spec: ModelSpec, calibration: Calibration) -> None:
             f"{spec.name} makes {spec.frames} frames of {spec.width}x{spec.height}: there is no estimate, "
             f"because latencies are published for {calibration.frames} of "
             f"{calibration.width}x{calibration.height} only",
-            next_step="profile it through AI Hub or on a phone; --host compares on this computer",
+            next_step="profile it through AI Hub or on a phone; profile host compares on this computer",
         )
 
 

@@ -21,13 +21,10 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from mobilevd_deploy.base.chart import Bar, draw_bars
 from mobilevd_deploy.errors import SpecError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 T = TypeVar("T")
 
@@ -48,7 +45,6 @@ PEAK: dict[str, str] = {
 }
 MADE_UP = "the numbers are made up"
 FIGURES = ("p95", "min", "first load", "warm load", "peak MB", "ops")
-_BAR = 30
 
 
 @dataclass(frozen=True)
@@ -308,7 +304,9 @@ def draw_profile(profile: Profile) -> bytes:
         for ms in (component.ms,)
     ]
     return draw_bars(
-        _head(profile), bars, f"{profile.artifact}: {total_words(profile, ' ms')} in all, {profile.created}"
+        head_words(profile),
+        bars,
+        f"{profile.artifact}: {total_words(profile, ' ms')} in all, {profile.created}",
     )
 
 
@@ -359,74 +357,15 @@ class TrafficReport:
         return dataclasses.asdict(self)
 
 
-def render_profile(profile: Profile) -> RenderableType:
-    """Show a profile: where from, a table with bars, the slowest operations, and what to know beside it."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=_head(profile), title_justify="left", title_style="bold")
-    for name in ("component", "median ms", *FIGURES, "SQNR"):
-        table.add_column(name, justify="left" if name in ("component", "ops") else "right")
-    table.add_column("")
-    longest = max((c.ms.median for c in profile.components if c.ms), default=0.0)
-    for component in profile.components:
-        ms = component.ms
-        table.add_row(
-            Text(component.name),
-            "failed" if ms is None else number(ms.median),
-            *map(Text, component.figures),
-            _sqnr(component.check),
-            "" if ms is None else "█" * max(1, round(_BAR * ms.median / longest)) if longest else "",
-        )
-    table.add_section()
-    table.add_row(
-        "total", total_words(profile), *(map(Text, profile.in_sum.figures) if profile.in_sum else ())
-    )
-    lines = [
-        *profile.remarks,
-        *(f"note: {note}" for note in profile.notes),
-        *(f"failed: {error}" for error in profile.errors),
-    ]
-    return Group(table, *(Text(line) for line in lines))
-
-
-def render_comparison(profiles: Sequence[Profile]) -> RenderableType:
-    """Show profiles beside each other: medians in ms by component, totals, and a bar for each."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("component", title="median ms", title_justify="left", title_style="bold")
-    for profile in profiles:
-        table.add_column(
-            Text(f"{profile.place}\n{source_of(profile)}, {profile.created[:10]}"), justify="right"
-        )
-    names = dict.fromkeys(component.name for profile in profiles for component in profile.components)
-    for name in names:
-        found = [next((c.ms for c in p.components if c.name == name), None) for p in profiles]
-        table.add_row(Text(name), *(number(ms.median if ms else None) for ms in found))
-    table.add_section()
-    table.add_row("total", *(total_words(profile) for profile in profiles))
-    totals = [profile.total_ms for profile in profiles if profile.total_ms is not None]
-    bars = []
-    for profile in profiles:
-        if profile.total_ms is not None:
-            bar = "█" * max(1, round(_BAR * profile.total_ms / max(totals))) if max(totals) else ""
-            bars.append(
-                Text(f"{bar:<{_BAR}} {total_words(profile, ' ms')}  {profile.place} ({source_of(profile)})")
-            )
-    return Group(table, *bars)
-
-
-def source_of(profile: Profile) -> str:
+def source_words(profile: Profile) -> str:
     """Say where a profile's numbers are from."""
     if profile.outside:
         return f"{profile.source}, OUTSIDE"
     return f"{profile.source}, MADE UP" if profile.made_up else profile.source
 
 
-def _head(profile: Profile) -> str:
+def head_words(profile: Profile) -> str:
+    """Return the title of a profile: what was asked for, how it was measured, and on which device."""
     head = f"{profile.asked_for}: {profile.how}"
     if profile.device != profile.asked_for:
         head += f", on {profile.device}"
@@ -443,9 +382,3 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _sqnr(check: OutputCheck | None) -> str:
-    if check is None:
-        return "-"
-    return "identical" if check.sqnr_db is None else f"{check.sqnr_db:.1f} dB"

@@ -19,7 +19,7 @@ from mobilevd_deploy.profiling.profile import (
     T,
     TrafficReport,
     draw_profile,
-    source_of,
+    source_words,
 )
 
 
@@ -104,7 +104,7 @@ def diff_profiles(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:
         values: dict[tuple[str | None, str], tuple[float, float | None]] = {}
         # What failed comes first: a whole profile takes the place of its times.
         for profile in sorted(newest_profiles(artifact), key=lambda profile: profile.total_ms is not None):
-            quantity = f"ms.{source_of(profile)}.{profile.place}"
+            quantity = f"ms.{source_words(profile)}.{profile.place}"
             parts = {c.name: c.ms.median for c in profile.components if c.ms is not None}
             whole = {} if profile.total_ms is None else {None: profile.total_ms}
             values |= {(name, quantity): (ms, profile.error_percent) for name, ms in (whole | parts).items()}

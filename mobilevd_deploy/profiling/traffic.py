@@ -26,6 +26,7 @@ from mobilevd_deploy.base.chart import Bar, draw_bars
 from mobilevd_deploy.base.files import file_sha256, write_durably
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import Tensors
+from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import NpuOptions, Recipe
 from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.config.strict import from_dict
@@ -36,6 +37,7 @@ from mobilevd_deploy.npu.ops import PerFrame, TemporalResBlock
 from mobilevd_deploy.npu.skeleton import rewrites, rewritten_skeleton
 from mobilevd_deploy.npu.unet import TemporalStage, Transformer, VideoResBlock
 from mobilevd_deploy.profiling.profile import SCHEMA_VERSION, TrafficReport, TrafficRow, now
+from mobilevd_deploy.profiling.store import profiles_dir, save_traffic
 from mobilevd_deploy.qnn.compiled import Traffic
 from mobilevd_deploy.qnn.compiler import measure_traffic
 from mobilevd_deploy.qnn.targets import Target, find_target
@@ -67,6 +69,26 @@ class Block:
         first = next(iter(self.inputs.values())).size
         values = sum(value.size for value in self.inputs.values()) + first
         return 2 * (values + sum(p.numel() for p in self.module.parameters()))
+
+
+def measure(
+    what: str,
+    recipe: Recipe,
+    patterns: Sequence[str] = ("*",),
+    mode: int | None = None,
+    progress: Progress | None = None,
+) -> TrafficReport:
+    """Measure an artifact, whose report is stored beside it, or a preset by name or TOML file.
+
+    `recipe`, `patterns` and `mode` are for presets: see `measure_preset`, and for errors `measure_artifact`
+    too.
+    """
+    if not (Path(what) / MANIFEST).exists():
+        return measure_preset(what, load_preset(what).model, recipe, patterns, mode, progress)
+    artifact = Artifact.open(what)
+    report = measure_artifact(artifact, progress)
+    save_traffic(report, profiles_dir(artifact))
+    return report
 
 
 def unet_blocks(spec: ModelSpec, recipe: Recipe, patterns: Sequence[str] = ("*",)) -> Iterator[Block]:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mobilevd_deploy.base.tensors import Tensors, sqnr_db
+from mobilevd_deploy.base.tensors import Array, Tensors, sqnr_db
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.quantize.simulation import Array, Quantised, block_of
+from mobilevd_deploy.quantize.simulation import Quantised, block_of
 
 Runner = Callable[[Tensors], npt.ArrayLike]
 

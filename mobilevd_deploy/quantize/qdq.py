@@ -11,9 +11,9 @@ import onnx
 import onnx_ir.passes.common
 from onnx import NodeProto, TensorProto, numpy_helper
 
+from mobilevd_deploy.base.tensors import Array
 from mobilevd_deploy.errors import ExportError
 from mobilevd_deploy.npu.onnx_export import fold_constants
-from mobilevd_deploy.quantize.simulation import Array
 
 
 def load_folded(path: Path) -> onnx.ModelProto:

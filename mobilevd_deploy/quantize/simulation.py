@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mobilevd_deploy.base.files import written_aside
-from mobilevd_deploy.base.tensors import Tensors
+from mobilevd_deploy.base.tensors import Array, Tensors
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import QuantScheme
 from mobilevd_deploy.errors import ExportError, UsageError
@@ -45,8 +44,6 @@ from mobilevd_deploy.npu import ops
 from mobilevd_deploy.npu.onnx_export import DATA, MODEL, name_nodes, quiet
 from mobilevd_deploy.quantize.qdq import convert_before_moves, load_folded, name_pairs, relabel
 from mobilevd_deploy.quantize.qdq_check import check_quantised
-
-Array = npt.NDArray[Any]
 
 RULES = "htp_quantsim.json"
 # "up_blocks.1.resnets.0" of "up_blocks.1.resnets.0.spatial_res_block.conv1".

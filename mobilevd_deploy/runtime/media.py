@@ -280,6 +280,18 @@ def write_sheet(rows: Sequence[tuple[str, Bytes]], path: str | Path) -> None:
         contact_sheet(rows).save(aside)
 
 
+def write_clip_sheet(picture: npt.ArrayLike, frames: npt.ArrayLike, title: str, path: str | Path) -> None:
+    """Write a sheet with the input above the frames of its clip, which take two rows to fit a screen.
+
+    `picture` is (1, 3, H, W) and `frames` (T, 3, H, W), both in [-1, 1]. Errors as in `to_uint8` and
+    `write_sheet`.
+    """
+    clip = to_uint8(frames)
+    half = (len(clip) + 1) // 2
+    rows = [("input", to_uint8(picture)), (title, clip[:half]), ("", clip[half:])]
+    write_sheet([row for row in rows if len(row[1])], path)
+
+
 def _write_gif(clip: Bytes, path: Path, fps: int) -> None:
     # One palette for the whole clip: with one per frame, still parts would flicker.
     everything = Image.fromarray(clip.reshape(-1, *clip.shape[2:]))

@@ -53,7 +53,7 @@ def choose_hosted(name: str, hosted: Sequence[HostedDevice]) -> HostedPhone:
     if not fitting:
         raise UsageError(
             f"{name}: no phone with its chip ({chip.name}) is hosted now",
-            next_step="mobilevd-deploy devices --hub lists what is; --estimate needs no phone",
+            next_step="mobilevd-deploy devices --hub lists what is; profile estimate needs no phone",
         )
     # The plain chip before a "for Galaxy" one, phones of our table before strangers.
     listed = {plain_name(phone.name) for phone in table().phone}

@@ -70,7 +70,7 @@ class Adb:
             if len(ready) > 1:
                 raise UsageError(
                     f"several phones are attached: {', '.join(map(str, ready))}",
-                    next_step=f"choose one: --adb {ready[0].serial}",
+                    next_step=f"choose one: --serial {ready[0].serial}",
                 )
             chosen = next(iter(ready or phones), None)
             if chosen is None:

@@ -1,0 +1,140 @@
+"""Options, arguments and output helpers that several commands share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mobilevd_deploy.cli.completion import complete_artifact, complete_device, complete_recipe
+
+if TYPE_CHECKING:
+    from mobilevd_deploy.artifact.artifact import Artifact
+    from mobilevd_deploy.base.progress import Progress
+    from mobilevd_deploy.profiling.hub.client import Hub
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
+
+ArtifactFolder = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="ARTIFACT",
+        help="An exported artifact.",
+        show_default="the newest one below this folder",
+        autocompletion=complete_artifact,
+    ),
+]
+CheckpointFile = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A .pt or .safetensors checkpoint, or a diffusers folder of Stable Video Diffusion.",
+        show_default="the demo checkpoint of the package",
+    ),
+]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe", "-r", help="A shipped recipe by name, or a TOML file.", autocompletion=complete_recipe
+    ),
+]
+DEFAULT_RECIPE = "xiaomi-14-pro"
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibration",
+        "-c",
+        help="Pictures, or folders of pictures, that calibrate the quantisation; repeatable.",
+        show_default="generated pictures",
+    ),
+]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--device",
+        "-d",
+        help="A phone or chip by name; repeatable.",
+        show_default=False,
+        autocompletion=complete_device,
+    ),
+]
+Components = Annotated[
+    str | None,
+    typer.Option(help="Profile only these components, separated by commas.", show_default="all"),
+]
+Samples = Annotated[int, typer.Option(min=2, max=10_000, help="Number of timed calls.")]
+Serial = Annotated[
+    str,
+    typer.Option(
+        "--serial",
+        help="Serial number of the phone, if several are attached.",
+        show_default="ANDROID_SERIAL",
+    ),
+]
+
+
+def open_artifact(folder: Path | None) -> Artifact:
+    """Open the artifact in `folder`, or without one the newest below the working directory."""
+    from mobilevd_deploy.artifact.artifact import Artifact, find_newest
+
+    return Artifact.open(folder) if folder else find_newest(Path())
+
+
+def checkpoint_or_demo(checkpoint: Path | None) -> Path:
+    """Return `checkpoint`, or without one the demo checkpoint of the package."""
+    from mobilevd_deploy.config.data import data_dir
+
+    return checkpoint or data_dir("models") / "demo.safetensors"
+
+
+def split_names(names: str | None) -> tuple[str, ...]:
+    """Split names at their commas: "unet, decoder" gives two."""
+    return tuple(name.strip() for name in names.split(",")) if names else ()
+
+
+def open_hub() -> Hub:
+    """Open AI Hub's client. Warn about a token that others can read, even if the rest is quiet."""
+    from mobilevd_deploy.profiling.hub.client import Hub
+
+    opened = Hub.open()
+    if opened.exposed:
+        print(f"warning: {': '.join(opened.exposed)}", file=sys.stderr)
+    return opened
+
+
+def show_progress(quiet: bool) -> Progress:
+    """Return the progress display on standard error, or a silent one."""
+    from mobilevd_deploy.base.progress import make_progress
+
+    return make_progress(quiet=quiet)
+
+
+def print_json(values: Any) -> None:
+    """Print plain values as JSON on standard output; paths become strings."""
+    print(json.dumps(values, indent=2, default=str, allow_nan=False))
+
+
+def print_rich(renderable: Any) -> None:
+    """Print a table or text on standard output."""
+    from rich.console import Console
+
+    # Rich wraps at 80 columns without a terminal; a log or a file gets the whole table.
+    Console(width=None if sys.stdout.isatty() else 160).print(renderable)
+
+
+def fail(what: str, next_step: str | None, code: int, *, as_json: bool) -> int:
+    """Print an error and return its exit code. A closed output does not change the code."""
+    try:
+        if as_json:
+            print_json({"error": what, "next_step": next_step, "exit_code": code})
+            sys.stdout.flush()
+        print(f"error: {what}", file=sys.stderr)
+        if next_step:
+            print(f" next: {next_step}", file=sys.stderr)
+    except OSError:
+        pass  # nobody can read the message
+    return code
