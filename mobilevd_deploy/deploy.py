@@ -41,7 +41,7 @@ from mobilevd_deploy.pipeline import OnnxRunner
 from mobilevd_deploy.probe import Probe, Tensors, make_probe
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.recipe import QuantScheme, Recipe
-from mobilevd_deploy.report import render_report
+from mobilevd_deploy.report.page import render_report
 from mobilevd_deploy.skeleton import deploy_skeleton, rewrites
 from mobilevd_deploy.spec import ModelSpec, from_dict
 from mobilevd_deploy.stages import StageOutput, Stages

@@ -34,7 +34,7 @@ from mobilevd_deploy.probe import psnr_db
 from mobilevd_deploy.progress import Progress
 from mobilevd_deploy.quantize import _Graph
 from mobilevd_deploy.recipe import Floors, QuantRule, Recipe, load_recipe, to_toml
-from mobilevd_deploy.report import render_report
+from mobilevd_deploy.report.page import render_report
 from mobilevd_deploy.spec import ModelSpec, load_preset
 
 SHIPPED = load_recipe("xiaomi-14-pro")

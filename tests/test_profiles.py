@@ -30,7 +30,7 @@ from mobilevd_deploy.profiles import (
     save_profile,
     total_ms,
 )
-from mobilevd_deploy.report import render_profiles
+from mobilevd_deploy.report.page import render_profiles
 
 COMPONENTS = (
     ComponentProfile(

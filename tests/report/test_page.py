@@ -16,7 +16,7 @@ from mobilevd_deploy.artifact import Manifest, PassReport, Source, StageCost
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.profiles import TrafficReport, TrafficRow
 from mobilevd_deploy.recipe import GraphForms, load_recipe
-from mobilevd_deploy.report import (
+from mobilevd_deploy.report.page import (
     graph_form_words,
     render_profiles,
     render_report,
@@ -323,5 +323,5 @@ def test_a_manifest_of_something_else_is_refused(manifest):
 
 
 def test_needs_no_torch():
-    code = "import sys, mobilevd_deploy.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, mobilevd_deploy.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
