@@ -656,7 +656,7 @@ def report(
         render_comparison,
         write_durably,
     )
-    from mobilevd_deploy.report.page import render_profiles
+    from mobilevd_deploy.report.profiles_page import render_profiles
 
     opened = Artifact.open(artifact) if artifact else find_newest(Path())
     profiles, traffic = newest_profiles(opened), load_traffic(opened)

@@ -144,7 +144,7 @@ def test_the_manifest_follows_its_schema_and_tells_the_quality(artifact: Artifac
 def test_the_report_tells_it(artifact: Artifact) -> None:
     page = (artifact.root / "report.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in page
-    for text in ("Quantisation", "For the NPU", "SM8650", "Hexagon V75", "on the simulator"):
+    for text in ("Quantisation", "NPU binaries", "SM8650", "Hexagon V75", "on the simulator"):
         assert text in page
     assert "img class" not in render_report(artifact.manifest, {})
 

@@ -30,7 +30,7 @@ from mobilevd_deploy.profiles import (
     save_profile,
     total_ms,
 )
-from mobilevd_deploy.report.page import render_profiles
+from mobilevd_deploy.report.profiles_page import render_profiles
 
 COMPONENTS = (
     ComponentProfile(
@@ -171,7 +171,7 @@ def test_the_total_sums_loads_and_operations_and_takes_the_highest_peak():
 
 
 def test_what_the_peak_counts_depends_on_its_source():
-    for source, words in (("hub", "without weights that it maps"), ("adb", "app&#x27;s process held")):
+    for source, words in (("hub", "without weights that it maps"), ("adb", "app&#39;s process held")):
         profile = dataclasses.replace(PROFILE, source=source)
         page = render_profiles("tiny", [profile])
         assert words in page
