@@ -34,7 +34,7 @@ from mobilevd_deploy.errors import ArtifactError, UsageError
 from mobilevd_deploy.model.checkpoint import open_checkpoint
 from mobilevd_deploy.model.interface import COMPONENTS
 from mobilevd_deploy.quantize.calibration import JUDGES, Pictures, choose_pictures
-from mobilevd_deploy.report import render_report
+from mobilevd_deploy.report.page import render_report
 from mobilevd_deploy.stages.compile import (
     compile_component,
     measure_ranges,

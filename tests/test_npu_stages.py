@@ -42,7 +42,7 @@ from mobilevd_deploy.quantize.calibration import choose_pictures, drawn_pictures
 from mobilevd_deploy.quantize.judging import conditioning
 from mobilevd_deploy.quantize.qdq import QdqGraph
 from mobilevd_deploy.quantize.simulation import quantise as quantise_stages
-from mobilevd_deploy.report import render_report
+from mobilevd_deploy.report.page import render_report
 from mobilevd_deploy.runtime.pipeline import ClipJob, Pipeline
 from mobilevd_deploy.stages import compile as compile_stages
 from mobilevd_deploy.stages.job import ExportJob, StageContext
@@ -150,7 +150,7 @@ def test_the_manifest_follows_its_schema_and_tells_the_quality(artifact: Artifac
 def test_the_report_tells_it(artifact: Artifact) -> None:
     page = (artifact.root / "report.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in page
-    for text in ("Quantisation", "For the NPU", "SM8650", "Hexagon V75", "on the simulator"):
+    for text in ("Quantisation", "NPU binaries", "SM8650", "Hexagon V75", "on the simulator"):
         assert text in page
     assert "img class" not in render_report(artifact.manifest, {})
 

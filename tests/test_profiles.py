@@ -31,7 +31,7 @@ from mobilevd_deploy.profiling.store import (
     profiles_dir,
     save_profile,
 )
-from mobilevd_deploy.report import render_profiles
+from mobilevd_deploy.report.profiles_page import render_profiles
 
 COMPONENTS = (
     ComponentProfile(
@@ -172,7 +172,7 @@ def test_the_total_sums_loads_and_operations_and_takes_the_highest_peak():
 
 
 def test_what_the_peak_counts_depends_on_its_source():
-    for source, words in (("hub", "without weights that it maps"), ("adb", "app&#x27;s process held")):
+    for source, words in (("hub", "without weights that it maps"), ("adb", "app&#39;s process held")):
         profile = dataclasses.replace(PROFILE, source=source)
         page = render_profiles("tiny", [profile])
         assert words in page

@@ -91,7 +91,7 @@ def report(artifact: ArtifactFolder = None, as_json: Json = False) -> None:
     """
     from mobilevd_deploy.base.files import write_durably
     from mobilevd_deploy.profiling.store import load_traffic, newest_profiles, profiles_dir
-    from mobilevd_deploy.report import render_profiles
+    from mobilevd_deploy.report.profiles_page import render_profiles
 
     opened = open_artifact(artifact)
     profiles, planned = newest_profiles(opened), load_traffic(opened)

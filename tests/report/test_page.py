@@ -5,11 +5,11 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from html_page import HOSTILE, Page, percent
 from tiny_artifact import build
 
 from mobilevd_deploy.artifact.manifest import Manifest, PassReport, Source
@@ -19,57 +19,14 @@ from mobilevd_deploy.config.recipe import GraphForms, load_recipe
 from mobilevd_deploy.config.spec import StepSpec, UNetSpec
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.model.unet import MobileVDUNet
-from mobilevd_deploy.profiling.profile import TrafficReport, TrafficRow
-from mobilevd_deploy.report import graph_form_words, render_profiles, render_report, temporal_block_groups
+from mobilevd_deploy.report.page import graph_form_words, render_report
+from mobilevd_deploy.report.temporal_map import temporal_block_groups
 
-VOID = {"meta"}
-SELF_CLOSING = {"rect", "line"}
-HOSTILE = """</style><script>alert("1")</script> & '$title' <img src=x onerror=alert(1)>"""
 PASSES = (
     PassReport("fold-channel-funnels", ("a", "b"), 1_000_000, 800_000, 4_000_000, 3_000_000, 131.26),
     PassReport("drop-temporal-blocks", ("c",), 800_000, 500_000, 3_000_000, 2_000_000, None),
     PassReport("subpixel-upsampling", ("d",), 500_000, 600_000, 2_000_000, 1_999_990, 118.0),
 )
-
-
-class Page(HTMLParser):
-    """Fails on anything that does not close; gathers text and elements."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        assert len({name for name, _ in attrs}) == len(attrs), f"an attribute twice in <{tag}>"
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        assert tag in SELF_CLOSING, f"HTML does not let <{tag}/> close itself"
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        """What is read, with plain signs for the typographic ones."""
-        signs = str.maketrans({0xA0: " ", 0xD7: "x", 0x2013: "-", 0x2212: "-"})
-        return " ".join(" ".join(self.words).translate(signs).split())
-
-    def of_class(self, tag: str, name: str) -> list[dict[str, str | None]]:
-        return [a for t, a in self.elements if t == tag and name in (a.get("class") or "").split()]
 
 
 @pytest.fixture
@@ -82,12 +39,6 @@ def manifest(tmp_path) -> Manifest:
         recipe=load_recipe("onnx").to_dict(),
         passes=PASSES,
     )
-
-
-def percent(value: str | None) -> float:
-    assert value is not None
-    assert value.endswith("%")
-    return float(value[:-1])
 
 
 def test_the_page_tells_the_artifact_and_stands_alone(manifest):
@@ -249,31 +200,6 @@ def test_every_stage_of_a_component_is_in_its_drift(manifest):
     assert "vae_encoder - - - - -" in text
 
 
-def planned(parts: int = 10) -> TrafficReport:
-    blocks = tuple(TrafficRow(f"down_blocks.{i}", 2_000_000, 1_000_000) for i in range(parts))
-    rows = (
-        TrafficRow("unet", 30_000_000, 10_000_000, None, blocks),
-        TrafficRow("decoder", 10_000_000, 0, 5_000_000, (), "with random weights"),
-    )
-    return TrafficReport(1, "walk", "0" * 64, "SM8650", "w8a16", 0, "2025-01-31T12:00:00Z", rows)
-
-
-def test_planned_traffic_is_a_table_with_bars_and_its_blocks():
-    page = Page(render_profiles("walk", (), [planned()]))
-    assert "DRAM traffic 50.0 MB planned for SM8650" in page.text
-    assert "unet 30.0 MB + 10.0 MB" in page.text
-    assert "decoder 10.0 MB + 0 B inputs, outputs and weights once: 5.00 MB" in page.text
-    assert "In sum 40.0 MB read and 10.0 MB written." in page.text
-    assert "2 more" in page.text
-    assert "with random weights" in page.text
-    read, written = (page.of_class("rect", kind) for kind in ("left", "added"))
-    assert [percent(bar["width"]) for bar in read[:3]] == [75, 25, 5]
-    assert [percent(bar["width"]) for bar in written[:3]] == [25, 0, 2.5]
-    assert [percent(bar["x"]) for bar in written[:2]] == [75, 25]
-    assert len(read) == len(written) == 12
-    assert "more" not in Page(render_profiles("walk", (), [planned(8)])).text
-
-
 def test_hostile_names_are_only_text(manifest):
     unet = manifest.component("unet")
     noise, *others = unet.inputs
@@ -319,6 +245,7 @@ def test_a_manifest_of_something_else_is_refused(manifest):
         render_report(dataclasses.replace(manifest, model={"name": "m", "depth": 3}), {})
 
 
-def test_needs_no_torch():
-    code = "import sys, mobilevd_deploy.report; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["page", "profiles_page"])
+def test_needs_no_torch(module):
+    code = f"import sys, mobilevd_deploy.report.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,1 @@
+"""HTML pages: the report of an export, and the profiles of an artifact."""
