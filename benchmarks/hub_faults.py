@@ -24,10 +24,7 @@ from _common import write_result
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from hub_server import S24, TOKEN, Fault, HubServer
-from tiny_artifact import write_artifact
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.errors import VendorError
@@ -35,6 +32,8 @@ from mobilevd_deploy.profiling.hub.client import Hub
 from mobilevd_deploy.profiling.hub.ledger import Request
 from mobilevd_deploy.profiling.hub.run import profile_on_hub
 from mobilevd_deploy.profiling.store import profiles_dir
+from tests.support.hub_server import S24, TOKEN, Fault, HubServer
+from tests.support.tiny_artifact import write_artifact
 
 FAULTS: dict[str, Callable[[HubServer], Fault]] = {
     "too many calls, list of devices": lambda _: Fault("GET .*devices", status=429),

@@ -25,7 +25,6 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_MODEL, write_checkpoint
 from numpy.typing import NDArray
 from torch import nn
 
@@ -55,6 +54,7 @@ from mobilevd_deploy.model.interface import COMPONENTS, component_tensors, input
 from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.runtime.noise import unit_noise
 from mobilevd_deploy.runtime.pipeline import Pipeline
+from tests.support.networks import TINY_MODEL, write_checkpoint
 
 RECIPE = load_recipe("onnx")
 PARTIAL = ".model.partial"

@@ -7,15 +7,15 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from adb_phone import SERIAL, Phone
-from hub_server import TOKEN, HubServer
 
 from mobilevd_deploy import doctor
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import load_recipe
+from tests.support import ROOT
+from tests.support.adb_phone import SERIAL, Phone
+from tests.support.hub_server import TOKEN, HubServer
 
 NPU, FLOAT = load_recipe("xiaomi-14-pro"), load_recipe("onnx")
 DEMO = load_preset("demo").model
@@ -64,7 +64,7 @@ def test_memory_is_held_against_the_model_and_the_recipe(monkeypatch):
         found = doctor._memory(recipe, DEMO)
         assert (found.ready, found.remedy) == (ready, remedy)
     monkeypatch.setattr(doctor, "memory_bytes", lambda: (int(24e9), int(20e9)))
-    results = Path(__file__).parents[1] / "benchmarks" / "results" / "full_size.json"
+    results = ROOT / "benchmarks" / "results" / "full_size.json"
     stages = json.loads(results.read_bytes())["stages"]
     seen = max(cost["peak_bytes"] for cost in stages.values()) / 1e9
     told = re.search(r"about ([\d.]+) GB", doctor._memory(NPU, DEMO).detail)

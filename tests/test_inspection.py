@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_artifact
 import torch
-from conftest import FULL, TINY_MODEL
 from rich.console import Console, RenderableType
 
 from mobilevd_deploy.artifact.partial import PartialArtifact
@@ -23,6 +21,8 @@ from mobilevd_deploy.model.checkpoint import save_checkpoint
 from mobilevd_deploy.model.components import build_component
 from mobilevd_deploy.model.interface import COMPONENTS
 from mobilevd_deploy.passes.runner import PASSES
+from tests.support import tiny_artifact
+from tests.support.networks import FULL, TINY_MODEL
 
 SPEC = dataclasses.replace(TINY_MODEL, name="little", height=64, width=64)
 

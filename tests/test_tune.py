@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PLAIN, TINY_MODEL, write_checkpoint
 from torch import Tensor, nn
+
+from tests.support.networks import PLAIN, TINY_MODEL, write_checkpoint
 
 pytest.importorskip("aimet_torch")
 

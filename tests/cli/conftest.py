@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_artifact
 import torch
-from adb_phone import Phone
 from PIL import Image
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.cli.main import main
+from tests.support import tiny_artifact
+from tests.support.adb_phone import Phone
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_artifact
 
 from mobilevd_deploy.cli.completion import complete_device, complete_target
 from mobilevd_deploy.config.devices import find
 from mobilevd_deploy.config.presets import preset_names
 from mobilevd_deploy.config.recipe import recipe_names
 from mobilevd_deploy.qnn.targets import targets
+from tests.support import tiny_artifact
 
 PROGRAM = """#!{python}
 import atexit, sys

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_MODEL
 from PIL import Image
 
 from mobilevd_deploy import deploy as flow
@@ -24,8 +23,8 @@ from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.config.recipe import PassName, load_recipe
 from mobilevd_deploy.passes.runner import PASSES
 from mobilevd_deploy.tune import Step, Tuned
-
-from .conftest import Run, WantsCode, hostile
+from tests.cli.conftest import Run, WantsCode, hostile
+from tests.support.networks import TINY_MODEL
 
 
 def test_names_of_passes_in_recipes() -> None:

@@ -13,8 +13,7 @@ from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.doctor import Finding
 from mobilevd_deploy.profiling.profile import ComponentProfile, Latency, Profile, now
 from mobilevd_deploy.profiling.store import profiles_dir, save_profile
-
-from .conftest import Run
+from tests.cli.conftest import Run
 
 KEYS = {"parameters", "tflops", "tflops_paper_convention", "temporal_blocks"}
 

@@ -20,8 +20,7 @@ from mobilevd_deploy import deploy as flow
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.cli.main import app
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
-
-from .conftest import Ended, Run, hostile
+from tests.cli.conftest import Ended, Run, hostile
 
 VERBS = (
     "init",

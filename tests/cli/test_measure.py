@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_artifact
 
 from mobilevd_deploy.profiling.profile import TrafficReport, TrafficRow
 from mobilevd_deploy.profiling.store import load_traffic
-
-from .conftest import Run
+from tests.cli.conftest import Run
+from tests.support import tiny_artifact
 
 ROWS = (TrafficRow("unet", 3_000_000, 1_000_000, 2_000_000, (TrafficRow("conv_in", 1, 2),), "a note"),)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from adb_phone import SERIAL, Phone
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.profiling.profile import TrafficReport, TrafficRow
 from mobilevd_deploy.profiling.store import profiles_dir, save_traffic
-
-from .conftest import Run
+from tests.cli.conftest import Run
+from tests.support.adb_phone import SERIAL, Phone
 
 
 def test_profile_over_adb_with_and_without_a_serial_number(phone: Phone, tiny: Artifact, run: Run) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
-from adb_phone import SERIAL, Phone
 from PIL import Image
 
 from mobilevd_deploy.artifact.artifact import Artifact
-
-from .conftest import Ended, Run
+from tests.cli.conftest import Ended, Run
+from tests.support.adb_phone import SERIAL, Phone
 
 
 def digest(path: Path) -> str:

@@ -9,8 +9,6 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from html_page import HOSTILE, Page, percent
-from tiny_artifact import build
 
 from mobilevd_deploy.artifact.manifest import Manifest, PassReport, Source
 from mobilevd_deploy.base.processes import StageCost
@@ -21,6 +19,8 @@ from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.report.page import graph_form_words, render_report
 from mobilevd_deploy.report.temporal_map import temporal_block_groups
+from tests.support.html_page import HOSTILE, Page, percent
+from tests.support.tiny_artifact import build
 
 PASSES = (
     PassReport("fold-channel-funnels", ("a", "b"), 1_000_000, 800_000, 4_000_000, 3_000_000, 131.26),

@@ -3,8 +3,6 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from html_page import HOSTILE, Page, percent
-
 from mobilevd_deploy.profiling.profile import (
     ComponentProfile,
     Latency,
@@ -15,6 +13,7 @@ from mobilevd_deploy.profiling.profile import (
     TrafficRow,
 )
 from mobilevd_deploy.report.profiles_page import render_profiles
+from tests.support.html_page import HOSTILE, Page, percent
 
 PROFILE = Profile(
     schema_version=1,
