@@ -43,10 +43,11 @@ endif
 test: check float  ## everything that CI runs
 	MOBILEVD_ARTIFACT=$(CURDIR)/build/demo/artifact OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-check: $(READY)  ## report style and type errors
+check: $(READY)  ## report errors of style, types and import directions
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --verbose
 
 fix: $(READY)  ## mend what can be mended by itself
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -25,7 +25,7 @@ from _common import RESULTS, write_result
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.runtime.media import enlarge, to_uint8, write_clip, write_sheet
 from mobilevd_deploy.runtime.pipeline import Pipeline
-from mobilevd_deploy.training.clips import HELD_OUT, Clip, make_clip
+from mobilevd_deploy.synthetic.clips import HELD_OUT, Clip, make_clip
 from mobilevd_deploy.training.quality import score, summarise
 
 SEED = 0  # of the clips; clip i gets noise seed i

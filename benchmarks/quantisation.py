@@ -37,7 +37,7 @@ from mobilevd_deploy.quantize.simulation import Quantised, quantise
 from mobilevd_deploy.runtime.media import to_uint8
 from mobilevd_deploy.runtime.pipeline import ClipJob, loader, run_component
 from mobilevd_deploy.stages.export import deploy_form
-from mobilevd_deploy.training.clips import HELD_OUT, make_clip
+from mobilevd_deploy.synthetic.clips import HELD_OUT, make_clip
 from mobilevd_deploy.training.quality import score, summarise
 
 RESULT = "quantisation"

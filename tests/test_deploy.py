@@ -34,7 +34,6 @@ from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import sqnr_db
-from mobilevd_deploy.cli.export import export
 from mobilevd_deploy.cli.export import export as stages_export
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import Floors, Recipe, load_recipe
@@ -255,10 +254,10 @@ def test_rewrites_are_proven_on_sizes_that_the_network_takes(monkeypatch: pytest
         stages_export, "run_passes", lambda _, __, probe, ___: seen.append(tuple(probe.noise.shape))
     )
     heard = Heard()
-    export._rewrite(unet, narrow, RECIPE, heard)
-    export._rewrite(unet, dataclasses.replace(narrow, width=64), RECIPE, heard)
-    export._rewrite(unet, TINY_MODEL, RECIPE, heard)
-    export._rewrite(
+    stages_export._rewrite(unet, narrow, RECIPE, heard)
+    stages_export._rewrite(unet, dataclasses.replace(narrow, width=64), RECIPE, heard)
+    stages_export._rewrite(unet, TINY_MODEL, RECIPE, heard)
+    stages_export._rewrite(
         unet, load_preset("mobilevd-hd").model, RECIPE, heard
     )  # 72 rows are not to be halved to 9
     assert [shape[-2:] for shape in seen] == [(8, 16), (8, 16), (6, 10), (8, 16)]

@@ -75,7 +75,7 @@ class _MadeAnew(Sequence[Floats]):
 def drawn_pictures(width: int, height: int, samples: int, seed: int) -> Pictures:
     """First frames of procedural clips, `samples` and the judges; none is one of the held-out clips."""
     draw = partial(_draw, seed, height, width)
-    return Pictures.of("drawn by mobilevd_deploy.training.clips", _MadeAnew(draw, range(samples + JUDGES)))
+    return Pictures.of("drawn by mobilevd_deploy.synthetic.clips", _MadeAnew(draw, range(samples + JUDGES)))
 
 
 def read_pictures(paths: Sequence[str | Path], width: int, height: int, samples: int, seed: int) -> Pictures:
@@ -101,7 +101,7 @@ def read_pictures(paths: Sequence[str | Path], width: int, height: int, samples:
 
 
 def _draw(seed: int, height: int, width: int, index: int) -> Floats:
-    from mobilevd_deploy.training.clips import make_clip
+    from mobilevd_deploy.synthetic.clips import make_clip
 
     frame = make_clip(seed, index, frames=1, height=height, width=width).frames[0]
     return (frame.transpose(2, 0, 1)[None] / np.float32(127.5) - 1).astype(np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobilevd_deploy.base.tensors import psnr_db
-from mobilevd_deploy.training.clips import Clip, locate
+from mobilevd_deploy.synthetic.clips import Clip, locate
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -44,7 +44,7 @@ from mobilevd_deploy.model.funnels import initialise_csi
 from mobilevd_deploy.model.interface import COMPONENTS
 from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.passes.drop_temporal_blocks import SpatialResBlock, SpatialTransformer
-from mobilevd_deploy.training.clips import make_clips
+from mobilevd_deploy.synthetic.clips import make_clips
 from mobilevd_deploy.training.gates import inclusion_probabilities, most_important, sample_gates
 from mobilevd_deploy.training.optim import Muon
 

@@ -12,7 +12,7 @@ from PIL import Image
 from mobilevd_deploy.errors import MediaError, UsageError
 from mobilevd_deploy.quantize.calibration import JUDGES, Pictures, drawn_pictures, read_pictures
 from mobilevd_deploy.runtime.media import write_clip
-from mobilevd_deploy.training.clips import HELD_OUT, make_clip
+from mobilevd_deploy.synthetic.clips import HELD_OUT, make_clip
 
 
 def test_drawn_pictures_depend_on_the_seed_alone_and_are_not_held_out() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mobilevd_deploy.config.recipe import load_recipe
-from mobilevd_deploy.training.clips import HELD_OUT, Clip, make_clip
+from mobilevd_deploy.synthetic.clips import HELD_OUT, Clip, make_clip
 from mobilevd_deploy.training.quality import gradient_energy, score, summarise
 from tests.support import ROOT
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.training.clips import HELD_OUT, Clip, locate, make_clip, make_clips
+from mobilevd_deploy.synthetic.clips import HELD_OUT, Clip, locate, make_clip, make_clips
 
 
 @pytest.fixture(scope="module")
