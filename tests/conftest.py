@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,19 @@ from tests.support.networks import write_checkpoint
 
 # These networks are so small that threads cost more than they give, the more so on a busy machine.
 torch.set_num_threads(1)
+
+# A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_NPU_TOOLS = {"aimet_torch": "aimet-torch", "onnxruntime_qnn": "onnxruntime-qnn"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test with the marker `npu` where the vendor's tools are missing, and name them."""
+    missing = [name for module, name in _NPU_TOOLS.items() if importlib.util.find_spec(module) is None]
+    if missing and item.get_closest_marker("npu"):
+        pytest.skip(f"needs {' and '.join(missing)} (Linux x86-64: pip install 'mobilevd-deploy[npu]')")
 
 
 @pytest.fixture(autouse=True)

@@ -577,10 +577,11 @@ def test_two_runs_at_once_keep_out_of_each_others_way(run, server, artifact):
 
 CHILD = """
 import sys, traceback
-from mobilevd_deploy.artifact import Artifact
-from mobilevd_deploy.hub import Hub, Request, profile_on_hub
-from mobilevd_deploy.progress import LineProgress
-from mobilevd_deploy.spec import load_preset
+from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.base.progress import LineProgress
+from mobilevd_deploy.profiling.hub.client import Hub
+from mobilevd_deploy.profiling.hub.ledger import Request
+from mobilevd_deploy.profiling.hub.run import profile_on_hub
 try:
     request = Request((sys.argv[2],), compile="onnx") if len(sys.argv) > 2 else None
     artifact, progress = Artifact.open(sys.argv[1]), LineProgress(sys.stderr)

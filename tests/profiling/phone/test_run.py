@@ -294,7 +294,9 @@ def test_a_benchmark_that_fails(phone, artifact, settings, message):
 def test_the_phone_does_not_go_on_when_we_stop(phone, artifact, tmp_path):
     phone.app(stalls=True)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mobilevd_deploy.adb import *\n"
+        "import sys\nfrom mobilevd_deploy.artifact.artifact import Artifact\n"
+        "from mobilevd_deploy.profiling.phone.adb import Adb\n"
+        "from mobilevd_deploy.profiling.phone.run import profile_over_adb\n"
         "profile_over_adb(Artifact.open(sys.argv[1]), Adb.open(), samples=3, poll_seconds=0.02)"
     )
     command = [sys.executable, "-c", code, str(artifact.root)]
