@@ -371,6 +371,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from mobilevd_deploy import deploy
+from mobilevd_deploy.stages import export
 from mobilevd_deploy.config.recipe import load_recipe
 
 finished, checkpoint, output = sys.argv[1:]
@@ -383,7 +384,7 @@ def copy(module, inputs, outputs, folder, options):
         os.kill(os.getpid(), signal.SIGKILL)
     return ()
 
-deploy.export_onnx = copy
+export.export_onnx = copy
 deploy.deploy(checkpoint, load_recipe("onnx"), output)
 """
 

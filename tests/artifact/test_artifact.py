@@ -546,7 +546,7 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     code = (
         "import os, signal, sys\n"
-        "from mobilevd_deploy.artifact.manifest import PartialArtifact\n"
+        "from mobilevd_deploy.artifact.partial import PartialArtifact\n"
         "PartialArtifact(sys.argv[1]).__enter__()\n"
         "print('held', flush=True)\n"
         "sys.stdin.read()\n"

@@ -149,7 +149,11 @@ def test_the_runtime_modules_import_no_heavy_package():
     """`--help` must be fast, so these modules leave such packages alone until they need them."""
     code = (
         "import sys\n"
-        "from mobilevd_deploy import artifact, media, noise, pipeline, probe, progress, recipe, stages\n"
+        "from mobilevd_deploy.artifact import artifact, partial\n"
+        "from mobilevd_deploy.base import progress\n"
+        "from mobilevd_deploy.config import recipe\n"
+        "from mobilevd_deploy.runtime import media, noise, pipeline\n"
+        "from mobilevd_deploy.stages import probe, records\n"
         "print([name for name in ('torch', 'onnx', 'onnxruntime', 'diffusers', 'imageio', 'rich')"
         " if name in sys.modules])\n"
     )
