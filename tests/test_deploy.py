@@ -34,7 +34,6 @@ from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.base.tensors import sqnr_db
-from mobilevd_deploy.cli.export import export as stages_export
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import Floors, Recipe, load_recipe
 from mobilevd_deploy.deploy import deploy
@@ -53,6 +52,7 @@ from mobilevd_deploy.model.interface import COMPONENTS, component_tensors, input
 from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.runtime.noise import unit_noise
 from mobilevd_deploy.runtime.pipeline import Pipeline
+from mobilevd_deploy.stages import export as stages_export
 from tests.support.networks import TINY_MODEL, write_checkpoint
 
 RECIPE = load_recipe("onnx")

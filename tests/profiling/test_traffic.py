@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from mobilevd_deploy.artifact.artifact import Artifact
-from mobilevd_deploy.cli.measure import traffic
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.recipe import NpuOptions, Recipe, load_recipe
 from mobilevd_deploy.errors import ArtifactError, UsageError
+from mobilevd_deploy.profiling import traffic
 from mobilevd_deploy.profiling.profile import TrafficReport, TrafficRow
 from mobilevd_deploy.profiling.store import load_profiles, load_traffic, profiles_dir, save_traffic
 from mobilevd_deploy.profiling.traffic import (

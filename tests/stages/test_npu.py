@@ -42,10 +42,10 @@ from mobilevd_deploy.npu.onnx_export import export_onnx
 from mobilevd_deploy.quantize.calibration import choose_pictures, drawn_pictures
 from mobilevd_deploy.quantize.judging import conditioning
 from mobilevd_deploy.quantize.qdq import QdqGraph
-from mobilevd_deploy.quantize.simulation import quantise as quantise_stages
 from mobilevd_deploy.report.page import render_report
 from mobilevd_deploy.runtime.pipeline import ClipJob, Pipeline
 from mobilevd_deploy.stages import compile as compile_stages
+from mobilevd_deploy.stages import quantise as quantise_stages
 from mobilevd_deploy.stages.job import ExportJob, StageContext
 from mobilevd_deploy.stages.records import Pieces
 
