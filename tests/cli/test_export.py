@@ -70,7 +70,7 @@ def test_export_says_where_it_is(
         shutil.copytree(artifact.root / folder.name, folder, dirs_exist_ok=True)
         return (f"a note about {folder.name}",)
 
-    monkeypatch.setattr(flow, "export_onnx", copy)
+    monkeypatch.setattr("mobilevd_deploy.stages.export.export_onnx", copy)
     stopped = run("export", tiny_checkpoint, "-r", "onnx")
     assert (stopped.code, stopped.out) == (130, "")
     assert stopped.err.endswith("error: interrupted\n next: run the same command again to go on\n")
