@@ -18,7 +18,6 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from mobilevd_deploy import deploy as flow
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.config.recipe import PassName, load_recipe
 from mobilevd_deploy.passes.runner import PASSES
