@@ -16,13 +16,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
 
 _NOISE = re.compile(r"\(.*?\)|qualcomm|snapdragon|samsung|galaxy|[^a-z0-9]")
@@ -108,26 +108,6 @@ def chip_called(name: str) -> Chip | None:
     """Return the chip of a phone or chip by name, None where nobody knows it."""
     device = find_known(name)
     return device.chip if device else None
-
-
-def render_devices(rows: Iterable[dict[str, Any]], *, live: bool) -> RenderableType:
-    """Lay out what `list_devices` returns for a terminal."""
-    from rich.console import Group
-    from rich.table import Table as Grid
-
-    grid = Grid("phone", "chip", "part", "HTP", "soc_model", "hosted", "profiled on")
-    for row in rows:
-        grid.add_row(
-            row["phone"],
-            row["chipset"],
-            ", ".join(row["sm"]),
-            row["htp"] or "-",
-            "-" if row["soc_model"] is None else str(row["soc_model"]),
-            "yes" if row["hosted"] else "no",
-            row["profiled_on"] or "-",
-        )
-    source = "AI Hub's list of now" if live else "our table; --hub asks AI Hub what is hosted now"
-    return Group(grid, f"hosted: {source}")
 
 
 def find_known(name: str) -> Device | None:
