@@ -106,7 +106,7 @@ def deploy(
     source, tools = Source(checkpoint.path.resolve().name, checkpoint.sha256), tool_versions(recipe)
     pictures = choose_pictures(checkpoint.spec, recipe, calibration)
     if (finished := _same_artifact(output, source, recipe, tools, pictures)) is not None:
-        progress.say(f"{output}: checkpoint, recipe and tools have not changed, so it stays as it is")
+        progress.say(f"{output}: nothing has changed since it was made, so it stays as it is")
         return finished
     with PartialArtifact(output) as folder, disk_guard(folder.root, 0):
         job = ExportJob(checkpoint, recipe, pictures, folder)
