@@ -123,9 +123,8 @@ def quantisation() -> Iterator[tuple[str, str]]:
     best = found["W8A16, headroom 1.25"]
     yield (
         QUANTISATION,
-        (
-            f"{best['psnr_lost_db']:.2f} dB PSNR lost at W8A16 (worst SQNR {best['unet_sqnr_db']['worst']:.1f} dB)"
-        ),
+        f"{best['psnr_lost_db']:.2f} dB PSNR lost at W8A16 "
+        f"(worst SQNR {best['unet_sqnr_db']['worst']:.1f} dB)",
     )
     for name in ("W8A8", "W4A16"):
         lost, worst = found[name]["psnr_lost_db"], found[name]["unet_sqnr_db"]["worst"]
