@@ -29,17 +29,18 @@ PACKAGE = ROOT / "mobilevd_deploy"
 
 # Where the documented objects are defined. This is the only place to change when one of them moves.
 CLI = "mobilevd_deploy.cli:app"
-RECIPE = "mobilevd_deploy.recipe:Recipe"
-MODEL_SPEC = "mobilevd_deploy.spec:ModelSpec"
-MANIFEST = "mobilevd_deploy.artifact:Manifest"
-PROFILE = "mobilevd_deploy.profiles:Profile"
-TRAFFIC = "mobilevd_deploy.profiles:TrafficReport"
-DEVICES = "mobilevd_deploy.devices:list_devices"
+RECIPE = "mobilevd_deploy.config.recipe:Recipe"
+MODEL_SPEC = "mobilevd_deploy.config.spec:ModelSpec"
+PRESETS = "mobilevd_deploy.config.presets"
+MANIFEST = "mobilevd_deploy.artifact.manifest:Manifest"
+PROFILE = "mobilevd_deploy.profiling.profile:Profile"
+TRAFFIC = "mobilevd_deploy.profiling.profile:TrafficReport"
+DEVICES = "mobilevd_deploy.profiling.hub.hosted:list_devices"
 ERRORS = "mobilevd_deploy.errors"
 API = {
     "deploy": "mobilevd_deploy.deploy.deploy",
-    "open_checkpoint": "mobilevd_deploy.checkpoint.open_checkpoint",
-    "Artifact": "mobilevd_deploy.artifact.Artifact",
+    "open_checkpoint": "mobilevd_deploy.model.checkpoint.open_checkpoint",
+    "Artifact": "mobilevd_deploy.artifact.artifact.Artifact",
 }
 
 
@@ -196,7 +197,7 @@ def shipped_recipes() -> str:
 
 def shipped_presets() -> str:
     """Return the presets of models/ as a table."""
-    config = import_module(MODEL_SPEC.partition(":")[0])
+    config = import_module(PRESETS)
     rows = []
     for name in config.preset_names():
         preset = config.load_preset(name)

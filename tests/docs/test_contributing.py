@@ -34,7 +34,7 @@ def test_the_pass_fails_the_runner_if_it_breaks_a_weight() -> None:
     from conftest import FULL, build_unet
 
     from mobilevd_deploy.errors import RewriteError
-    from mobilevd_deploy.passes import UNetProbe, run_passes
+    from mobilevd_deploy.passes.runner import UNetProbe, run_passes
 
     code, _ = examples("Add a pass")
     right = run(code, {"__name__": "example"})["DropDropout"]
@@ -56,7 +56,7 @@ def test_the_checkpoint_form_passes_its_own_test(tiny_checkpoint: Path, tmp_path
     import torch
     from safetensors.numpy import load_file
 
-    from mobilevd_deploy.checkpoint import Checkpoint, open_checkpoint
+    from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
 
     code, tests = examples("Add a checkpoint form")
     scope = run(code, {"__name__": "example"})

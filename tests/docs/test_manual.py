@@ -110,9 +110,9 @@ def test_a_wrong_option_is_noticed() -> None:
 def test_recipes_and_devices_that_a_page_shows_are_read(page: Path) -> None:
     import tomllib
 
-    from mobilevd_deploy.devices import table
-    from mobilevd_deploy.recipe import Recipe
-    from mobilevd_deploy.spec import from_dict
+    from mobilevd_deploy.config.devices import table
+    from mobilevd_deploy.config.recipe import Recipe
+    from mobilevd_deploy.config.strict import from_dict
 
     known = {sm.upper() for chip in table().chip for sm in chip.sm}
     for text in blocks(page, "toml"):
@@ -127,7 +127,8 @@ def test_recipes_and_devices_that_a_page_shows_are_read(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "json")], ids=names)
 def test_json_that_a_page_shows_is_a_model_configuration(page: Path) -> None:
-    from mobilevd_deploy.spec import ModelSpec, from_dict
+    from mobilevd_deploy.config.spec import ModelSpec
+    from mobilevd_deploy.config.strict import from_dict
 
     for text in blocks(page, "json"):
         from_dict(ModelSpec, json.loads(text))
@@ -167,7 +168,7 @@ def test_the_frequent_cases_quote_messages_that_exist() -> None:
 
 
 def test_every_recipe_key_is_in_the_reference() -> None:
-    from mobilevd_deploy.recipe import load_recipe
+    from mobilevd_deploy.config.recipe import load_recipe
 
     text = generate.keys(generate.RECIPE, "`[{}]`".format)
     for section, values in load_recipe("xiaomi-14-pro").to_dict().items():
