@@ -233,7 +233,7 @@ def benchmark_schema() -> str:
 
 @dataclass(frozen=True)
 class Raised:
-    """One place that makes an error: class, message and next step as templates (None: made at run time)."""
+    """One place that makes an error: its class, message and next step; None where there is no text."""
 
     kind: str
     message: str | None
@@ -267,9 +267,10 @@ def raised_errors(package: Path = PACKAGE) -> list[Raised]:
         module = path.relative_to(package.parent).as_posix()
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and (name := _called(node.func)) in kinds:
-                step = next((word.value for word in node.keywords if word.arg == "next_step"), None)
+                given = next((word.value for word in node.keywords if word.arg == "next_step"), None)
+                step = None if given is None else _template(given) or "(given with the message)"
                 message = _template(node.args[0]) if node.args else None
-                found.append(Raised(kinds[name], message, _template(step), module, node.lineno))
+                found.append(Raised(kinds[name], message, step, module, node.lineno))
     return found
 
 

@@ -1,4 +1,4 @@
-"""A release's wheel: built, installed beside nothing but its dependencies, and used outside of the checkout."""
+"""A release's wheel: built, installed in an empty environment, and used outside of the checkout."""
 
 from __future__ import annotations
 
