@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mobilevd_deploy"
 
 # Where the documented objects are defined. This is the only place to change when one of them moves.
-CLI = "mobilevd_deploy.cli:app"
+CLI = "mobilevd_deploy.cli.main:app"
 RECIPE = "mobilevd_deploy.config.recipe:Recipe"
 MODEL_SPEC = "mobilevd_deploy.config.spec:ModelSpec"
 PRESETS = "mobilevd_deploy.config.presets"
