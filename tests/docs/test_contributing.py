@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+from tests.support import ROOT
+
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def examples(heading: str) -> list[str]:
@@ -31,10 +33,9 @@ def test_the_pass_passes_its_own_tests() -> None:
 
 
 def test_the_pass_fails_the_runner_if_it_breaks_a_weight() -> None:
-    from conftest import FULL, build_unet
-
     from mobilevd_deploy.errors import RewriteError
     from mobilevd_deploy.passes.runner import UNetProbe, run_passes
+    from tests.support.networks import FULL, build_unet
 
     code, _ = examples("Add a pass")
     right = run(code, {"__name__": "example"})["DropDropout"]

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shlex
-import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 import pytest
 import typer
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-sys.path.insert(0, str(DOCS))
+from docs import generate
+from tests.support import ROOT
 
-import generate  # noqa: E402
+DOCS = ROOT / "docs"
 
 PAGES = sorted(
     path

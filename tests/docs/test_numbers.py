@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 README, NUMBERS = "README.md", "docs/explanation/numbers.md"
 FULL_SIZE, QUANTISATION = "docs/explanation/full-size.md", "docs/decisions/quantisation.md"
 
