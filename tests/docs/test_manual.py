@@ -99,6 +99,13 @@ def test_commands_that_a_page_shows_are_understood(page: Path) -> None:
             pytest.fail(f"{PROGRAM} {shlex.join(arguments)}: {error}")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_make_targets_that_a_page_names_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.findall(r"(?:^|`|\$ )make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.M)
+    assert {target for target in named if not re.search(rf"^{target}:", makefile, re.M)} == set()
+
+
 def test_a_wrong_option_is_noticed() -> None:
     with pytest.raises(Exception, match="--adbb"):
         parse(["profile", "my-model", "--adbb"])
