@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := mobilevd_deploy benchmarks tests android_app
+SOURCES := mobilevd_deploy benchmarks tests android_app docs
 
-.PHONY: demo float artifacts apk test check fix clean
+.PHONY: demo float artifacts apk test check docs fix clean
 
 demo: artifacts  ## a clip by the exported float model, then one by the NPU's binaries on its simulator
 	@$(MAKE) --no-print-directory build/demo/clip.gif
@@ -33,7 +33,7 @@ build/demo/npu-clip.gif: build/demo/npu/manifest.sha256 models/demo.png
 
 SIGN := $(if $(KEYSTORE),--keystore '$(KEYSTORE)' --key-alias '$(or $(KEY_ALIAS),release)')
 
-apk: artifacts  ## the Android app in both flavours, into build/apk; KEYSTORE and QNN_LIBS: see README
+apk: artifacts  ## the Android app in both flavours, into build/apk; KEYSTORE and QNN_LIBS: docs/how-to/app.md
 	$(PYTHON) android_app/build.py apk --artifact demo=build/demo/artifact $(SIGN)
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(PYTHON) android_app/build.py apk --flavour npu --artifact demo=build/demo/npu $(SIGN) \
@@ -43,11 +43,14 @@ endif
 test: check float  ## everything that CI runs
 	MOBILEVD_ARTIFACT=$(CURDIR)/build/demo/artifact OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-check: $(READY)  ## report errors of style, types and import directions
+check: $(READY) docs  ## report errors of style, types, import directions and the manual
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --verbose
+
+docs: $(READY)  ## the manual, into build/docs; a dead link, a missing page or any other warning is an error
+	$(BIN)/sphinx-build --fail-on-warning --nitpicky --keep-going --quiet docs build/docs
 
 fix: $(READY)  ## mend what can be mended by itself
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -8,8 +8,8 @@ With a provider the same clips are also made by the float graphs and both are sc
 results/demo_quality_<provider>.json; the simulator takes a quarter of a minute for a clip, hence the few.
 
 Each held-out clip's first frame goes through the artifact; frames 2 to 14 are compared with the truth, and so
-is "repeat the first frame". A minute on two cores. Without a provider it also writes README's contact sheet
-(generated above truth) and animation: results/demo_sheet.png and results/demo_clip.gif.
+is "repeat the first frame". A minute on two cores. Without a provider it also writes the manual's contact
+sheet (generated above truth) and animation: results/demo_sheet.png and results/demo_clip.gif.
 """
 
 from __future__ import annotations

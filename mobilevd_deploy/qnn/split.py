@@ -32,7 +32,7 @@ ALLOCATION_LIMIT = 2**31
 COMPILER_LIMIT = 6_500_000_000
 """Bytes of memory that the compiler may take for one graph, so that 16 GB take two at a time. MobileVD's UNet
 in such parts is compiled in less than half the time of the whole, and moves 3 % more to and from DRAM.
-Source: benchmarks/README.md, "Full size"."""
+Source: docs/explanation/full-size.md."""
 
 # A cut may lie this share of a part's size away from where parts would be equal, to find a cheaper place.
 _SLACK = 0.3

@@ -62,7 +62,7 @@ build = _load_build()
 @pytest.fixture(scope="session")
 def tools() -> None:
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
-        text = f"not installed: {', '.join(missing)}; README, The Android app, names the packages"
+        text = f"not installed: {', '.join(missing)}; docs/how-to/app.md names the packages"
         if os.environ.get("MOBILEVD_ANDROID") == "required":
             pytest.fail(text)
         pytest.skip(text)
