@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := mobilevd_deploy benchmarks tests android_app docs
 
-.PHONY: demo float artifacts apk test check docs fix clean
+.PHONY: demo float artifacts apk test test-fast check docs fix clean
 
 demo: artifacts  ## a clip by the exported float model, then one by the NPU's binaries on its simulator
 	@$(MAKE) --no-print-directory build/demo/clip.gif
@@ -42,6 +42,9 @@ endif
 
 test: check float  ## everything that CI runs
 	MOBILEVD_ARTIFACT=$(CURDIR)/build/demo/artifact OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-fast: $(READY)  ## an answer in 3 minutes: nothing slow, no vendor's tools, no app
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not slow and not npu and not android'
 
 check: $(READY) docs  ## report errors of style, types, import directions and the manual
 	$(BIN)/ruff check $(SOURCES)
