@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import math
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import onnx_ir.passes.common
 import onnxscript.optimizer
 import torch
@@ -31,8 +33,6 @@ from mobilevd_deploy.errors import ExportError
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 
-# onnxsim holds the weights several times; above this the exporter's own folding has to do.
-SIMPLIFY_UP_TO_BYTES = 1_500_000_000
 # Fusions that undo the deploy form: a quantiser and the NPU's compiler want layers as they were written.
 _KEPT_APART = (
     "fuse_matmul_add_bias_into_gemm",
@@ -180,30 +180,30 @@ def name_nodes(model: onnx.ModelProto) -> None:
 
 
 def _simplify(path: Path) -> tuple[str, ...]:
-    """Run onnxsim on the file in place; where the weights are too large, say so and leave it."""
-    data = path.with_name(DATA)
-    size = data.stat().st_size if data.exists() else 0
-    if size > SIMPLIFY_UP_TO_BYTES:
-        return (
-            f"{path.parent.name}: onnxsim left out, {size / 1e9:.1f} GB of weights are more than it copes "
-            "with; constants were folded by the exporter",
-        )
+    """Run onnxsim on the file in place. If onnxsim fails, leave the file as it is and return a note.
+
+    onnxsim reads and writes files: given a model in memory, it holds six times the weights.
+    """
     import onnxsim
 
-    try:
-        with quiet():
-            simplified, _ = onnxsim.simplify(
-                onnx.load(path), skipped_optimizers=list(_KEPT_APART), certify=False
-            )
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # whatever its C++ half raises; the file as it is serves as well
-        return (f"{path.parent.name}: left as exported, onnxsim failed on it: {error}",)
-    simplified.producer_name, simplified.producer_version = "", ""
-    data.unlink(missing_ok=True)
-    onnx.save(simplified, path, save_as_external_data=True, location=DATA, size_threshold=1024)
-    if data.exists():
-        data.chmod(path.stat().st_mode)  # onnx makes it for its owner alone
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnxsim-") as aside:
+        simplified = Path(aside) / MODEL
+        try:
+            with quiet():
+                onnxsim.simplify(
+                    str(path),
+                    skipped_optimizers=list(_KEPT_APART),
+                    certify=False,
+                    output_path=str(simplified),
+                )
+            model = onnx_ir.load(simplified)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # onnxsim's C++ code raises many types
+            return (f"{path.parent.name}: left as exported, onnxsim failed on it: {error}",)
+        model.producer_name = model.producer_version = None
+        path.with_name(DATA).unlink(missing_ok=True)  # a graph without large weights has no such file
+        onnx_ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
     return ()
 
 
