@@ -127,7 +127,7 @@ def _settings() -> Mapping[str, Any]:
 
 
 def test_it_is_signed_and_aligned(apks: dict[str, Apk], flavour: str) -> None:
-    level = str(_settings()["app"]["min_sdk"][flavour])
+    level = str(build.api_level(f"minSdk-{flavour}"))
     shown = _run("apksigner", "verify", "--verbose", "--min-sdk-version", level, apks[flavour].path)
     assert "Verified using v3 scheme (APK Signature Scheme v3): true" in shown
     _run("zipalign", "-c", "-p", "4", apks[flavour].path)
@@ -146,9 +146,9 @@ def test_badging(apks: dict[str, Apk], flavour: str) -> None:
     suffix = "" if flavour == "cpu" else "-stand-in"
     code, name = build.version_code(build.version()), build.version() + suffix
     assert f"name='{app['package']}' versionCode='{code}' versionName='{name}'" in badging
-    assert f"sdkVersion:'{app['min_sdk'][flavour]}'" in badging
-    assert f"targetSdkVersion:'{app['target_sdk']}'" in badging
-    assert f"compileSdkVersion='{app['compile_sdk']['script']}'" in badging
+    assert f"sdkVersion:'{build.api_level(f'minSdk-{flavour}')}'" in badging
+    assert f"targetSdkVersion:'{build.api_level('targetSdk')}'" in badging
+    assert f"compileSdkVersion='{app['compile_sdk']}'" in badging
     assert f"native-code: {' '.join(repr(abi) for abi in app['abis'][flavour])}" in badging
     assert "application-debuggable" not in badging
     assert "launchable-activity: name='dev.mobilevd.demo.MainActivity'" in badging
@@ -287,44 +287,92 @@ def test_the_build_is_reproducible(
     assert again.read_bytes() == unsigned[flavour].read_bytes()
 
 
-def test_gradle_says_the_same() -> None:
-    settings, text = _settings(), (APP / "build.gradle.kts").read_text()
-    app = settings["app"]
+GRADLE_FILES = [APP / f"{name}.gradle.kts" for name in build.GRADLE_FILES]
+
+
+def test_gradle_builds_the_same_app() -> None:
+    app = _settings()["app"]
+    text = (APP / "app" / "build.gradle.kts").read_text()
     assert re.findall(r'(?:namespace|applicationId) = "(.*)"', text) == [app["package"]] * 2
-    assert re.findall(r"targetSdk = (\d+)", text) == [str(app["target_sdk"])]
-    assert re.findall(r"compileSdk = (\d+)", text) == [str(app["compile_sdk"]["gradle"])]
-    # Its types are checked against the interfaces of the plugin that it names.
-    (plugin,) = re.findall(r'id\("com.android.application"\) version "(.*)"', text)
-    assert f"com.android.tools.build:gradle-api:{plugin}" in settings["maven"]["kotlin"]
-    assert re.findall(r'versionName = "(.*)"', text) == [build.version()]
-    assert re.findall(r"versionCode = (\d+)", text) == [str(build.version_code(build.version()))]
+    assert re.findall(r"include\((.*)\)", (APP / "settings.gradle.kts").read_text()) == ['":core", ":app"']
     for flavour in FLAVOURS:
         block = text.partition(f'create("{flavour}") {{')[2].partition("}")[0]
-        assert f"minSdk = {app['min_sdk'][flavour]}\n" in block
         abis = ", ".join(f'"{abi}"' for abi in app["abis"][flavour])
         assert f"abiFilters += listOf({abis})" in block
-    libraries = {
-        *settings["maven"]["app"],
-        f"com.microsoft.onnxruntime:onnxruntime-android:{settings['npm']['onnxruntime']['version']}",
-        *(aar.removesuffix(":aar") for aar in settings["qnn"]["aars"]),
+
+
+def test_no_version_stands_twice() -> None:
+    """The catalogue holds every version; scripts and hashes refer to it by name."""
+    catalogue = build.catalogue()
+    libraries = catalogue["libraries"].values()
+    versions = {library["version"] for library in libraries if isinstance(library["version"], str)}
+    versions |= {
+        version for name, version in catalogue["versions"].items() if not name.startswith("android-")
     }
-    assert set(re.findall(r'mplementation"?\)?\("(.*)"\)', text)) == libraries
+    assert len(versions) > 20
+    for path in [*GRADLE_FILES, APP / "dependencies.toml", APP / "build.py"]:
+        strings = set(re.findall(r'"([^"]*)"', path.read_text()))
+        assert not strings & (versions | {build.version()}) - {"1"}, path  # javax.inject has the version 1
+        assert not re.findall(r'"[\w.-]+:[\w.-]+:[\w.-]+"', path.read_text()), path
+    levels = re.findall(r"(\w+Sdk) = (.*)", (APP / "app" / "build.gradle.kts").read_text())
+    assert len(levels) == 4
+    assert all(value.startswith("libs.versions.android.") for _, value in levels)
 
 
-def test_gradle_has_the_right_types(tools: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    build.check_gradle()
-    text = (APP / "build.gradle.kts").read_text()
-    (tmp_path / "build.gradle.kts").write_text(text.replace("compileSdk = 35", 'compileSdk = "35"'))
-    shutil.copy(APP / "dependencies.toml", tmp_path)
-    monkeypatch.setattr(build, "APP", tmp_path)
-    with pytest.raises(build.BuildError, match="type mismatch"):
-        build.check_gradle()
-
-
-def test_the_desktop_runs_the_same_onnxruntime() -> None:
+def test_every_hash_has_a_version_and_every_version_a_hash() -> None:
     settings = _settings()
-    version = settings["npm"]["onnxruntime"]["version"]
-    assert f"com.microsoft.onnxruntime:onnxruntime:{version}" in settings["maven"]["jvm"]
+    hashed = {name.partition("@")[0] for names in settings["maven"].values() for name in names}
+    hashed |= {name.partition("@")[0] for name in settings["qnn"]["aars"]}
+    hashed |= {"onnxruntime-android"}  # from npm
+    assert hashed == set(build.catalogue()["libraries"])
+
+
+def test_the_wrapper_checks_its_distribution() -> None:
+    """The jar of the wrapper is not in the repository: `gradle wrapper` writes it."""
+    text = (APP / "gradle" / "wrapper" / "gradle-wrapper.properties").read_text()
+    assert re.search(
+        r"^distributionUrl=https\\://services\.gradle\.org/distributions/gradle-[\d.]+-bin\.zip$", text, re.M
+    )
+    assert re.search(r"^distributionSha256Sum=[0-9a-f]{64}$", text, re.M)
+    assert not [path for path in APP.rglob("*.jar") if "build" not in path.relative_to(APP).parts]
+
+
+def test_gradle_files_compile(tools: None) -> None:
+    build.check_gradle()
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "message"),
+    [
+        (
+            "app/build.gradle.kts",
+            "android.compileSdk.get().toInt()",
+            "android.compileSdk.get()",
+            "type mismatch",
+        ),
+        ("app/build.gradle.kts", "libs.qnn.plugin", "libs.qnn.plugins", "unresolved reference 'plugins'"),
+        ("core/build.gradle.kts", "libs.nanojson", "libs.onnxruntime", "type mismatch"),
+        ("settings.gradle.kts", "mavenCentral()", "mavenCentre()", "unresolved reference 'mavenCentre'"),
+        ("build.gradle.kts", "libs.plugins.android.application", "libs.plugins.android.app", "has no plugin"),
+    ],
+)
+def test_gradle_has_the_right_types(
+    tools: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    file: str,
+    right: str,
+    wrong: str,
+    message: str,
+) -> None:
+    copy = tmp_path / "android_app"
+    shutil.copytree(APP, copy)
+    text = (copy / file).read_text()
+    assert right in text
+    (copy / file).write_text(text.replace(right, wrong))
+    monkeypatch.setattr(build, "APP", copy)
+    with pytest.raises(build.BuildError, match=message):
+        build.check_gradle()
 
 
 def test_a_wrong_hash_is_refused(tmp_path: Path) -> None:
@@ -352,8 +400,8 @@ def test_libraries_for_another_processor_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def aars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
-    """AARs as Qualcomm's should be, in place of what Maven would find, and their hashes."""
-    plugin, runtime = (build.Coordinates.of(text) for text in _settings()["qnn"]["aars"])
+    """AARs with the structure of Qualcomm's, which replace Maven's, and their hashes."""
+    plugin, runtime = (build.Coordinates.of(name) for name in _settings()["qnn"]["aars"])
     files = {"plugin": tmp_path / plugin.file, "runtime": tmp_path / runtime.file}
     names = {"plugin": [build.PLUGIN], "runtime": [n for n in build.qnn_names() if n != build.PLUGIN]}
     for kind, path in files.items():

@@ -37,7 +37,7 @@ import org.robolectric.shadows.ShadowDialog;
 @Config(sdk = 34)
 public final class ScreenshotTest {
     private static final boolean RECORD = Boolean.getBoolean("mobilevd.record");
-    private static final Path GOLDEN = Phone.ROOT.resolve("android_app/app/test/pictures");
+    private static final Path GOLDEN = Phone.ROOT.resolve("android_app/app/src/test/pictures");
     private static final Path FOUND = Phone.ROOT.resolve("build/android/pictures");
     // Pixels may round otherwise on another processor, and seconds that run may end in another digit; a moved word
     // changes far more.
