@@ -16,8 +16,8 @@ import java.util.Set;
 import java.util.TreeSet;
 
 /**
- * Measures an artifact for {@code mobilevd-deploy profile --adb}: intent extras in, a JSON file out. Only adb's shell may
- * start it. The manifest keeps it alive when the phone is turned.
+ * Measures an artifact for {@code mobilevd-deploy profile --adb}: intent extras are the request, a JSON file is the
+ * result. Only adb's shell may start it. A rotation does not restart it (see the manifest).
  */
 public final class BenchmarkActivity extends Activity {
     private final Handler main = new Handler(Looper.getMainLooper());
@@ -28,13 +28,13 @@ public final class BenchmarkActivity extends Activity {
         super.onCreate(state);
         setContentView(R.layout.benchmark);
         Edges.fit(this, findViewById(R.id.screen));
-        // A phone on a desk is locked and dark; both would slow it down.
+        // A locked phone with a dark screen is slower.
         getWindow().addFlags(WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON);
         setShowWhenLocked(true);
         setTurnScreenOn(true);
         findViewById(R.id.cancel).setOnClickListener(view -> cancellation.cancel());
         if (state != null) {
-            finish(); // the process was ended and its run with it; adb's side sees that no result comes
+            finish(); // the process with the run ended; the host notices that no result arrives
             return;
         }
         try {

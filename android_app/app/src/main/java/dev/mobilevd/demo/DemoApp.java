@@ -2,7 +2,7 @@ package dev.mobilevd.demo;
 
 import android.app.Application;
 
-/** The process: what outlives screens. */
+/** Objects that belong to the process. */
 public final class DemoApp extends Application {
     private Device device;
     private Studio studio;
@@ -13,7 +13,7 @@ public final class DemoApp extends Application {
         start(new Device(this));
     }
 
-    /** Begin anew on {@code device}; tests bring their own. */
+    /** Start with a device. Tests call it again with a fake one. */
     void start(Device device) {
         this.device = device;
         studio = new Studio(this, device);

@@ -22,11 +22,10 @@ import java.io.File;
 import java.nio.file.Files;
 import java.nio.file.Path;
 
-/** What the core wants to know of this phone, asked of Android. */
+/** The phone: its folders, runtimes, memory and identity. */
 class Device {
     static final String PLUGIN = "libonnxruntime_providers_qnn.so";
     private static final String BACKEND = "libQnnHtp.so";
-    private static final String STARTING = "npu_starting";
 
     private final Context context;
     private Runtimes runtimes;
@@ -35,17 +34,17 @@ class Device {
         this.context = context;
     }
 
-    /** Where artifacts are; adb's shell may write there, other apps may not. */
+    /** The folder of artifacts. adb's shell may write there, other apps may not. */
     ArtifactStore store() {
         return new ArtifactStore(files("artifacts"), folder -> freeBytes());
     }
 
-    /** How much may still be written where artifacts are, and clips. */
+    /** Free space for artifacts and clips. */
     long freeBytes() {
         return files("artifacts").toFile().getUsableSpace();
     }
 
-    /** Where benchmarks leave their results, for adb to fetch. */
+    /** The folder of benchmark results, which adb reads. */
     Path benchmarks() {
         return files("benchmarks");
     }
@@ -55,12 +54,12 @@ class Device {
         return (external != null ? external : new File(context.getFilesDir(), name)).toPath();
     }
 
-    /** What was running natively; of all screens, because there is one process. */
+    /** The trace of native calls. All screens share it. */
     RunTrace trace() {
         return new RunTrace(context.getNoBackupFilesDir().toPath().resolve("running.json"));
     }
 
-    /** Whether this version of the app holds the NPU's libraries. */
+    /** Whether this app contains the NPU's libraries. */
     boolean hasNpuLibraries() {
         return Files.exists(library(PLUGIN));
     }
@@ -69,15 +68,15 @@ class Device {
         return new File(context.getApplicationInfo().nativeLibraryDir, name).toPath();
     }
 
-    /** Whether the process ended the last time while it started the NPU; asked once. */
+    /** Return and reset whether the previous process ended while it started the NPU. */
     boolean endedInStart() {
-        var settings = Settings.of(context);
-        boolean ended = settings.getBoolean(STARTING, false);
-        settings.edit().remove(STARTING).apply();
+        Settings settings = new Settings(context);
+        boolean ended = settings.isNpuStarting();
+        settings.setNpuStarting(false);
         return ended;
     }
 
-    /** Start what this device can run on. Slow the first time; any one thread. */
+    /** The runtimes. The first call starts them, which is slow. Any thread. */
     synchronized Runtimes runtimes() {
         if (runtimes == null) {
             CpuRuntime cpu = new CpuRuntime(context.getCacheDir().toPath());
@@ -96,30 +95,30 @@ class Device {
         }
         SdkVersion sdk = SdkVersion.ofLibrary(library(BACKEND));
         if (sdk == null || soc() == null) {
-            String missing = sdk == null ? BACKEND + " names no version" : "the system names no chip";
+            String missing = sdk == null ? BACKEND + " contains no version" : "the system reports no chip";
             throw new MobileVdException(Problem.NPU_LIBRARY_FAILS, missing);
         }
         String libraries = context.getApplicationInfo().nativeLibraryDir;
         try {
-            // The DSP opens its skeleton by this path; it must be set before the first call.
+            // The DSP searches its skeleton here. It must be set before the first call.
             Os.setenv("ADSP_LIBRARY_PATH", libraries + ";/vendor/lib/rfsa/adsp;/system/lib/rfsa/adsp", true);
         } catch (ErrnoException error) {
             throw new MobileVdException(error, Problem.NPU_LIBRARY_FAILS, error.toString());
         }
-        // Drivers have been seen to crash here; the next start then says so.
-        var settings = Settings.of(context);
-        settings.edit().putBoolean(STARTING, true).commit();
+        // Drivers are known to crash here. The next start reports it.
+        Settings settings = new Settings(context);
+        settings.setNpuStarting(true);
         try {
             Path scratch = context.getCacheDir().toPath();
             return NpuRuntime.start(
                     new NpuRuntime.Settings(
                             library(PLUGIN).toString(), library(BACKEND).toString(), soc(), sdk, scratch));
         } finally {
-            settings.edit().remove(STARTING).commit();
+            settings.setNpuStarting(false);
         }
     }
 
-    /** Memory that can be had before Android begins to close apps. */
+    /** Memory that is available before Android closes apps. */
     MemoryInfo memory() {
         ActivityManager manager = context.getSystemService(ActivityManager.class);
         return () -> {
@@ -129,7 +128,7 @@ class Device {
         };
     }
 
-    /** What a benchmark says of where it ran. */
+    /** The device, as benchmark results describe it. */
     Benchmark.Device describe() {
         return new Benchmark.Device(
                 Build.MANUFACTURER, Build.MODEL, soc(), Build.VERSION.RELEASE, Build.VERSION.SDK_INT,
@@ -137,7 +136,7 @@ class Device {
                 memory(), this::thermal);
     }
 
-    /** When this version of the app came here. */
+    /** Time of the installation of this version of the app. */
     long lastUpdate() {
         return packageInfo().lastUpdateTime;
     }
@@ -146,7 +145,7 @@ class Device {
         try {
             return context.getPackageManager().getPackageInfo(context.getPackageName(), 0);
         } catch (PackageManager.NameNotFoundException error) {
-            throw new IllegalStateException(error); // we run, so we are installed
+            throw new IllegalStateException(error); // this app is installed
         }
     }
 

@@ -6,14 +6,14 @@ import android.os.Build;
 import android.view.View;
 import android.view.WindowInsets;
 
-/** Draws behind the system's bars and keeps content clear of them, of the cutout and of the keyboard. */
+/** Draws behind the system bars; pads the content by the bars, the cutout and the keyboard. */
 final class Edges {
     private Edges() {}
 
-    /** {@code screen} gets the bars as its padding; it has none of its own. */
+    /** Replace the padding of {@code screen} by the insets. */
     static void fit(Activity activity, View screen) {
         if (Build.VERSION.SDK_INT < 30) {
-            return; // there the system itself keeps content between its bars
+            return; // these versions place the content between the bars
         }
         activity.getWindow().setDecorFitsSystemWindows(false);
         screen.setOnApplyWindowInsetsListener(

@@ -10,9 +10,9 @@ import android.provider.MediaStore;
 import java.io.FileDescriptor;
 import java.io.IOException;
 
-/** Adds clips to the phone's gallery. */
+/** Adds clips to the gallery. */
 final class Gallery {
-    /** Writes a clip into an empty file that can be read, written and sought in. */
+    /** Encodes a clip into an empty, seekable file. */
     interface Encoder {
         void write(Result clip, FileDescriptor target) throws IOException;
     }
@@ -25,7 +25,7 @@ final class Gallery {
         this.encoder = encoder;
     }
 
-    /** Save a clip; nothing is left behind if that fails. Slow. */
+    /** Save a clip. A failure leaves no entry. Slow. */
     Uri save(Result clip) throws IOException {
         ContentValues values = new ContentValues();
         values.put(MediaStore.Video.Media.DISPLAY_NAME, "mobilevd-" + Long.toUnsignedString(clip.seed()) + ".mp4");
@@ -38,13 +38,13 @@ final class Gallery {
         }
         Uri uri = resolver.insert(collection, values);
         if (uri == null) {
-            throw new IOException("the gallery takes no file");
+            throw new IOException("the gallery accepts no file");
         }
         boolean done = false;
         try {
             try (ParcelFileDescriptor file = resolver.openFileDescriptor(uri, "rw")) {
                 if (file == null) {
-                    throw new IOException("the gallery gives no file");
+                    throw new IOException("the gallery opens no file");
                 }
                 encoder.write(clip, file.getFileDescriptor());
             }

@@ -10,9 +10,9 @@ import java.io.FileDescriptor;
 import java.io.IOException;
 import java.nio.ByteBuffer;
 
-/** Encodes a clip as H.264 in MP4 by the phone's own encoder. */
+/** Encodes a clip as H.264 in MP4 with the phone's encoder. */
 final class Mp4 implements Gallery.Encoder {
-    // Encoders refuse pictures of a few dozen pixels, and galleries blur them.
+    // Encoders refuse very small pictures, and galleries blur them.
     private static final int LEAST_WIDTH = 640;
     private static final int LEAST_BITS_PER_SECOND = 2_000_000;
     private static final long TIMEOUT_US = 10_000;
@@ -40,14 +40,14 @@ final class Mp4 implements Gallery.Encoder {
         }
     }
 
-    /** What a file can need at the most: as much as without compression. */
+    /** Upper bound of the file's size: the size without compression. */
     static long mostBytes(Result clip) {
         return (long) clip.frames().size() * scaled(clip, clip.width()) * scaled(clip, clip.height()) * 3 / 2;
     }
 
     private static int scaled(Result clip, int side) {
         int scale = Math.max(1, (LEAST_WIDTH + clip.width() - 1) / clip.width());
-        return side * scale / 2 * 2; // H.264 with 4:2:0 wants even sizes
+        return side * scale / 2 * 2; // H.264 with 4:2:0 needs even sizes
     }
 
     private static MediaFormat format(int width, int height, int fps) {
@@ -97,7 +97,7 @@ final class Mp4 implements Gallery.Encoder {
 
     private static void fill(Image image, Bitmap frame, int width, int height) throws IOException {
         if (image == null) {
-            throw new IOException("the encoder takes no pictures");
+            throw new IOException("the encoder accepts no pictures");
         }
         Bitmap scaled = Bitmap.createScaledBitmap(frame, width, height, true);
         int[] argb = new int[width * height];
@@ -110,7 +110,7 @@ final class Mp4 implements Gallery.Encoder {
         toYuv(argb, width, height, targets[0], targets[1], targets[2]);
     }
 
-    /** Where a plane's bytes go. */
+    /** A plane of a YUV picture. */
     record Plane(ByteBuffer bytes, int rowStride, int pixelStride) {
         void put(int x, int y, double value) {
             bytes.put(y * rowStride + x * pixelStride, (byte) Math.round(value));
@@ -118,7 +118,7 @@ final class Mp4 implements Gallery.Encoder {
     }
 
     /**
-     * Convert to YUV 4:2:0, BT.601, limited range; colour is the mean of two by two pixels. Source: ITU-R BT.601-7.
+     * Convert to YUV 4:2:0, BT.601, limited range; chroma is the mean of 2 x 2 pixels. Source: ITU-R BT.601-7.
      *
      * @param argb width x height pixels, both even
      */

@@ -10,21 +10,21 @@ import dev.mobilevd.core.MobileVdException;
 import java.io.File;
 import java.io.IOException;
 
-/** Reads pictures, upright and in sRGB. */
+/** Decodes pictures upright and in sRGB. */
 final class Pictures {
-    // 48 MB of pixels, and once more as Java sees them. Larger photographs are read at a half, a third, ... of their
-    // size: far above what a pipeline takes.
+    // 48 MB of pixels in the bitmap, and again in the array. Larger photographs are decoded at 1/2, 1/3, ... of their
+    // size, which is still far above a pipeline's input.
     private static final int MOST_PIXELS = 12_000_000;
     private static final int PREVIEW_PIXELS = 1_500_000;
 
     private Pictures() {}
 
-    /** For the screen. */
+    /** A picture for the screen. */
     static Bitmap preview(File file) throws IOException {
         return decode(file, PREVIEW_PIXELS);
     }
 
-    /** For the pipeline: (1, 3, height, width) in [-1, 1]. */
+    /** A picture for the pipeline: (1, 3, height, width) in [-1, 1]. */
     static float[] prepare(File file, Manifest.PipelineSpec spec) throws IOException, MobileVdException {
         Bitmap bitmap = decode(file, MOST_PIXELS);
         int width = bitmap.getWidth();

@@ -22,20 +22,21 @@ import java.util.ArrayList;
 import java.util.List;
 
 /**
- * A clip and how it was made; kept in a file, so that it is there again after the process was ended.
+ * A clip and how it was generated. A file keeps it across processes.
  *
  * @param frames opaque ARGB pixels, row by row
- * @param wallMs from the press of the button to the last frame
- * @param saved where it lies in the gallery; null if it does not
+ * @param wallMs duration from the start of the run to the last frame
+ * @param saved address in the gallery; null if it was not saved
  */
-record Result(int width, int height, int fps, long seed, List<int[]> frames, List<Row> rows, double wallMs, String saved) {
+record Result(
+        int width, int height, int fps, long seed, List<int[]> frames, List<Row> rows, double wallMs, String saved) {
     private static final int FORMAT = 1;
 
     /**
-     * How a component ran.
+     * The run of one component.
      *
-     * @param ms of the run, without loading
-     * @param whyNotNpu null if it ran there, or if it was not asked for
+     * @param ms duration without loading
+     * @param whyNotNpu why it ran on the CPU; null if it ran on the NPU, or if the CPU was requested
      */
     record Row(String component, Backend backend, double ms, MobileVdException whyNotNpu) {
         static Row of(ComponentRun run) {
@@ -63,7 +64,7 @@ record Result(int width, int height, int fps, long seed, List<int[]> frames, Lis
         return Bitmap.createBitmap(frames.get(frame), width, height, Bitmap.Config.ARGB_8888);
     }
 
-    /** The clip as a drawable that loops at its own speed. */
+    /** The clip as a drawable that loops at its frame rate. */
     AnimationDrawable animation(Resources resources) {
         AnimationDrawable animation = new AnimationDrawable();
         for (int i = 0; i < frames.size(); i++) {

@@ -6,18 +6,18 @@ import android.graphics.Path;
 import android.util.AttributeSet;
 import android.widget.FrameLayout;
 
-/** Where picture and clip are shown: with the shape of the clip, as large as there is room, round at the corners. */
+/** Shows picture and clip with the clip's aspect ratio, as large as possible, with round corners. */
 public final class StageView extends FrameLayout {
     private final Path outline = new Path();
     private final float radius = getResources().getDimension(R.dimen.stage_radius);
     private double aspect = 2;
 
-    /** As the layout makes it. */
+    /** Called by the layout. */
     public StageView(Context context, AttributeSet attributes) {
         super(context, attributes);
     }
 
-    /** Set width over height. */
+    /** Set the aspect ratio, width / height. */
     void setAspect(double aspect) {
         if (this.aspect != aspect) {
             this.aspect = aspect;

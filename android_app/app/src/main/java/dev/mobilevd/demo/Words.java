@@ -8,12 +8,12 @@ import dev.mobilevd.core.MobileVdException;
 import java.text.DecimalFormatSymbols;
 import java.util.Locale;
 
-/** Something to be said to the reader, in the language that the screen has when it is shown. */
+/** A text that is translated when it is shown. */
 @FunctionalInterface
 interface Words {
     String in(Context context);
 
-    /** A string resource; arguments that are Words are said in the same language. */
+    /** A string resource. Arguments of the type Words are translated too. */
     static Words of(int resource, Object... arguments) {
         return context -> {
             Object[] said = arguments.clone();
@@ -26,8 +26,8 @@ interface Words {
         };
     }
 
-    /** A problem of the core: its sentence is the resource that is called after it. */
-    @SuppressLint("DiscouragedApi") // one resource per constant, which a test checks
+    /** The sentence of a problem: the resource with its name. */
+    @SuppressLint("DiscouragedApi") // a test checks that each constant has its resource
     static Words of(MobileVdException error) {
         return context -> {
             String name = "problem_" + error.problem().name().toLowerCase(Locale.ROOT);
@@ -40,28 +40,33 @@ interface Words {
         };
     }
 
+    /** The message of an error; its class if it has none. */
+    static String reason(Throwable error) {
+        return error.getMessage() == null ? error.toString() : error.getMessage();
+    }
+
     /** A number of bytes. */
     static Words size(long bytes) {
         return context -> Formatter.formatShortFileSize(context, bytes);
     }
 
-    /** A time: milliseconds below a second, else seconds. */
+    /** A duration: in milliseconds below one second, else in seconds. */
     static Words time(double ms) {
         return ms < 999.5 ? milliseconds(ms) : seconds(ms);
     }
 
-    /** A time that stands among others, which one unit makes easy to compare. */
+    /** A duration in a table, where all have the same unit. */
     static Words milliseconds(double ms) {
         return context -> {
             Locale locale = locale(context);
             String number = String.format(locale, ms < 9.95 ? "%.1f" : "%,.0f", ms);
-            // Beside 9.2, a comma or point between thousands would read as the decimal one.
+            // Below 9.2, a thousands separator could be read as a decimal separator.
             char separator = DecimalFormatSymbols.getInstance(locale).getGroupingSeparator();
             return context.getString(R.string.milliseconds, ms < 9.95 ? number : number.replace(separator, '\u00a0'));
         };
     }
 
-    /** A time that runs, or is long. */
+    /** A duration in seconds. */
     static Words seconds(double ms) {
         return context ->
                 context.getString(R.string.seconds, String.format(locale(context), "%.1f", ms / 1000));
@@ -71,7 +76,7 @@ interface Words {
         return context.getResources().getConfiguration().getLocales().get(0);
     }
 
-    /** A step that {@link dev.mobilevd.core.RunTrace} names. */
+    /** A stage of a {@link dev.mobilevd.core.RunTrace}. */
     static Words stage(String id) {
         return switch (id) {
             case "load" -> of(R.string.stage_load);
@@ -81,7 +86,7 @@ interface Words {
         };
     }
 
-    /** A component of a manifest, as a reader would write it. */
+    /** The readable name of a component. */
     static String component(String name) {
         return name.replace('_', ' ');
     }

@@ -2,12 +2,12 @@ package dev.mobilevd.demo;
 
 import java.util.concurrent.CountDownLatch;
 
-/** Where the app's worker stands and waits until a test lets it go on. */
+/** Blocks the app's worker until the test opens it. */
 final class Door {
     private final CountDownLatch reached = new CountDownLatch(1);
     private final CountDownLatch opened = new CountDownLatch(1);
 
-    /** Whether the worker has come to it. */
+    /** Whether the worker waits here, or has passed. */
     boolean isReached() {
         return reached.getCount() == 0;
     }

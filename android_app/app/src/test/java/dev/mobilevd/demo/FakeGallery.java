@@ -11,7 +11,7 @@ import java.io.FileNotFoundException;
 import java.util.HashMap;
 import java.util.Map;
 
-/** The system's media store, with what was put into it. */
+/** A media store that records its entries. */
 public final class FakeGallery extends ContentProvider {
     static final Map<Uri, ContentValues> ENTRIES = new HashMap<>();
 

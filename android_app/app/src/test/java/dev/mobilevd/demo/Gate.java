@@ -12,7 +12,7 @@ import dev.mobilevd.core.Runtimes;
 import java.nio.file.Path;
 import java.util.List;
 
-/** ONNX Runtime on the CPU, which stops before it loads one component until it is opened. */
+/** ONNX Runtime on the CPU. Before it loads one component, it waits until the test opens it. */
 final class Gate implements ComponentRuntime {
     private final CpuRuntime cpu = new CpuRuntime(Path.of(System.getProperty("java.io.tmpdir")));
     private final Door door = new Door();
@@ -26,7 +26,7 @@ final class Gate implements ComponentRuntime {
         door.open();
     }
 
-    /** Whether the run stands before the component: past the check of its files, which a cancellation ends too. */
+    /** Whether the run waits before the component. Its files were checked. */
     boolean isReached() {
         return door.isReached();
     }

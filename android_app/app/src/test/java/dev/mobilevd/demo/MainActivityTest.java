@@ -43,12 +43,12 @@ import org.robolectric.RuntimeEnvironment;
 import org.robolectric.annotation.Config;
 import org.robolectric.annotation.GraphicsMode;
 
-/** The main screen, running the demo's real artifact on ONNX Runtime for the desktop. */
+/** The main screen. It runs the demo's artifact on ONNX Runtime for the desktop. */
 @RunWith(RobolectricTestRunner.class)
 @GraphicsMode(GraphicsMode.Mode.NATIVE)
 @Config(sdk = 34, qualifiers = "w411dp-h891dp-mdpi")
 public final class MainActivityTest {
-    private static final String TOO_LITTLE = "There is too little storage: %s are needed, %s are free[.]";
+    private static final String TOO_LITTLE = "Not enough storage: %s are needed, %s are free[.]";
     private static final byte[] FILM = "a film".getBytes(StandardCharsets.US_ASCII);
 
     @Test
@@ -60,7 +60,7 @@ public final class MainActivityTest {
         phone.choosePicture();
         phone.make();
         assertEquals("", phone.message());
-        Result result = phone.studio().result();
+        Result result = phone.state().result();
         assertEquals(14, result.frames().size());
         assertEquals(4, result.rows().size());
         assertNotEquals("the frames differ", hash(result, 0), hash(result, 13));
@@ -81,13 +81,13 @@ public final class MainActivityTest {
         phone.open();
         phone.choosePicture();
         phone.make();
-        int first = hash(phone.studio().result(), 13);
+        int first = hash(phone.state().result(), 13);
         type(phone, "2");
         phone.make();
-        assertNotEquals(first, hash(phone.studio().result(), 13));
+        assertNotEquals(first, hash(phone.state().result(), 13));
         type(phone, "1");
         phone.make();
-        assertEquals(first, hash(phone.studio().result(), 13));
+        assertEquals(first, hash(phone.state().result(), 13));
         type(phone, "18446744073709551616");
         phone.make();
         assertTrue(phone.message(), phone.message().contains("is not a seed"));
@@ -102,13 +102,13 @@ public final class MainActivityTest {
         assertEquals("Cancelling …", phone.text(R.id.go));
         gate.open();
         phone.untilIdle();
-        assertNull(phone.studio().result());
+        assertNull(phone.state().result());
         assertEquals("to cancel is no error", "", phone.message());
         assertEquals("Make it move", phone.text(R.id.go));
-        assertEquals(Studio.Phase.DONE, phone.studio().rows().get(0).phase());
-        assertEquals(Studio.Phase.FAILED, phone.studio().rows().get(2).phase());
+        assertEquals(State.Phase.DONE, phone.state().rows().get(0).phase());
+        assertEquals(State.Phase.FAILED, phone.state().rows().get(2).phase());
         phone.make();
-        assertNotNull("the next run is not cancelled", phone.studio().result());
+        assertNotNull("the next run is not cancelled", phone.state().result());
     }
 
     @Test
@@ -135,15 +135,15 @@ public final class MainActivityTest {
         phone.choosePicture();
         type(phone, "4711");
         phone.make();
-        int last = hash(phone.studio().result(), 13);
+        int last = hash(phone.state().result(), 13);
         Bundle state = new Bundle();
         phone.controller.saveInstanceState(state).pause().stop().destroy();
         phone.restart();
         phone.controller = Robolectric.buildActivity(MainActivity.class).setup(state);
-        phone.until("the clip is back", () -> phone.studio().result() != null && phone.studio().model() != null);
-        assertEquals(last, hash(phone.studio().result(), 13));
+        phone.until("the clip is back", () -> phone.state().result() != null && phone.state().model() != null);
+        assertEquals(last, hash(phone.state().result(), 13));
         assertEquals("4711", phone.text(R.id.seed));
-        assertNotNull(phone.studio().picture());
+        assertNotNull(phone.state().picture());
         assertEquals("nothing went wrong", "", phone.message());
         assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).startsWith("Ran on the CPU"));
     }
@@ -157,10 +157,10 @@ public final class MainActivityTest {
         phone.controller.saveInstanceState(state).pause().stop().destroy();
         phone.restart();
         phone.controller = Robolectric.buildActivity(MainActivity.class).setup(state);
-        phone.until("all is back", () -> phone.studio().picture() != null && phone.studio().model() != null);
+        phone.until("all is back", () -> phone.state().picture() != null && phone.state().model() != null);
         assertTrue(
                 phone.message(),
-                phone.message().contains("while unet was working on the CPU (model demo, step: load)"));
+                phone.message().contains("while unet was running on the CPU (model demo, step: load)"));
         assertFalse("the CPU is no way out of a crash on the CPU", phone.shows(R.id.message_action));
         before.cancel();
         gate.open();
@@ -180,9 +180,9 @@ public final class MainActivityTest {
         phone.open();
         assertTrue(
                 phone.message(),
-                phone.message().contains("while vae encoder was working on the NPU (model demo, step: run)"));
+                phone.message().contains("while vae encoder was running on the NPU (model demo, step: run)"));
         phone.click(R.id.message_action);
-        assertTrue(phone.studio().cpuOnly());
+        assertTrue(phone.state().cpuOnly());
         assertEquals("", phone.message());
         phone.restart();
         phone.open();
@@ -201,7 +201,7 @@ public final class MainActivityTest {
                 }) {
             phone.restart(new NoNpu(why).runtimes());
             phone.open();
-            phone.until("the picture is back", () -> phone.studio().picture() != null);
+            phone.until("the picture is back", () -> phone.state().picture() != null);
             phone.make();
             assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).startsWith("Ran on the CPU"));
             assertEquals(why.getMessage(), phone.text(R.id.explanation));
@@ -221,9 +221,9 @@ public final class MainActivityTest {
                     }
                 });
         phone.open();
-        phone.until("the picture is back", () -> phone.studio().picture() != null);
+        phone.until("the picture is back", () -> phone.state().picture() != null);
         phone.make();
-        assertEquals("That did not work: ai/onnxruntime/OrtEnvironment", phone.message());
+        assertEquals("That failed: ai/onnxruntime/OrtEnvironment", phone.message());
     }
 
     @Test
@@ -255,7 +255,7 @@ public final class MainActivityTest {
         assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).matches("Installing demo · 4\\d %"));
         phone.untilIdle();
         assertFalse(phone.shows(R.id.progress));
-        assertEquals("demo", phone.studio().model().name());
+        assertEquals("demo", phone.state().model().name());
         assertEquals("", phone.message());
     }
 
@@ -270,14 +270,14 @@ public final class MainActivityTest {
         phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("other.mvd", file)));
         phone.untilIdle();
         assertTrue(phone.message(), phone.message().matches(TOO_LITTLE.formatted("2\\d MB", "5[.]0+ MB")));
-        assertEquals(1, phone.studio().models().size());
+        assertEquals(1, phone.state().models().size());
 
         free.set(1_000_000);
         phone.click(R.id.save);
         phone.untilIdle();
         assertTrue(phone.message(), phone.message().matches(TOO_LITTLE.formatted("4[.]\\d+ MB", "1[.]0+ MB")));
         assertEquals(0, FakeGallery.ENTRIES.size());
-        assertNotNull("the clip is still there", phone.studio().result());
+        assertNotNull("the clip is still there", phone.state().result());
     }
 
     @Test
@@ -293,7 +293,7 @@ public final class MainActivityTest {
                             throw new IOException("write failed: ENOSPC");
                         });
         phone.open();
-        phone.until("the clip is back", () -> phone.studio().result() != null);
+        phone.until("the clip is back", () -> phone.state().result() != null);
         phone.click(R.id.save);
         phone.untilIdle();
         assertTrue(phone.message(), phone.message().matches(TOO_LITTLE.formatted("4[.]\\d+ MB", "0 B")));
@@ -307,11 +307,11 @@ public final class MainActivityTest {
         phone.openFirst(free::get).open();
         phone.untilIdle();
         assertTrue(phone.message(), phone.message().matches(TOO_LITTLE.formatted("2\\d MB", "5[.]0+ MB")));
-        assertNull(phone.studio().model());
+        assertNull(phone.state().model());
         free.set(Long.MAX_VALUE);
         phone.open(); // coming back to the app is enough
         phone.untilIdle();
-        assertEquals("demo", phone.studio().model().name());
+        assertEquals("demo", phone.state().model().name());
         assertEquals("", phone.message());
     }
 
@@ -329,7 +329,7 @@ public final class MainActivityTest {
 
         Files.write(data, new byte[10]);
         phone.studio().refreshModels();
-        phone.until("the loss is noticed", () -> phone.studio().manifest() == null);
+        phone.until("the loss is noticed", () -> phone.state().manifest() == null);
         assertTrue(phone.text(R.id.model_name), phone.text(R.id.model_name).contains("damaged"));
         assertTrue(phone.text(R.id.explanation), phone.text(R.id.explanation).contains("has 10 bytes"));
         assertFalse(go(phone).isEnabled());
@@ -341,7 +341,7 @@ public final class MainActivityTest {
         phone.open();
         phone.makeNewer(phone.modelFolder());
         phone.studio().refreshModels();
-        phone.until("the change is noticed", () -> phone.studio().manifest() == null);
+        phone.until("the change is noticed", () -> phone.state().manifest() == null);
         assertEquals(
                 "The artifact has manifest version 2; this app reads version 1. Get a newer app.",
                 phone.text(R.id.explanation));
@@ -352,19 +352,19 @@ public final class MainActivityTest {
     public void aPictureIsShared() throws Exception {
         Phone phone = new Phone();
         phone.open(share(phone.picture()));
-        phone.until("the picture is there", () -> phone.studio().picture() != null);
+        phone.until("the picture is there", () -> phone.state().picture() != null);
         assertTrue(go(phone).isEnabled());
 
         Uri text = phone.content("text.png", "no picture".getBytes(StandardCharsets.US_ASCII));
         phone.controller.newIntent(share(text));
-        phone.until("it is refused", () -> phone.studio().message() != null);
+        phone.until("it is refused", () -> phone.state().message() != null);
         assertTrue(phone.message(), phone.message().startsWith("This picture cannot be read"));
-        assertNotNull("the one before stays", phone.studio().picture());
+        assertNotNull("the one before stays", phone.state().picture());
 
         Uri own = Uri.fromFile(phone.app.getNoBackupFilesDir().toPath().resolve("clip").toFile());
         phone.studio().closeMessage();
         phone.controller.newIntent(share(own));
-        phone.until("a path is refused", () -> phone.studio().message() != null);
+        phone.until("a path is refused", () -> phone.state().message() != null);
     }
 
     @Test
@@ -384,7 +384,7 @@ public final class MainActivityTest {
                                 throw error;
                             });
             phone.controller.newIntent(share(uri));
-            phone.until("it is refused", () -> phone.studio().message() != null);
+            phone.until("it is refused", () -> phone.state().message() != null);
             assertEquals("This picture cannot be read: " + error.getMessage(), phone.message());
             phone.click(R.id.message_close);
         }
@@ -395,11 +395,11 @@ public final class MainActivityTest {
         Gate gate = new Gate("unet");
         Phone phone = started(gate);
         phone.controller.newIntent(share(phone.picture()));
-        String said = "A clip is being made. Share the picture again when it is there.";
+        String said = "A clip is being generated. Share the picture again when it is done.";
         assertEquals(said, phone.message());
         gate.open();
         phone.untilIdle();
-        assertNotNull(phone.studio().result());
+        assertNotNull(phone.state().result());
         assertEquals("it can still be read", said, phone.message());
     }
 
@@ -416,7 +416,7 @@ public final class MainActivityTest {
         phone.untilIdle();
         phone.restart();
         phone.open();
-        phone.until("the clip is back", () -> phone.studio().result() != null);
+        phone.until("the clip is back", () -> phone.state().result() != null);
     }
 
     @Test
@@ -427,7 +427,7 @@ public final class MainActivityTest {
         phone.studio().afterwards(read::pass);
         read.open();
         phone.until("the worker has come by", read::isReached);
-        assertNull(phone.studio().picture());
+        assertNull(phone.state().picture());
     }
 
     @Test
@@ -438,11 +438,11 @@ public final class MainActivityTest {
         phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, uri));
         assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).matches("Opening the file …|Installing My-.*"));
         phone.untilIdle();
-        assertEquals("My-model-2-", phone.studio().model().name());
+        assertEquals("My-model-2-", phone.state().model().name());
         assertEquals("My-model-2- is installed.", phone.message());
         phone.studio().remove("My-model-2-");
-        phone.until("it is gone", () -> phone.studio().models().size() == 1);
-        assertEquals("demo", phone.studio().model().name());
+        phone.until("it is gone", () -> phone.state().models().size() == 1);
+        assertEquals("demo", phone.state().model().name());
     }
 
     @Test
@@ -452,14 +452,14 @@ public final class MainActivityTest {
         byte[] file = phone.mvd();
         phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("first.mvd", file)));
         phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("second.mvd", file)));
-        assertEquals("The file is installed as soon as this is done.", phone.message());
-        assertEquals("the run goes on", Studio.Work.RUNNING, phone.studio().work());
+        assertEquals("The file will be installed after this job.", phone.message());
+        assertEquals("the run goes on", State.Work.RUNNING, phone.state().work());
         gate.open();
         phone.untilIdle();
-        assertEquals(3, phone.studio().models().size());
-        assertEquals("second", phone.studio().model().name());
+        assertEquals(3, phone.state().models().size());
+        assertEquals("second", phone.state().model().name());
         assertEquals("second is installed.", phone.message());
-        assertNotNull("the clip stays", phone.studio().result());
+        assertNotNull("the clip stays", phone.state().result());
     }
 
     @Test
@@ -470,8 +470,8 @@ public final class MainActivityTest {
         Door unpacking = phone.openFirst(() -> Long.MAX_VALUE, view);
         unpacking.open();
         phone.untilIdle();
-        assertEquals(2, phone.studio().models().size());
-        assertEquals("other", phone.studio().model().name());
+        assertEquals(2, phone.state().models().size());
+        assertEquals("other", phone.state().model().name());
     }
 
     @Test
@@ -483,11 +483,11 @@ public final class MainActivityTest {
         gate.open();
         phone.untilIdle();
         assertTrue(phone.message(), phone.message().contains("of memory"));
-        assertEquals(1, phone.studio().models().size());
+        assertEquals(1, phone.state().models().size());
         phone.click(R.id.message_close);
         phone.untilIdle();
         assertEquals("other is installed.", phone.message());
-        assertEquals("lines of the failed run are gone", 0, phone.studio().rows().size());
+        assertEquals("lines of the failed run are gone", 0, phone.state().rows().size());
     }
 
     @Test
@@ -501,7 +501,7 @@ public final class MainActivityTest {
         phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("bad.mvd", bytes.toByteArray())));
         phone.untilIdle();
         assertTrue(phone.message(), phone.message().contains("begins with ../../shared_prefs/settings.xml"));
-        assertEquals(1, phone.studio().models().size());
+        assertEquals(1, phone.state().models().size());
     }
 
     @Test

@@ -5,11 +5,11 @@ import static org.junit.Assert.assertEquals;
 import java.nio.ByteBuffer;
 import org.junit.Test;
 
-/** The part of the encoder's feed that is arithmetic. The encoder itself is the phone's. */
+/** The conversion to YUV. The JVM has no encoder. */
 public final class Mp4Test {
     @Test
     public void coloursAreThoseOfBt601() {
-        // Colour bars as ITU-R BT.601-7 codes them, 8 bits: white, black, red, green, blue.
+        // Colour bars of ITU-R BT.601-7, 8 bits: white, black, red, green, blue.
         check(0xFFFFFFFF, 235, 128, 128);
         check(0xFF000000, 16, 128, 128);
         check(0xFFFF0000, 81, 90, 240);
@@ -22,7 +22,7 @@ public final class Mp4Test {
         int[] argb = {0xFFFFFFFF, 0xFF000000, 0xFF000000, 0xFFFFFFFF, 0xFFFF0000, 0xFFFF0000, 0xFFFF0000, 0xFFFF0000};
         ByteBuffer luma = ByteBuffer.allocate(2 * 6);
         ByteBuffer both = ByteBuffer.allocate(4);
-        // Two pixels of chroma, blue and red side by side as in NV12; a row of luma has two bytes too many.
+        // Two chroma pixels, blue and red interleaved as in NV12; each row of luma has two bytes of padding.
         Mp4.toYuv(
                 new int[] {argb[0], argb[1], argb[4], argb[5], argb[2], argb[3], argb[6], argb[7]}, 4, 2,
                 new Mp4.Plane(luma, 6, 1), new Mp4.Plane(both, 4, 2), new Mp4.Plane(tail(both), 4, 2));

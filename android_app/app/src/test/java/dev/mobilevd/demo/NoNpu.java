@@ -11,9 +11,9 @@ import dev.mobilevd.core.Runtimes;
 import java.nio.file.Path;
 import java.util.List;
 
-/** An NPU that can run nothing, for the reason given. */
+/** An NPU that runs no component, for one reason. */
 record NoNpu(MobileVdException why) implements ComponentRuntime {
-    /** With the real CPU beside it. */
+    /** Runtimes with this NPU and the real CPU. */
     Runtimes runtimes() {
         return Runtimes.of(new CpuRuntime(Path.of(System.getProperty("java.io.tmpdir"))), this);
     }

@@ -28,7 +28,9 @@ import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.security.MessageDigest;
+import java.util.ArrayList;
 import java.util.HexFormat;
+import java.util.List;
 import java.util.concurrent.TimeUnit;
 import java.util.function.BooleanSupplier;
 import java.util.function.LongSupplier;
@@ -38,7 +40,7 @@ import org.robolectric.Robolectric;
 import org.robolectric.RuntimeEnvironment;
 import org.robolectric.android.controller.ActivityController;
 
-/** What the tests do to the app, as a person or the system would. */
+/** Acts on the app like a person or the system. */
 final class Phone {
     static final Path ROOT = Path.of(System.getProperty("mobilevd.root"));
     private static final long PATIENCE_MS = 120_000;
@@ -46,10 +48,10 @@ final class Phone {
     final DemoApp app = (DemoApp) RuntimeEnvironment.getApplication();
     ActivityController<MainActivity> controller;
 
-    /** A phone on which the app is installed, was started, and has unpacked its model. */
+    /** A phone with the installed app, after its first start has unpacked the model. */
     Phone() {
         memory(8L << 30);
-        until("the model is unpacked", () -> studio().model() != null && studio().work() == Studio.Work.NONE);
+        until("the model is unpacked", () -> state().model() != null && state().work() == State.Work.NONE);
     }
 
     /** Set how much memory the system says is free. */
@@ -87,7 +89,7 @@ final class Phone {
                 });
     }
 
-    /** End the process in whatever it does, and start it again as it is in the shop. */
+    /** End the process at any point and start it again. */
     void restart() {
         app.start(new Device(app));
     }
@@ -98,18 +100,18 @@ final class Phone {
 
     MainActivity open(Intent intent) {
         controller = Robolectric.buildActivity(MainActivity.class, intent).setup();
-        until("the models are known", () -> studio().model() != null);
+        until("the models are known", () -> state().model() != null);
         return controller.get();
     }
 
-    /** Open the app as after an installation; once the door is open it asks for free storage, and unpacks its model. */
+    /** Open the app for the first time. When the door is open, it reads the free storage and unpacks its model. */
     Door openFirst(LongSupplier freeBytes) throws MobileVdException {
         return openFirst(freeBytes, new Intent(Intent.ACTION_MAIN));
     }
 
     Door openFirst(LongSupplier freeBytes, Intent intent) throws MobileVdException {
-        Settings.of(app).edit().clear().commit();
-        for (ArtifactStore.Installed model : studio().models()) {
+        new Settings(app).clear();
+        for (ArtifactStore.Installed model : state().models()) {
             app.device().store().delete(model.name());
         }
         Door door = new Door();
@@ -131,7 +133,21 @@ final class Phone {
         return app.studio();
     }
 
-    /** Let the main thread do what waits for it. */
+    State state() {
+        return studio().state();
+    }
+
+    /** Replace the measured times, so that pictures are repeatable. */
+    void setTimes(double ms) {
+        List<State.Row> rows = new ArrayList<>();
+        for (State.Row row : state().rows()) {
+            double time = row.ms() > 0 ? ms : 0;
+            rows.add(new State.Row(row.component(), row.phase(), row.backend(), row.since(), time));
+        }
+        studio().change(now -> now.withRows(rows));
+    }
+
+    /** Run all pending tasks of the main thread. */
     void settle() {
         shadowOf(Looper.getMainLooper()).idle();
     }
@@ -140,7 +156,7 @@ final class Phone {
         long end = System.nanoTime() + TimeUnit.MILLISECONDS.toNanos(PATIENCE_MS);
         settle();
         while (!condition.getAsBoolean()) {
-            assertTrue("it did not happen: " + what, System.nanoTime() < end);
+            assertTrue("did not happen: " + what, System.nanoTime() < end);
             try {
                 Thread.sleep(5);
             } catch (InterruptedException error) {
@@ -161,24 +177,24 @@ final class Phone {
         until(
                 component + " is being loaded",
                 () ->
-                        studio().rows().stream()
+                        state().rows().stream()
                                 .anyMatch(
                                         row ->
                                                 row.component().equals(component)
-                                                        && row.phase() == Studio.Phase.LOADING));
+                                                        && row.phase() == State.Phase.LOADING));
     }
 
-    /** Let the main thread do one thing after the other until that much of the job is done, and no more. */
+    /** Run single tasks of the main thread until this fraction of the job is done. */
     void untilDone(double fraction) {
         long end = System.nanoTime() + TimeUnit.MILLISECONDS.toNanos(PATIENCE_MS);
-        while (studio().fraction() < fraction) {
+        while (state().job().fraction() < fraction) {
             assertTrue("it came so far", System.nanoTime() < end);
             shadowOf(Looper.getMainLooper()).runOneTask();
         }
     }
 
     void untilIdle() {
-        until("the work is done", () -> studio().work() == Studio.Work.NONE);
+        until("the work is done", () -> state().work() == State.Work.NONE);
     }
 
     void click(int id) {
@@ -200,16 +216,16 @@ final class Phone {
         return activity().findViewById(id).isShown();
     }
 
-    /** A content address that gives these bytes, as a file manager's would. */
+    /** A content address of these bytes, as of a file manager. */
     Uri content(String name, byte[] bytes) {
         Uri uri = Uri.parse("content://files/" + name);
         shadowOf(app.getContentResolver()).registerInputStreamSupplier(uri, () -> new ByteArrayInputStream(bytes));
         return uri;
     }
 
-    /** Where the chosen model lies. */
+    /** The folder of the chosen model. */
     Path modelFolder() {
-        return studio().model().artifact().root();
+        return state().model().artifact().root();
     }
 
     /** The chosen model as an .mvd file. */
@@ -232,7 +248,7 @@ final class Phone {
         return bytes.toByteArray();
     }
 
-    /** Give a model a manifest of a version that is not known yet. */
+    /** Change a model's manifest to an unknown version. */
     void makeNewer(Path model) throws Exception {
         Path manifest = model.resolve("manifest.json");
         String text = Files.readString(manifest).replace("\"schema_version\": 1", "\"schema_version\": 2");
@@ -254,10 +270,10 @@ final class Phone {
                         shadowOf(activity()).getNextStartedActivityForResult().intent,
                         Activity.RESULT_OK,
                         new Intent().setData(picture()));
-        until("the picture is shown", () -> studio().picture() != null);
+        until("the picture is shown", () -> state().picture() != null);
     }
 
-    /** The screen as a picture, between a status bar and a gesture bar; a clip stands at its middle. */
+    /** The screen as a picture, with a status bar and a gesture bar. A clip is stopped at its middle. */
     static Bitmap screenshot(Activity activity) {
         ImageView picture = activity.findViewById(R.id.picture);
         if (picture != null && picture.getDrawable() instanceof AnimationDrawable clip) {
@@ -282,14 +298,14 @@ final class Phone {
         return bitmap;
     }
 
-    /** The screen behind a dialog, as the system draws the two. */
+    /** The screen with a dialog. */
     static Bitmap screenshot(Activity activity, Dialog dialog) {
         Bitmap screen = screenshot(activity);
         Canvas canvas = new Canvas(screen);
         canvas.drawColor(Color.argb(dialog.getWindow().getAttributes().dimAmount, 0, 0, 0));
         View decor = dialog.getWindow().getDecorView();
         float density = decor.getResources().getDisplayMetrics().density;
-        // The width that the system offers first; a theme's least width is above it.
+        // The system's preferred width; the theme's minimum is larger.
         decor.measure(
                 View.MeasureSpec.makeMeasureSpec(Math.round(320 * density), View.MeasureSpec.AT_MOST),
                 View.MeasureSpec.makeMeasureSpec(screen.getHeight(), View.MeasureSpec.AT_MOST));

@@ -29,8 +29,8 @@ import org.robolectric.annotation.GraphicsMode;
 import org.robolectric.shadows.ShadowDialog;
 
 /**
- * Every screen as a picture, held against the one in {@code pictures}. `build.py test-app --record` writes these anew;
- * look at each of them before they are committed. Times are set, so that pictures can repeat; they measure nothing.
+ * Compares pictures of all screens with those in {@code pictures}. `build.py test-app --record` overwrites them; look
+ * at each before you commit it. The times are fixed so that pictures are repeatable; they are not measurements.
  */
 @RunWith(RobolectricTestRunner.class)
 @GraphicsMode(GraphicsMode.Mode.NATIVE)
@@ -39,8 +39,8 @@ public final class ScreenshotTest {
     private static final boolean RECORD = Boolean.getBoolean("mobilevd.record");
     private static final Path GOLDEN = Phone.ROOT.resolve("android_app/app/src/test/pictures");
     private static final Path FOUND = Phone.ROOT.resolve("build/android/pictures");
-    // Pixels may round otherwise on another processor, and seconds that run may end in another digit; a moved word
-    // changes far more.
+    // Another processor may round pixels differently, and a running time may show another digit. A moved word changes
+    // far more pixels.
     private static final int SAME = 24;
     private static final double MAY_DIFFER = 0.001;
 
@@ -105,7 +105,7 @@ public final class ScreenshotTest {
         report();
     }
 
-    /** What an NPU would show. No NPU ran here. */
+    /** The screen after a run on an NPU, with invented times: no NPU runs here. */
     @Test
     @Config(qualifiers = "w411dp-h891dp-port-notnight-mdpi")
     public void onAnNpu() throws Exception {
@@ -152,7 +152,7 @@ public final class ScreenshotTest {
         shoot("picture-" + how, phone.activity());
         phone.click(R.id.go);
         phone.untilLoading("unet");
-        phone.studio().setTimes(8.4);
+        phone.setTimes(8.4);
         shadowOf(Looper.getMainLooper()).idleFor(2300, TimeUnit.MILLISECONDS);
         shoot("running-" + how, phone.activity());
         gate.open();
@@ -179,7 +179,7 @@ public final class ScreenshotTest {
 
         phone.makeNewer(demo);
         phone.studio().refreshModels();
-        phone.until("the change is noticed", () -> phone.studio().models().get(0).problem() != null);
+        phone.until("the change is noticed", () -> phone.state().models().get(0).problem() != null);
         phone.click(R.id.model);
         Dialog dialog = ShadowDialog.getLatestDialog();
         shoot("models-" + how, Phone.screenshot(phone.activity(), dialog));
@@ -187,12 +187,12 @@ public final class ScreenshotTest {
 
         Files.write(phone.modelFolder().resolve("unet/model.onnx.data"), new byte[10]);
         phone.studio().refreshModels();
-        phone.until("the loss is noticed", () -> phone.studio().manifest() == null);
+        phone.until("the loss is noticed", () -> phone.state().manifest() == null);
         shoot("damaged-" + how, phone.activity());
         report();
     }
 
-    /** Start the app as it starts after a crash. */
+    /** Start the app as after a crash. */
     private static void crashed(Phone phone) throws IOException {
         Files.writeString(
                 phone.app.getNoBackupFilesDir().toPath().resolve("running.json"),
@@ -201,7 +201,7 @@ public final class ScreenshotTest {
         phone.restart();
     }
 
-    /** Open the app on its last clip, as if that had been made in these times on this backend. */
+    /** Open the app with its last clip, and replace backend and times of the run. */
     private static void fixTimes(Phone phone, Backend backend) throws IOException {
         File file = new File(phone.app.getNoBackupFilesDir(), "clip");
         Result made = Result.read(file);
@@ -219,7 +219,7 @@ public final class ScreenshotTest {
                 .write(file);
         phone.restart();
         phone.open();
-        phone.until("the clip is back", () -> phone.studio().result() != null);
+        phone.until("the clip is back", () -> phone.state().result() != null);
     }
 
     private void shoot(String name, Activity activity) throws IOException {
@@ -239,7 +239,7 @@ public final class ScreenshotTest {
         }
     }
 
-    /** Which part of the pixels differs; 1 for another size. */
+    /** The fraction of pixels that differ; 1 for different sizes. */
     private static double differing(Bitmap expected, Bitmap found) {
         int width = expected.getWidth();
         int height = expected.getHeight();
@@ -270,6 +270,6 @@ public final class ScreenshotTest {
     }
 
     private void report() {
-        assertEquals("these are in " + FOUND + ", and not as they were", List.of(), wrong);
+        assertEquals("pictures differ; the new ones are in " + FOUND, List.of(), wrong);
     }
 }

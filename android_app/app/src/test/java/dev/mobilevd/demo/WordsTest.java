@@ -21,7 +21,7 @@ import org.robolectric.RobolectricTestRunner;
 import org.robolectric.RuntimeEnvironment;
 import org.robolectric.annotation.Config;
 
-/** What the app says, in both languages. */
+/** The texts of the app in both languages. */
 @RunWith(RobolectricTestRunner.class)
 @Config(sdk = 34)
 public final class WordsTest {
@@ -58,7 +58,7 @@ public final class WordsTest {
                 Words.of(error).in(in(Locale.ENGLISH)));
         assertEquals(
                 "unet braucht etwa 1,5 GB Arbeitsspeicher, 312 MB sind verfügbar. Schließe andere Apps.",
-                // The system puts a space into it that does not break.
+                // The system uses a no-break space.
                 Words.of(error).in(in(Locale.GERMAN)).replace('\u00a0', ' '));
     }
 

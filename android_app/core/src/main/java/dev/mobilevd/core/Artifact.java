@@ -18,16 +18,16 @@ import java.util.TreeMap;
 /**
  * An artifact in a folder.
  *
- * @param manifestSha256 of the bytes of manifest.json, in hex: what tells artifacts apart
+ * @param manifestSha256 SHA-256 of manifest.json in hex; it identifies the artifact
  */
 public record Artifact(Path root, Manifest manifest, String manifestSha256) {
     private static final int BUFFER = 1 << 18;
 
     /**
-     * Read the artifact in {@code root}; check its structure and its files' sizes, not yet their contents.
+     * Read the artifact in {@code root}. Checks its structure and file sizes, but no digests.
      *
-     * @throws MobileVdException one of the FILE_ or MANIFEST_ problems, for anything missing, extra, truncated or not
-     *     plain, and for a manifest that was changed or has another schema version
+     * @throws MobileVdException a FILE_ problem for a file that is missing, extra, truncated or not plain; a MANIFEST_
+     *     problem for a manifest that was changed or has another schema version
      */
     public static Artifact open(Path root) throws MobileVdException {
         for (String name : new String[] {Manifest.FILE, Manifest.DIGEST_FILE}) {
@@ -48,22 +48,22 @@ public record Artifact(Path root, Manifest manifest, String manifestSha256) {
         }
     }
 
-    /** Where a file of the manifest lies. */
+    /** The path of a file of the manifest. */
     public Path path(Manifest.FileEntry entry) {
         return root.resolve(entry.path());
     }
 
     /**
-     * Compare the SHA-256 of every file with the manifest's.
+     * Compare the SHA-256 of every file with the manifest.
      *
-     * @throws MobileVdException {@link Problem#FILE_DAMAGED} for one that differs, {@link Problem#FILE_UNREADABLE},
+     * @throws MobileVdException {@link Problem#FILE_DAMAGED} if one differs, {@link Problem#FILE_UNREADABLE},
      *     {@link Problem#CANCELLED}
      */
     public void verify(Progress progress, Cancellation cancellation) throws MobileVdException {
         verify(manifest.allFiles(), progress, cancellation);
     }
 
-    /** The same for some of its files. */
+    /** The same for some files. */
     public void verify(Collection<Manifest.FileEntry> entries, Progress progress, Cancellation cancellation)
             throws MobileVdException {
         long total = entries.stream().mapToLong(Manifest.FileEntry::bytes).sum();
@@ -87,7 +87,7 @@ public record Artifact(Path root, Manifest manifest, String manifestSha256) {
         }
     }
 
-    /** Throws {@link Problem#MANIFEST_CHANGED} unless {@code line} is what manifest.sha256 should hold. */
+    /** Throws {@link Problem#MANIFEST_CHANGED} unless {@code line} is the right content of manifest.sha256. */
     static void checkDigest(String manifestSha256, byte[] line) throws MobileVdException {
         byte[] expected = (manifestSha256 + "  " + Manifest.FILE + "\n").getBytes(StandardCharsets.US_ASCII);
         if (!Arrays.equals(line, expected)) {

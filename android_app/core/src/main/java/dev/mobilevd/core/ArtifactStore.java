@@ -28,34 +28,34 @@ import java.util.zip.ZipEntry;
 import java.util.zip.ZipInputStream;
 
 /**
- * A folder of artifacts, one folder each under its name.
+ * A folder with one subfolder per artifact, named after it.
  *
- * <p>An artifact is written to .NAME.partial, verified, and gets its name by one rename. Folders whose names begin with
- * a dot are not artifacts. One thread at a time may install or delete.
+ * <p>An artifact is written to .NAME.partial, verified and renamed to NAME. Folders whose names begin with a dot are
+ * not artifacts. Only one thread at a time may install or delete.
  */
 public final class ArtifactStore {
     private static final Object RENAMING = new Object();
     private static final String REPLACED = ".replaced";
     private static final int LARGEST_MANIFEST = 16 << 20;
     private static final int BUFFER = 1 << 18;
-    // Deflate cannot do more than 1032:1, and models come nowhere near 100:1. Small files may, and do no harm.
+    // Deflate reaches at most 1032:1, and models far less than 100:1. Small files may exceed it: they are harmless.
     private static final long BOMB_RATIO = 100;
     private static final long BOMB_FROM_BYTES = 64 << 20;
 
     private final Path folder;
     private final ToLongFunction<Path> freeBytes;
 
-    /** An entry of the store: {@code artifact}, or why it cannot be used as {@code problem}; the other is null. */
+    /** An entry of the store: an {@code artifact}, or the {@code problem} of a damaged one. The other is null. */
     public record Installed(String name, Artifact artifact, MobileVdException problem) {}
 
-    /** A store in {@code folder}, which is made when it is needed; {@code freeBytes} may be written to a folder. */
+    /** A store in {@code folder}, which is created on first use. {@code freeBytes} returns the free space. */
     public ArtifactStore(Path folder, ToLongFunction<Path> freeBytes) {
         this.folder = folder;
         this.freeBytes = freeBytes;
     }
 
     /**
-     * Everything installed, by name; artifacts that are damaged come with their problem.
+     * All artifacts, sorted by name. Damaged ones have a problem.
      *
      * @throws MobileVdException {@link Problem#FILE_UNREADABLE} if the store itself cannot be read
      */
@@ -102,7 +102,7 @@ public final class ArtifactStore {
         return Artifact.open(path);
     }
 
-    /** SHA-256 of an artifact's manifest as it lies there, intact or not; of no bytes where there is none. */
+    /** SHA-256 of an artifact's manifest, valid or not; of zero bytes without one. */
     String manifestSha256(String name) {
         try {
             return Sha256.of(Files.readAllBytes(path(name).resolve(Manifest.FILE)));
@@ -114,12 +114,12 @@ public final class ArtifactStore {
     /**
      * Install the artifact of a .mvd file: a zip whose entries are the artifact's files, manifest.json first.
      *
-     * <p>The manifest decides what may follow: no other path, no other size, none twice; so an entry can neither leave
-     * the folder nor fill the disk. An artifact of the same name is replaced.
+     * <p>Only paths and sizes that the manifest lists are accepted, each once. So no entry can leave the folder or fill
+     * the disk. An artifact of the same name is replaced.
      *
-     * @param zip is read to its end and not closed
-     * @param progress bytes written of the manifest's bytes
-     * @return the installed artifact, every file's digest checked
+     * @param zip is read to its end, but not closed
+     * @param progress receives the bytes written, of those that the manifest lists
+     * @return the installed artifact; all digests were checked
      * @throws MobileVdException an ARCHIVE_, FILE_ or MANIFEST_ problem, {@link Problem#NAME_INVALID},
      *     {@link Problem#NO_SPACE}, {@link Problem#NOT_WRITTEN}, {@link Problem#CANCELLED}; nothing is left behind
      */
@@ -128,15 +128,15 @@ public final class ArtifactStore {
         return install(name, partial -> unpack(zip, partial, progress, cancellation));
     }
 
-    /** Gives the files of an artifact by their paths in it: a folder, or an app's assets. */
+    /** Opens the files of an artifact by their paths in it, from a folder or an app's assets. */
     @FunctionalInterface
     public interface Opener {
-        /** A stream that the caller closes. */
+        /** Open a file; the caller closes it. */
         InputStream open(String path) throws IOException;
     }
 
     /**
-     * Install a copy of an artifact whose files lie somewhere else: as {@link #installZip}.
+     * Install a copy of an artifact, like {@link #installZip}.
      *
      * @throws MobileVdException {@link Problem#FILE_UNREADABLE} for a file that cannot be opened or read
      */
@@ -146,7 +146,7 @@ public final class ArtifactStore {
     }
 
     /**
-     * Remove an artifact and all its files.
+     * Delete an artifact.
      *
      * @throws MobileVdException {@link Problem#NOT_INSTALLED}, {@link Problem#NAME_INVALID},
      *     {@link Problem#NOT_WRITTEN}
@@ -157,7 +157,7 @@ public final class ArtifactStore {
             throw new MobileVdException(Problem.NOT_INSTALLED, name);
         }
         try {
-            // First the name goes, so that a half deleted artifact is never seen as a damaged one.
+            // Renamed first, so that a partly deleted artifact is not listed as a damaged one.
             Path aside = folder.resolve("." + name + ".deleted");
             removeTree(aside);
             Files.move(path, aside);
@@ -195,12 +195,12 @@ public final class ArtifactStore {
             try {
                 removeTree(partial);
             } catch (IOException error) {
-                // It is hidden, and the next install of this name removes it.
+                // The folder is hidden, and the next installation of this name removes it.
             }
         }
     }
 
-    /** Give artifacts their names back whose replacement was killed half way; remove those that were replaced. */
+    /** Restore an artifact if the process ended while it was replaced; delete artifacts that were replaced. */
     private void recover() throws IOException {
         List<Path> found;
         try (Stream<Path> children = Files.list(folder)) {
@@ -225,7 +225,7 @@ public final class ArtifactStore {
         String first = zip.next();
         if (!Manifest.FILE.equals(first)) {
             throw first == null
-                    ? new MobileVdException(Problem.ARCHIVE_UNREADABLE, "it is no zip file")
+                    ? new MobileVdException(Problem.ARCHIVE_UNREADABLE, "it is not a zip file")
                     : new MobileVdException(Problem.ARCHIVE_ORDER, first);
         }
         byte[] text = readSmall(Manifest.FILE, buffer -> zip.read(Manifest.FILE, buffer));
@@ -310,12 +310,12 @@ public final class ArtifactStore {
         return content.toByteArray();
     }
 
-    /** Gives some more bytes of a file, as {@link InputStream#read(byte[])} does. */
+    /** Reads the next bytes of a file, like {@link InputStream#read(byte[])}. */
     private interface Source {
         int read(byte[] buffer) throws IOException, MobileVdException;
     }
 
-    /** Writes an artifact's files below a folder: no more bytes than the manifest says, and the right ones. */
+    /** Writes an artifact's files below a folder and checks their sizes and digests. */
     private final class Writer {
         private final Path root;
         private final long total;
@@ -385,7 +385,7 @@ public final class ArtifactStore {
         }
     }
 
-    /** A zip stream that is not trusted; whatever goes wrong in it is {@link Problem#ARCHIVE_UNREADABLE}. */
+    /** Reads a zip that is not trusted. Any error in it is {@link Problem#ARCHIVE_UNREADABLE}. */
     private static final class Unpacker {
         private final CountingStream packed;
         private final ZipInputStream zip;
@@ -396,7 +396,7 @@ public final class ArtifactStore {
             zip = new ZipInputStream(packed);
         }
 
-        /** Go to the next entry and return its path; null at the end. */
+        /** Go to the next entry and return its path; null after the last. */
         String next() throws MobileVdException {
             try {
                 ZipEntry entry = zip.getNextEntry();

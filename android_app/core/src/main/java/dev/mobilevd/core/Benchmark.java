@@ -14,9 +14,9 @@ import java.util.regex.Pattern;
 import java.util.stream.Collectors;
 
 /**
- * Measures an artifact's components and writes what mobilevd_deploy/benchmark.schema.json describes.
+ * Measures an artifact's components and writes the file that benchmark.schema.json describes.
  *
- * <p>The picture is a fixed gradient and the seed 0: a network's time does not depend on its values.
+ * <p>The picture is a fixed gradient and the seed is 0: run times do not depend on the values.
  */
 public final class Benchmark {
     /** The version of the files that this class writes. */
@@ -26,19 +26,19 @@ public final class Benchmark {
     private static final int MOST_CALLS = 10_000;
 
     /**
-     * What was asked for, by intent extras of the same names.
+     * A request. The intent extras have the same names.
      *
-     * @param artifact its name in the store
-     * @param components those to measure; empty: all
+     * @param artifact name in the store
+     * @param components names of those to measure; empty: all
      */
     public record Request(
             String runId, String artifact, int samples, int warmup, Runtimes.Asked backend, Set<String> components) {}
 
     /**
-     * What the result says about the device and the app.
+     * The device and the app, as the result describes them.
      *
      * @param soc Build.SOC_MODEL; null before Android 12
-     * @param thermal Android's name of the thermal status now: "none" to "shutdown"; gives null before Android 10
+     * @param thermal returns Android's name of the thermal status, "none" to "shutdown"; null before Android 10
      */
     public record Device(
             String manufacturer, String model, String soc, String android, int sdkLevel, String appVersion,
@@ -58,26 +58,25 @@ public final class Benchmark {
     }
 
     /**
-     * Measure, and write {@code folder}/RUN_ID.json, aside and renamed. While it runs, .RUN_ID.json.partial says how
-     * far it is. A failure of the run is a result too, with the state "failed".
+     * Measure and write {@code folder}/RUN_ID.json. During the run .RUN_ID.json.partial has the progress. A failed run
+     * writes a result with the state "failed".
      *
-     * @param starting gives the runtimes; what it throws is a failure of the run
+     * @param starting returns the runtimes; an exception of it is a failure of the run
      * @return the file
-     * @throws MobileVdException {@link Problem#BENCHMARK_INVALID} for a run id that cannot be a file's name, or
-     *     numbers of calls that make no sense;
-     *     {@link Problem#NOT_WRITTEN}
+     * @throws MobileVdException {@link Problem#BENCHMARK_INVALID} for a run id that is not a valid file name, or for
+     *     invalid numbers of calls; {@link Problem#NOT_WRITTEN}
      */
     public static Path run(
             Request request, Device device, ArtifactStore store, Supplier<Runtimes> starting, RunTrace trace,
             Path folder, Cancellation cancellation)
             throws MobileVdException {
         if (!RUN_ID.matcher(request.runId()).matches()) {
-            throw new MobileVdException(Problem.BENCHMARK_INVALID, "the run id \"" + request.runId() + "\"");
+            throw new MobileVdException(Problem.BENCHMARK_INVALID, "run id \"" + request.runId() + "\"");
         }
         if (request.samples() < 1 || request.samples() > MOST_CALLS || request.warmup() < 0
                 || request.warmup() > MOST_CALLS) {
             throw new MobileVdException(
-                    Problem.BENCHMARK_INVALID, request.samples() + " samples, " + request.warmup() + " to warm up");
+                    Problem.BENCHMARK_INVALID, request.samples() + " samples, " + request.warmup() + " warm-up calls");
         }
         try {
             Files.createDirectories(folder);
@@ -149,7 +148,7 @@ public final class Benchmark {
     }
 
     private Map<String, Object> error(Throwable failure) {
-        // Of what nobody foresaw the kind says more than the message, which may be missing.
+        // An unexpected exception may have no message, so its class is included.
         String message = failure instanceof MobileVdException ? failure.getMessage() : failure.toString();
         return fields("message", message, "component", component, "step", stage == null ? null : stage.id());
     }
@@ -176,7 +175,7 @@ public final class Benchmark {
         return made;
     }
 
-    /** Remembers what is being done, and writes it down where the other side looks. */
+    /** Records the current step, and writes it to the partial file, which the host reads. */
     private final class Watcher implements Pipeline.Listener {
         @Override
         public void at(
@@ -188,7 +187,7 @@ public final class Benchmark {
                 try {
                     Files.write(DurableFile.partial(file), state);
                 } catch (IOException error) {
-                    // Only for those who watch; the result itself may not fail in silence.
+                    // Only the progress is lost. Errors of the result itself are reported.
                 }
             }
         }

@@ -2,9 +2,9 @@ package dev.mobilevd.core;
 
 import java.util.Locale;
 
-/** A number of bytes that a person will read. */
+/** A number of bytes, for messages. */
 public record ByteSize(long bytes) {
-    /** In decimal units with three digits: "812 bytes", "4.20 MB", "1.35 GB". */
+    /** Formatted with decimal units and three digits: "812 bytes", "4.20 MB", "1.35 GB". */
     @Override
     public String toString() {
         String[] units = {"kB", "MB", "GB", "TB"};

@@ -4,16 +4,16 @@ import ai.onnxruntime.OrtException;
 import ai.onnxruntime.OrtSession;
 
 /**
- * Stops a run from another thread. Used once: a cancelled one stays cancelled.
+ * Cancels a run from another thread. It cannot be reset.
  *
- * <p>A run inside ONNX Runtime ends at the next node of its graph. A context binary is one node, and loading cannot
- * be interrupted, so there the run ends when that call returns.
+ * <p>A run of ONNX Runtime ends at the next node of its graph. A context binary is one node, and loading cannot be
+ * interrupted, so in these cases the run ends when the call returns.
  */
 public final class Cancellation {
     private boolean cancelled;
     private OrtSession.RunOptions running;
 
-    /** Ask for the end; returns at once. Any thread. */
+    /** Request cancellation; returns immediately. Any thread. */
     public synchronized void cancel() {
         cancelled = true;
         terminate();
@@ -31,7 +31,7 @@ public final class Cancellation {
         }
     }
 
-    /** Let {@link #cancel} reach this call of the runtime, until {@link #leave}. */
+    /** Make {@link #cancel} terminate this call of the runtime, until {@link #leave}. */
     synchronized void enter(OrtSession.RunOptions options) {
         running = options;
         if (cancelled) {
@@ -39,7 +39,7 @@ public final class Cancellation {
         }
     }
 
-    /** The call is over; its options may be closed. */
+    /** The call returned; its options may be closed. */
     synchronized void leave() {
         running = null;
     }
@@ -49,7 +49,7 @@ public final class Cancellation {
             try {
                 running.setTerminate(true);
             } catch (OrtException error) {
-                throw new IllegalStateException(error); // only for options that are closed, which leave() rules out
+                throw new IllegalStateException(error); // only for closed options, which leave() prevents
             }
         }
     }

@@ -3,15 +3,15 @@ package dev.mobilevd.core;
 import java.util.List;
 
 /**
- * How a component ran.
+ * The run of one component.
  *
- * @param backend where it really ran
- * @param npuNodes nodes of its graphs that the runtime's profile places on the NPU
- * @param cpuNodes nodes that it places elsewhere
- * @param loadMs from the files to ready sessions, all parts together, without the check of digests
- * @param ms of each call, all parts together, copies of inputs and outputs included; warm-up is left out
- * @param peakBytes highest resident memory of the process meanwhile; null where the system does not say
- * @param whyNotNpu null if it ran on the NPU, or if only the CPU was asked for
+ * @param backend the backend that it ran on
+ * @param npuNodes nodes that ran on the NPU, according to the runtime's profile
+ * @param cpuNodes nodes that did not
+ * @param loadMs time to create the sessions of all parts, without the check of digests
+ * @param ms time of each measured call: all parts, including copies of inputs and outputs
+ * @param peakBytes peak resident memory of the process; null if the system does not report it
+ * @param whyNotNpu why it ran on the CPU; null if it ran on the NPU, or if only the CPU was requested
  */
 public record ComponentRun(
         String component,

@@ -4,21 +4,21 @@ import java.util.List;
 
 /** Loads components on one backend. */
 public interface ComponentRuntime {
-    /** Where it runs them. */
+    /** The backend. */
     Backend backend();
 
     /**
-     * What has to be loaded and run, one after the other, to run a component.
+     * The parts of a component, in the order in which they must be loaded and run.
      *
      * @throws MobileVdException an NPU_ problem if this runtime cannot run it
      */
     List<Manifest.Part> parts(Manifest.Component component) throws MobileVdException;
 
-    /** Bytes of memory that loading {@code part} takes at its peak, without the values that it computes. */
+    /** Peak memory of loading {@code part} in bytes, without the values that it computes. */
     long memoryBytes(Manifest.Part part);
 
     /**
-     * Load one part; the files were verified.
+     * Load one part, whose files were verified.
      *
      * @throws MobileVdException {@link Problem#MODEL_REFUSED}, {@link Problem#NPU_REFUSED},
      *     {@link Problem#MEMORY_RAN_OUT}

@@ -11,7 +11,7 @@ import java.util.stream.Collectors;
 public final class CpuRuntime implements ComponentRuntime {
     private final Path scratch;
 
-    /** {@code scratch} is a folder for short-lived files, such as an app's cache. */
+    /** {@code scratch} is a folder for temporary files, such as an app's cache. */
     public CpuRuntime(Path scratch) {
         this.scratch = scratch;
     }
@@ -34,7 +34,7 @@ public final class CpuRuntime implements ComponentRuntime {
         return List.of(new Manifest.Part(files, inputs, List.of(component.output().name())));
     }
 
-    /** The weights, and once more what kernels make of them for themselves. */
+    /** Twice the weights, because kernels keep packed copies. */
     @Override
     public long memoryBytes(Manifest.Part part) {
         return 2 * part.bytes();

@@ -8,11 +8,11 @@ import java.nio.file.Path;
 import java.nio.file.StandardCopyOption;
 import java.nio.file.StandardOpenOption;
 
-/** Files that are there as a whole or not at all. */
+/** Writes files atomically. */
 final class DurableFile {
     private DurableFile() {}
 
-    /** Write {@code content} to .NAME.partial, make it durable, and rename. Throws {@link Problem#NOT_WRITTEN}. */
+    /** Write {@code content} to .NAME.partial, sync and rename it. Throws {@link Problem#NOT_WRITTEN}. */
     static void write(Path file, byte[] content) throws MobileVdException {
         Path aside = partial(file);
         try {
@@ -34,7 +34,7 @@ final class DurableFile {
         }
     }
 
-    /** Where it is written before it has its name. */
+    /** The file's path before it is renamed. */
     static Path partial(Path file) {
         return file.resolveSibling("." + file.getFileName() + ".partial");
     }

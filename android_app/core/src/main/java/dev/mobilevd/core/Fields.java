@@ -8,7 +8,7 @@ import java.util.TreeSet;
 import java.util.regex.Pattern;
 
 /**
- * The fields of one JSON object of the manifest, each to be taken once; every error names its place.
+ * The fields of one JSON object of the manifest. Each can be taken once; every error names the field's path.
  *
  * <p>All methods throw {@link Problem#MANIFEST_INVALID} for a field that is missing or of another type.
  */
@@ -22,12 +22,12 @@ final class Fields {
         values.forEach((key, value) -> left.put((String) key, value));
     }
 
-    /** Makes a T of one object. */
+    /** Converts an object to a T. */
     interface Reader<T> {
         T read(Fields fields) throws MobileVdException;
     }
 
-    /** Read a whole object; fields that {@code reader} left are refused. */
+    /** Read a whole object; a field that {@code reader} did not take is an error. */
     static <T> T read(String place, Object value, Reader<T> reader) throws MobileVdException {
         Fields fields = new Fields(place, as(Map.class, place, value));
         T made = reader.read(fields);
@@ -41,7 +41,7 @@ final class Fields {
         return new MobileVdException(Problem.MANIFEST_INVALID, what);
     }
 
-    /** This field's place, for errors. */
+    /** The path of a field, for errors. */
     String at(String key) {
         return place.isEmpty() ? key : place + "." + key;
     }
@@ -50,7 +50,7 @@ final class Fields {
         return left.containsKey(key);
     }
 
-    /** Take a field without looking at it. */
+    /** Take a field of any type. */
     Object any(String key) throws MobileVdException {
         if (!left.containsKey(key)) {
             throw invalid(at(key) + " is missing");
@@ -58,7 +58,7 @@ final class Fields {
         return left.remove(key);
     }
 
-    /** Take a field of which only the kind matters here: the reader that needs it looks closer. */
+    /** Take a field that this reader does not need; only its type is checked. */
     void skip(String key, Class<?> kind) throws MobileVdException {
         as(kind, at(key), any(key));
     }
@@ -75,7 +75,7 @@ final class Fields {
         return value;
     }
 
-    /** Take an optional string that may only have this value. */
+    /** Take an optional string that must have this value. */
     void only(String key, String value) throws MobileVdException {
         if (has(key) && !value.equals(any(key))) {
             throw invalid(at(key) + " is not \"" + value + "\"");
@@ -104,7 +104,7 @@ final class Fields {
         return (int) value;
     }
 
-    /** Take an optional pair of rising numbers; null where it is missing or null. */
+    /** Take an optional pair of increasing numbers; null if it is missing or null. */
     List<Double> range(String key) throws MobileVdException {
         Object value = has(key) ? any(key) : null;
         if (value == null) {
@@ -145,7 +145,7 @@ final class Fields {
         return items;
     }
 
-    /** Return `value` as that type. */
+    /** Return {@code value} as a {@code type}. */
     static <T> T as(Class<T> type, String place, Object value) throws MobileVdException {
         if (!type.isInstance(value)) {
             String kind = type == Map.class ? "an object" : type == List.class ? "a list" : "a string";

@@ -1,27 +1,27 @@
 package dev.mobilevd.core;
 
 /**
- * Pictures in, frames out, to the bit as mobilevd_deploy/media.py does it.
+ * Converts pictures to tensors and frames to pixels, bit-identical to the Python module media.py.
  *
- * <p>A picture is laid over white where it is transparent; its largest centred part with the right aspect ratio is
- * resized by Lanczos (a = 3) in Pillow's 8-bit fixed-point arithmetic; v becomes v / 127.5 - 1.
+ * <p>A picture is composited over white; its largest centred crop with the target's aspect ratio is resized by Lanczos
+ * (a = 3) in Pillow's 8-bit fixed-point arithmetic; a value v becomes v / 127.5 - 1.
  * Source: Pillow, src/libImaging/Resample.c and AlphaComposite.c.
  */
 public final class ImagePrep {
     private static final int CHANNELS = 3;
     private static final double LOBES = 3;
-    // Weights have 22 bits behind the point: 8 bits of value and 2 of headroom for overshoot fit beside them.
+    // Weights have 22 fraction bits. That leaves 8 bits for the value and 2 for overshoot.
     private static final int WEIGHT_BITS = 22;
     private static final int ALPHA_BITS = 7;
 
     private ImagePrep() {}
 
     /**
-     * Make a picture the input of a pipeline.
+     * Convert a picture to the input of a pipeline.
      *
      * @param argb pixels of a width x height picture, row by row, sRGB, 8 bits each, not premultiplied, upright
      * @return (1, 3, toHeight, toWidth) in [-1, 1], RGB
-     * @throws MobileVdException {@link Problem#IMAGE_INVALID} for sizes that do not fit the pixels
+     * @throws MobileVdException {@link Problem#IMAGE_INVALID} if the size does not match the number of pixels
      */
     public static float[] prepare(int[] argb, int width, int height, int toWidth, int toHeight)
             throws MobileVdException {
@@ -42,9 +42,9 @@ public final class ImagePrep {
     }
 
     /**
-     * Make one frame visible.
+     * Convert one frame to pixels.
      *
-     * @param frames (T, 3, height, width); x is clamped to [-1, 1] and becomes (x + 1) * 127.5, halves to even
+     * @param frames (T, 3, height, width); x is clamped to [-1, 1] and becomes (x + 1) * 127.5, rounded half to even
      * @return pixels of frame {@code index}, row by row, opaque ARGB
      */
     public static int[] toArgb(float[] frames, int index, int width, int height) {
@@ -68,7 +68,7 @@ public final class ImagePrep {
         byte[] rgb = new byte[argb.length * CHANNELS];
         for (int i = 0; i < argb.length; i++) {
             int alpha = argb[i] >>> 24;
-            // Over opaque white the result is opaque; the two weights are 255 * 2^7 in all.
+            // Over opaque white the result is opaque. The two weights add up to 255 * 2^7.
             int weight = alpha << ALPHA_BITS;
             int white = (255 << ALPHA_BITS) - weight;
             for (int channel = 0; channel < CHANNELS; channel++) {
@@ -80,7 +80,7 @@ public final class ImagePrep {
         return rgb;
     }
 
-    /** Scale to cover and crop at the centre, in one step: bytes (toHeight, toWidth, 3). */
+    /** Scale to cover and crop at the centre, in one step. Returns bytes (toHeight, toWidth, 3). */
     private static byte[] fit(byte[] rgb, int width, int height, int toWidth, int toHeight) {
         if (width == toWidth && height == toHeight) {
             return rgb;
@@ -88,7 +88,7 @@ public final class ImagePrep {
         double scale = Math.max((double) toWidth / width, (double) toHeight / height);
         double left = (width - toWidth / scale) / 2;
         double top = (height - toHeight / scale) / 2;
-        // Pillow holds the box in single precision.
+        // Pillow stores the box in single precision.
         float x0 = (float) Math.max(left, 0.0);
         float y0 = (float) Math.max(top, 0.0);
         float x1 = (float) Math.min(width - left, width);
@@ -106,7 +106,7 @@ public final class ImagePrep {
         return down ? resizeColumns(pixels, toWidth, firstRow, vertical) : pixels;
     }
 
-    /** Resize each of {@code rows} rows from {@code firstRow} on: bytes (rows, weights.size, 3). */
+    /** Resize {@code rows} rows from {@code firstRow} on. Returns bytes (rows, weights.size, 3). */
     private static byte[] resizeRows(byte[] rgb, int width, int firstRow, int rows, Weights weights) {
         byte[] made = new byte[rows * weights.size * CHANNELS];
         int at = 0;
@@ -121,7 +121,7 @@ public final class ImagePrep {
         return made;
     }
 
-    /** Resize the columns of rows that begin with {@code firstRow}: bytes (weights.size, width, 3). */
+    /** Resize the columns of an image whose first row is {@code firstRow}. Returns bytes (weights.size, width, 3). */
     private static byte[] resizeColumns(byte[] rgb, int width, int firstRow, Weights weights) {
         int row = width * CHANNELS;
         byte[] made = new byte[weights.size * row];
@@ -134,7 +134,7 @@ public final class ImagePrep {
         return made;
     }
 
-    /** For each output position, which inputs it is made of and how much of each, in fixed point. */
+    /** The inputs of each output position, and their weights in fixed point. */
     private static final class Weights {
         final int size;
         final int[] first;
@@ -174,7 +174,7 @@ public final class ImagePrep {
             return weights;
         }
 
-        /** The output {@code position} of a line of bytes, whose first input is at {@code at}. */
+        /** The output {@code position} of a line of bytes; its first input is at {@code at}. */
         byte sum(int position, byte[] line, int at, int step) {
             int sum = 1 << (WEIGHT_BITS - 1);
             for (int weight : fixed[position]) {
@@ -189,7 +189,7 @@ public final class ImagePrep {
         }
 
         private static double sinc(double x) {
-            // StrictMath gives the same bits on every machine.
+            // StrictMath returns the same bits on every machine.
             return x == 0 ? 1.0 : StrictMath.sin(x * Math.PI) / (x * Math.PI);
         }
     }

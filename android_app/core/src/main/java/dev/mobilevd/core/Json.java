@@ -16,8 +16,8 @@ import java.util.regex.Pattern;
 /**
  * JSON as plain values: Map, List, String, Boolean, Long, Double, null.
  *
- * <p>nanojson reads by RFC 8259; on top of that, keys that stand twice, numbers that a double cannot hold, deep
- * nesting and text behind the value are refused, as the Python side does.
+ * <p>nanojson implements RFC 8259. This class also refuses duplicate keys, numbers beyond the range of a double, deep
+ * nesting and text after the value, like the Python code.
  */
 final class Json {
     private static final int DEEPEST = 64;
@@ -25,7 +25,7 @@ final class Json {
 
     private Json() {}
 
-    /** A text that is not JSON, or not as strict as we want it. */
+    /** The text is not valid JSON, or violates one of the extra rules. */
     static final class Refused extends Exception {
         private static final long serialVersionUID = 1;
 
@@ -34,22 +34,22 @@ final class Json {
         }
     }
 
-    /** Read UTF-8 text that holds one object. */
+    /** Read UTF-8 text that contains one object. */
     static Map<String, Object> readObject(byte[] text) throws Refused {
         if (read(text) instanceof Map<?, ?> values) {
-            @SuppressWarnings("unchecked") // value() makes maps with String keys only
+            @SuppressWarnings("unchecked") // value() creates maps with String keys only
             Map<String, Object> object = (Map<String, Object>) values;
             return object;
         }
-        throw new Refused("it holds no object", null);
+        throw new Refused("it contains no object", null);
     }
 
-    /** Read UTF-8 text that holds one object or array. */
+    /** Read UTF-8 text that contains one object or array. */
     static Object read(byte[] text) throws Refused {
         try {
             String decoded = StandardCharsets.UTF_8.newDecoder().decode(ByteBuffer.wrap(text)).toString();
             Object value = value(JsonReader.from(decoded), 0);
-            // The reader stops where the value ends; the parser looks at what stands behind it.
+            // The reader stops at the end of the value; the parser refuses text after it.
             JsonParser.any().from(decoded);
             return value;
         } catch (CharacterCodingException error) {
@@ -77,7 +77,7 @@ final class Json {
                     String key = reader.key();
                     Object value = value(reader, depth + 1);
                     if (object.containsKey(key)) {
-                        throw new Refused("the key \"" + key + "\" stands twice", null);
+                        throw new Refused("the key \"" + key + "\" is duplicated", null);
                     }
                     object.put(key, value);
                 }

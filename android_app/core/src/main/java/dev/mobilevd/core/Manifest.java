@@ -11,14 +11,14 @@ import java.util.Set;
 import java.util.regex.Pattern;
 
 /**
- * What an artifact holds and how to run it: manifest.json, schema version 1, as mobilevd_deploy/artifact.py writes it.
+ * The contents of an artifact and how to run them: manifest.json, schema version 1, as the Python package writes it.
  *
- * <p>Everything that a runner needs is read strictly. How the artifact was made (recipe, passes, drift, ...) is for
- * people and other tools: of these fields only the presence and the kind are checked.
+ * <p>Fields that a runner needs are read strictly. Of the fields about the export (recipe, passes, drift, ...) only
+ * presence and type are checked.
  *
  * @param created UTC, "2025-01-31T12:00:00Z"
- * @param components in running order; the output of the last one are the frames
- * @param files those that belong to no component, by role
+ * @param components in running order; the last one outputs the frames
+ * @param files by role, those that belong to no component
  */
 public record Manifest(
         String name, String created, List<Component> components, PipelineSpec pipeline, Map<String, FileEntry> files) {
@@ -29,7 +29,7 @@ public record Manifest(
     static final String DIGEST_FILE = "manifest.sha256";
     static final Pattern NAME = Pattern.compile("[A-Za-z0-9][A-Za-z0-9._-]*");
 
-    // No segment may start with a dot, so neither ".." nor a hidden file can be named.
+    // No segment may start with a dot, which excludes ".." and hidden files.
     private static final Pattern PATH = Pattern.compile(NAME + "(/" + NAME + ")*");
     private static final Pattern SHA256 = Pattern.compile("[0-9a-f]{64}");
     private static final Pattern SOURCE =
@@ -46,7 +46,7 @@ public record Manifest(
      * @param shape all axes at least 1
      * @param dtype "float32" or "float16"
      * @param layout one letter per axis: N (1, or the frames), C, H, W
-     * @param source who provides an input: "image", "noise:STREAM" or "component:NAME"; null for outputs
+     * @param source source of an input: "image", "noise:STREAM" or "component:NAME"; null for outputs
      */
     public record TensorSpec(String name, List<Long> shape, String dtype, String layout, String source) {
         long[] dimensions() {
@@ -82,7 +82,7 @@ public record Manifest(
     /**
      * A file of the artifact.
      *
-     * @param path below the artifact's folder, with forward slashes; no part of it begins with a dot
+     * @param path relative to the artifact's folder, with forward slashes; no segment begins with a dot
      * @param sha256 in lower-case hex
      */
     public record FileEntry(String path, String sha256, long bytes) {
@@ -96,15 +96,14 @@ public record Manifest(
     }
 
     /**
-     * What one session runs: a whole component, or a part of one that was cut to fit the NPU.
+     * The model of one session: a whole component, or a part of one that was split to fit the NPU.
      *
-     * @param files by role: "wrapper" and "context" for the NPU; "model", and "data" where the weights lie outside,
-     *     for the CPU
-     * @param inputs names: inputs of the component, or outputs of parts before this one
+     * @param files by role: "wrapper" and "context" for the NPU; "model", and "data" for external weights, for the CPU
+     * @param inputs names: inputs of the component, or outputs of earlier parts
      * @param outputs names; all values between parts are float32
      */
     public record Part(Map<String, FileEntry> files, List<String> inputs, List<String> outputs) {
-        /** Size of its files. */
+        /** Total size of its files. */
         public long bytes() {
             return files.values().stream().mapToLong(FileEntry::bytes).sum();
         }
@@ -112,11 +111,11 @@ public record Manifest(
         private static Part read(Fields fields) throws MobileVdException {
             Map<String, FileEntry> files = fields.map("files", FileEntry::read);
             if (!files.keySet().equals(Set.of("wrapper", "context"))) {
-                throw Fields.invalid(fields.at("files") + " are not wrapper and context");
+                throw Fields.invalid(fields.at("files") + " must be wrapper and context");
             }
-            for (String notForUs : List.of("dram_read", "dram_written")) {
-                if (fields.has(notForUs)) {
-                    fields.any(notForUs);
+            for (String unused : List.of("dram_read", "dram_written")) {
+                if (fields.has(unused)) {
+                    fields.any(unused);
                 }
             }
             return new Part(files, fields.strings("inputs"), fields.strings("outputs"));
@@ -128,10 +127,10 @@ public record Manifest(
      *
      * @param target part number, such as "SM8650"
      * @param arch version of its Hexagon, such as 75
-     * @param precision "float16", or like "w8a16"
-     * @param qnnApi version of the QNN interface that wrote it
-     * @param sdk version of the QAIRT that wrote it; an older runtime cannot load it
-     * @param parts in running order; the last one gives the component's output
+     * @param precision such as "float16" or "w8a16"
+     * @param qnnApi QNN API version of the compiler
+     * @param sdk QAIRT version of the compiler; an older runtime cannot load the binary
+     * @param parts in running order; the last one has the component's output
      */
     public record NpuBinary(
             String target, int arch, String precision, String qnnApi, SdkVersion sdk, List<Part> parts) {
@@ -149,10 +148,10 @@ public record Manifest(
     /**
      * One network of the pipeline.
      *
-     * @param files by role: "model", and "data" where the weights lie outside; others are not for us
-     * @param outputs always one
+     * @param files by role: "model", and "data" for external weights; other roles are ignored
+     * @param outputs exactly one
      * @param flops 2 x MAC for one call
-     * @param npu what was compiled for chips, one per target
+     * @param npu binaries, one per target
      */
     public record Component(
             String name,
@@ -167,7 +166,7 @@ public record Manifest(
             return outputs.get(0);
         }
 
-        /** Every file of the component. */
+        /** All files of the component. */
         public List<FileEntry> allFiles() {
             List<FileEntry> all = new ArrayList<>(files.values());
             npu.forEach(binary -> binary.parts().forEach(part -> all.addAll(part.files().values())));
@@ -202,7 +201,7 @@ public record Manifest(
             Set<String> names = new HashSet<>();
             for (TensorSpec input : inputs) {
                 if (input.source() == null) {
-                    throw Fields.invalid(where + "nobody provides input " + input.name());
+                    throw Fields.invalid(where + "no source for input " + input.name());
                 }
                 unique(names, input.name(), where + "input");
             }
@@ -226,7 +225,7 @@ public record Manifest(
                 }
                 for (String input : part.inputs()) {
                     if (!known.contains(input)) {
-                        throw Fields.invalid(where + "nobody provides " + input);
+                        throw Fields.invalid(where + "no source for " + input);
                     }
                 }
                 for (String output : part.outputs()) {
@@ -235,16 +234,16 @@ public record Manifest(
                 last = part.outputs();
             }
             if (!last.contains(output().name())) {
-                throw Fields.invalid(where + "its last part does not give " + output().name());
+                throw Fields.invalid(where + "its last part does not output " + output().name());
             }
         }
     }
 
     /**
-     * How picture, noise and frames look outside the components: see {@link ImagePrep} and {@link Noise}, which do
-     * the only resize, crop, range and generator that schema version 1 knows.
+     * The formats of picture and frames. {@link ImagePrep} and {@link Noise} implement the only resize, crop, range and
+     * noise generator of schema version 1.
      *
-     * @param fps at which the frames are shown
+     * @param fps frames per second of the clip
      */
     public record PipelineSpec(int frames, int height, int width, int fps) {
         List<Long> imageShape() {
@@ -275,9 +274,9 @@ public record Manifest(
     /**
      * Read the text of manifest.json.
      *
-     * @throws MobileVdException {@link Problem#MANIFEST_UNREADABLE} for a text that is not strict JSON or no manifest,
+     * @throws MobileVdException {@link Problem#MANIFEST_UNREADABLE} for text that is not strict JSON or not a manifest,
      *     {@link Problem#MANIFEST_VERSION} for another schema version, {@link Problem#MANIFEST_INVALID} for an unknown
-     *     or missing field, or values that do not fit together
+     *     or missing field, or for values that contradict each other
      */
     public static Manifest read(byte[] text) throws MobileVdException {
         Map<String, Object> values;
@@ -301,7 +300,7 @@ public record Manifest(
         return components.stream().filter(c -> c.name().equals(name)).findFirst().orElse(null);
     }
 
-    /** Every file that the manifest lists. */
+    /** All files that the manifest lists. */
     public List<FileEntry> allFiles() {
         List<FileEntry> all = new ArrayList<>();
         components.forEach(component -> all.addAll(component.allFiles()));
@@ -309,7 +308,7 @@ public record Manifest(
         return all;
     }
 
-    /** Size of all listed files. */
+    /** Total size of all listed files. */
     public long bytes() {
         return allFiles().stream().mapToLong(FileEntry::bytes).sum();
     }
@@ -343,7 +342,7 @@ public record Manifest(
         }
         Set<String> paths = new HashSet<>();
         for (FileEntry entry : allFiles()) {
-            // Case is ignored, because some file systems ignore it.
+            // Some file systems ignore case.
             unique(paths, entry.path().toLowerCase(Locale.ROOT), "file");
         }
         Map<String, Component> before = new HashMap<>();
@@ -356,7 +355,7 @@ public record Manifest(
             }
         }
         if (!components.get(components.size() - 1).output().shape().equals(pipeline.framesShape())) {
-            throw Fields.invalid("the last component's output is not the frames " + pipeline.framesShape());
+            throw Fields.invalid("the last component does not output the frames: " + pipeline.framesShape());
         }
     }
 
@@ -367,11 +366,11 @@ public record Manifest(
         if (input.source().startsWith("component:")) {
             Component provider = before.get(input.source().substring("component:".length()));
             if (provider == null) {
-                throw Fields.invalid(where + ": no component before it is the \"" + input.source() + "\"");
+                throw Fields.invalid(where + ": no earlier component is \"" + input.source() + "\"");
             }
             TensorSpec given = provider.output();
             if (!given.shape().equals(input.shape()) || !given.dtype().equals(input.dtype())) {
-                throw Fields.invalid(where + ": it does not fit the output of \"" + input.source() + "\"");
+                throw Fields.invalid(where + ": shape or dtype differs from the output of \"" + input.source() + "\"");
             }
         }
     }

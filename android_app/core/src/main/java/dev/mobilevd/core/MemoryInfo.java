@@ -1,11 +1,11 @@
 package dev.mobilevd.core;
 
-/** How much memory the device has; an app asks its system. */
+/** Memory of the device. */
 @FunctionalInterface
 public interface MemoryInfo {
-    /** Bytes that can be used now without the system closing apps, and bytes in all. */
+    /** Bytes available before the system closes apps, and bytes in total. */
     record Snapshot(long availableBytes, long totalBytes) {}
 
-    /** Look now. */
+    /** Read the current values. */
     Snapshot read();
 }

@@ -5,8 +5,8 @@ import java.math.BigInteger;
 /**
  * Standard-normal noise, the same on every machine: "splitmix64-as241-v1".
  *
- * <p>mobilevd_deploy/noise.py holds the specification and names its sources; the steps below carry its numbers. Doubles
- * are IEEE and never fused, and no library function is used that may round differently elsewhere.
+ * <p>The Python module noise.py has the specification with its sources; the numbers below refer to its steps. All
+ * arithmetic is in IEEE doubles without fused operations or library functions, whose rounding could differ.
  */
 public final class Noise {
     /** The generator's name in manifests. */
@@ -49,11 +49,11 @@ public final class Noise {
     private Noise() {}
 
     /**
-     * The first {@code count} elements of a stream, in the row-major order of the tensor that they fill.
+     * The first {@code count} elements of a stream, in row-major order of the tensor.
      *
-     * @param seed any 64 bits, taken as unsigned
+     * @param seed any 64 bits, unsigned
      * @param stream in [0, 2^32)
-     * @throws IllegalArgumentException for a stream outside of that
+     * @throws IllegalArgumentException for another stream
      */
     public static float[] unit(long seed, long stream, int count) {
         if (stream < 0 || stream >= STREAMS) {
@@ -70,9 +70,9 @@ public final class Noise {
     }
 
     /**
-     * Read a seed as people write it: a whole number from 0 to 2^64 - 1.
+     * Parse a seed: a decimal integer from 0 to 2^64 - 1.
      *
-     * @return its 64 bits; {@link Long#toUnsignedString(long)} is the way back
+     * @return its 64 bits; {@link Long#toUnsignedString(long)} is the inverse
      * @throws MobileVdException {@link Problem#SEED_INVALID}
      */
     public static long parseSeed(String text) throws MobileVdException {
@@ -117,7 +117,7 @@ public final class Noise {
 
     private static double log(double p) { // 8
         int exponent = Math.getExponent(p) + 1;
-        double m = p * Double.longBitsToDouble((1023L - exponent) << 52); // by a power of two, so exact
+        double m = p * Double.longBitsToDouble((1023L - exponent) << 52); // exact: a power of two
         if (m < 0.7071067811865476) {
             m = m + m;
             exponent = exponent - 1;

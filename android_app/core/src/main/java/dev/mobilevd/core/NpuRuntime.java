@@ -13,24 +13,24 @@ import java.util.Map;
 import java.util.TreeSet;
 
 /**
- * Runs context binaries on the Hexagon NPU, through onnxruntime-qnn's plugin; or on its simulator, where the plugin is
- * that of a Linux machine.
+ * Runs context binaries on the Hexagon NPU with onnxruntime-qnn's plugin, or on the NPU's simulator with the plugin for
+ * Linux.
  *
- * <p>Nothing may fall back to the CPU: a session is refused if a node would, and after its first run the runtime's
- * profile must name the NPU for every node. The chip and the SDK are compared here, before anything is loaded, because
- * the plugin either fails in numbers (5000, 5005, 1009) or does not look.
+ * <p>No node may run on the CPU: sessions are created without fallback, and after the first run the runtime's profile
+ * must name the NPU for every node. Chip and SDK version are compared before anything is loaded, because the plugin
+ * either fails with a bare number (5000, 5005, 1009) or does not check.
  */
 public final class NpuRuntime implements ComponentRuntime {
     static final String PROVIDER = "QNNExecutionProvider";
 
     /**
-     * Where the libraries are and what they run on.
+     * The libraries and the chip.
      *
-     * @param plugin libonnxruntime_providers_qnn.so: its path, or its plain name where the system finds it
-     * @param backend libQnnHtp.so, likewise
-     * @param soc part number of the device's chip, such as Build.SOC_MODEL's "SM8650"
+     * @param plugin path of libonnxruntime_providers_qnn.so, or its name if the system finds it
+     * @param backend the same for libQnnHtp.so
+     * @param soc part number of the chip, such as "SM8650" (Build.SOC_MODEL)
      * @param sdk version of the QNN libraries: {@link SdkVersion#ofLibrary}
-     * @param scratch a folder for short-lived files, such as an app's cache
+     * @param scratch folder for temporary files, such as an app's cache
      */
     public record Settings(String plugin, String backend, String soc, SdkVersion sdk, Path scratch) {}
 
@@ -43,7 +43,7 @@ public final class NpuRuntime implements ComponentRuntime {
     }
 
     /**
-     * Load the plugin and look for an NPU. Once per process; the plugin stays loaded.
+     * Load the plugin and find an NPU. The plugin stays loaded until the process ends.
      *
      * @throws MobileVdException {@link Problem#NPU_LIBRARY_FAILS}, {@link Problem#NPU_NOT_FOUND}
      */
@@ -102,7 +102,7 @@ public final class NpuRuntime implements ComponentRuntime {
                 Problem.NPU_OTHER_CHIP, component.name(), String.join(", ", targets), settings.soc());
     }
 
-    /** Twice the context binary: off Windows the plugin reads all of it onto the heap before QNN takes a copy. */
+    /** Twice the context binary: on Android the plugin reads the file onto the heap, and QNN copies it. */
     @Override
     public long memoryBytes(Manifest.Part part) {
         return 2 * part.files().get("context").bytes();
@@ -128,7 +128,7 @@ public final class NpuRuntime implements ComponentRuntime {
         return chip.equals(wanted) || chip.startsWith(wanted + "-");
     }
 
-    /** The plugin's devices: real NPUs if there are any, of one kind, else whatever it simulates on. */
+    /** The plugin's first NPU; if it has none, its first device, which is the simulator. */
     private static List<OrtEpDevice> devices(OrtEnvironment environment) throws OrtException {
         List<OrtEpDevice> found = new ArrayList<>();
         for (OrtEpDevice device : environment.getEpDevices()) {

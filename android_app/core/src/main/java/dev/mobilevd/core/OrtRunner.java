@@ -20,7 +20,7 @@ import java.util.List;
 import java.util.Map;
 import java.util.Set;
 
-/** A session of ONNX Runtime. Its first run is profiled, which tells where every node ran. */
+/** A session of ONNX Runtime. The profile of its first run tells where each node ran. */
 final class OrtRunner implements Runner {
     private final String component;
     private final Backend backend;
@@ -34,16 +34,16 @@ final class OrtRunner implements Runner {
     }
 
     /**
-     * Load a model from its path, so that the files beside it are found.
+     * Load a model by its path, because it refers to other files in the same folder.
      *
-     * @param scratch a folder that the profile may be written to
-     * @param options are configured for the backend, and stay the caller's
+     * @param scratch folder for the profile
+     * @param options configured for the backend; the caller closes them
      */
     static OrtRunner load(
             String component, Backend backend, Path model, Path scratch, OrtSession.SessionOptions options)
             throws MobileVdException {
         try {
-            options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_FATAL); // errors are thrown as well
+            options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_FATAL); // errors are thrown too
             options.enableProfiling(scratch.resolve("profile").toString());
             return new OrtRunner(
                     component, backend, OrtEnvironment.getEnvironment().createSession(model.toString(), options));
@@ -62,7 +62,7 @@ final class OrtRunner implements Runner {
                 Tensor given = inputs.get(input.getKey());
                 if (given == null) {
                     throw new MobileVdException(
-                            Problem.RUN_FAILED, component, "nobody provides its input " + input.getKey());
+                            Problem.RUN_FAILED, component, "no value for its input " + input.getKey());
                 }
                 Tensor fitting = given.as(((TensorInfo) input.getValue().getInfo()).type);
                 if (fitting != given) {
@@ -99,7 +99,7 @@ final class OrtRunner implements Runner {
             }
             session.close();
         } catch (OrtException error) {
-            throw new IllegalStateException(error); // only for a session that is closed already
+            throw new IllegalStateException(error); // only if the session is closed already
         }
     }
 
@@ -109,7 +109,7 @@ final class OrtRunner implements Runner {
         cancellation.enter(options);
         try {
             Map<String, Tensor> outputs = new LinkedHashMap<>();
-            // The result is not closed: its values live on as tensors.
+            // The result is not closed, because its values are returned as tensors.
             for (Map.Entry<String, OnnxValue> output : session.run(feeds, options)) {
                 outputs.put(output.getKey(), new Tensor((OnnxTensor) output.getValue()));
             }
@@ -154,7 +154,7 @@ final class OrtRunner implements Runner {
         try {
             Files.deleteIfExists(file);
         } catch (IOException error) {
-            // It lies in a folder for such files, which the system empties.
+            // The system empties this folder.
         }
     }
 

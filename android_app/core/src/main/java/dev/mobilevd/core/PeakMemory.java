@@ -9,8 +9,8 @@ import java.util.regex.Matcher;
 import java.util.regex.Pattern;
 
 /**
- * Watches how much memory of this process is resident, from its making until it is closed. Memory that a driver holds
- * for the NPU outside of the process is not in it.
+ * Samples the resident memory of this process until it is closed. It does not include memory that a driver allocates
+ * outside the process.
  */
 final class PeakMemory implements AutoCloseable {
     private static final Path STATUS = Paths.get("/proc/self/status");
@@ -27,7 +27,7 @@ final class PeakMemory implements AutoCloseable {
         thread.start();
     }
 
-    /** The highest number of bytes so far; null if the system does not tell. */
+    /** The peak in bytes so far; null if the system does not report it. */
     Long bytes() {
         look();
         return peak > 0 ? peak : null;

@@ -10,9 +10,9 @@ import java.util.Map;
 import java.util.Set;
 
 /**
- * Picture in, clip out: runs an artifact's components one after the other, as its manifest says.
+ * Generates a clip from a picture: runs an artifact's components in the order of its manifest.
  *
- * <p>One session is in memory at a time; a value is dropped after its last reader. Not for two threads at once.
+ * <p>One session is in memory at a time; a value is freed after its last use. Not thread-safe.
  */
 public final class Pipeline {
     private final Artifact artifact;
@@ -20,34 +20,34 @@ public final class Pipeline {
     private final MemoryInfo memory;
     private final RunTrace trace;
 
-    /** What is being done to a component. */
+    /** Stages of a component's run. */
     public enum Stage {
-        /** Checking digests, then making a session of the files. */
+        /** Checking digests, then creating the session. */
         LOAD,
         /** Calls that are not measured. */
         WARMUP,
-        /** Calls that are. */
+        /** Calls that are measured. */
         RUN,
         /** Freeing the session. */
         CLOSE;
 
-        /** As it stands in benchmark files and traces: "load", "warmup", "run" or "close". */
+        /** Its name in benchmark files and traces: "load", "warmup", "run" or "close". */
         public String id() {
             return name().toLowerCase(Locale.ROOT);
         }
     }
 
-    /** Told about a run, on the thread that does it. */
+    /** Receives the progress of a run, on the run's thread. */
     public interface Listener {
-        /** For those who do not want to know. */
+        /** Ignores everything. */
         Listener NONE = new Listener() {};
 
         /**
-         * Something begins.
+         * A stage, or a call of it, begins.
          *
          * @param index of the component, from 0, of {@code count}
          * @param call from 1, in stages WARMUP and RUN; else 0
-         * @param fraction of the whole run that is done, weighted by FLOPs: in [0, 1], never falling
+         * @param fraction done of the whole run, weighted by FLOPs: in [0, 1], never decreasing
          */
         default void at(String component, int index, int count, Backend backend, Stage stage, int call,
                 double fraction) {}
@@ -56,7 +56,7 @@ public final class Pipeline {
         default void finished(ComponentRun run) {}
     }
 
-    /** {@code trace} is told before each native call. */
+    /** {@code trace} is written before each native call. */
     public Pipeline(Artifact artifact, Runtimes runtimes, MemoryInfo memory, RunTrace trace) {
         this.artifact = artifact;
         this.runtimes = runtimes;
@@ -65,13 +65,13 @@ public final class Pipeline {
     }
 
     /**
-     * Make a clip.
+     * Generate a clip.
      *
      * @param image (1, 3, height, width) in [-1, 1]: {@link ImagePrep#prepare}
-     * @param seed any 64 bits, taken as unsigned; the same seed gives the same noise everywhere
+     * @param seed any 64 bits, unsigned; the same seed gives the same noise on every machine
      * @throws MobileVdException {@link Problem#IMAGE_INVALID}, {@link Problem#NO_MEMORY} before anything is loaded,
-     *     {@link Problem#CANCELLED}, and whatever {@link ComponentRuntime} and {@link Runner} throw; on
-     *     {@link Runtimes.Asked#AUTO} NPU_ problems lead to the CPU instead
+     *     {@link Problem#CANCELLED}, and the problems of {@link ComponentRuntime} and {@link Runner}; with
+     *     {@link Runtimes.Asked#AUTO}, the component runs on the CPU after an NPU_ problem
      */
     public Clip generate(
             float[] image, long seed, Runtimes.Asked asked, Listener listener, Cancellation cancellation)
@@ -80,9 +80,9 @@ public final class Pipeline {
     }
 
     /**
-     * What to run, and how often.
+     * A run, and how often to repeat its components.
      *
-     * @param measured components to warm up and repeat, the others run once; null: all
+     * @param measured components to warm up and repeat; the others run once; null: all
      */
     record Request(
             float[] image, long seed, Runtimes.Asked asked, int warmup, int samples, Set<String> measured) {
@@ -130,14 +130,14 @@ public final class Pipeline {
         }
     }
 
-    /** One run: the values that live, and how far it is. */
+    /** One run, with its live values. */
     private final class Run {
         private final Request request;
         private final Listener listener;
         private final Cancellation cancellation;
         private final List<Manifest.Component> components = artifact.manifest().components();
         private final List<ComponentRun> runs = new ArrayList<>();
-        /** By source: "image" and "component:NAME". */
+        /** Live values by source: "image" or "component:NAME". */
         private final Map<String, Tensor> values = new HashMap<>();
 
         Run(Request request, Listener listener, Cancellation cancellation) {
@@ -200,7 +200,7 @@ public final class Pipeline {
             }
         }
 
-        /** Close what no component behind {@code index} reads; the last one's output is the result. */
+        /** Free values that no component after {@code index} reads, except the result. */
         private void dropRead(int index) {
             values.entrySet()
                     .removeIf(
@@ -309,7 +309,7 @@ public final class Pipeline {
 
             private void begin(List<Manifest.Part> parts, int part, Stage stage, int call) throws MobileVdException {
                 cancellation.check();
-                if (call <= 1) { // to write it down takes milliseconds, which would cool the chip between the calls
+                if (call <= 1) { // writing takes milliseconds, in which the chip would cool down between measured calls
                     trace.begin(
                             new RunTrace.Step(
                                     artifact.root().getFileName().toString(), component.name(), part + 1,
@@ -336,7 +336,7 @@ public final class Pipeline {
                 return before / total;
             }
 
-            /** Move those of a call's outputs that are listed to {@code made}; close the others. */
+            /** Move the listed outputs of a call to {@code made}; close the others. */
             private void keep(List<String> names, Map<String, Tensor> outputs, Map<String, Tensor> made)
                     throws MobileVdException {
                 Map<String, Tensor> left = new HashMap<>(outputs);

@@ -1,10 +1,10 @@
 package dev.mobilevd.core;
 
 /**
- * Everything that can go wrong, one constant per sentence.
+ * All problems, one constant per sentence.
  *
- * <p>The English sentence is a {@link java.util.Formatter} pattern over {@link MobileVdException#arguments}. An app
- * translates by the constant's name. Arguments that are {@link ByteSize} may be shown in the reader's own units.
+ * <p>The English sentence is a {@link java.util.Formatter} pattern for {@link MobileVdException#arguments}. An app
+ * finds the translation by the constant's name, and may format arguments of the type {@link ByteSize} itself.
  */
 public enum Problem {
     // The manifest.
@@ -15,33 +15,33 @@ public enum Problem {
 
     // The artifact's folder.
     FILE_MISSING("%1$s is missing. Copy the artifact again."),
-    FILE_SIZE("%1$s has %2$s bytes, the manifest says %3$s. Copy the artifact again."),
-    FILE_DAMAGED("%1$s is damaged: its SHA-256 is not the manifest's. Copy the artifact again."),
+    FILE_SIZE("%1$s has %2$s bytes; the manifest says %3$s. Copy the artifact again."),
+    FILE_DAMAGED("%1$s is damaged: its SHA-256 differs from the manifest. Copy the artifact again."),
     FILE_EXTRA("%1$s is not in the manifest. Remove it, or copy the artifact again."),
-    FILE_NOT_PLAIN("%1$s is not a plain file. Copy the artifact again."),
+    FILE_NOT_PLAIN("%1$s is not a regular file. Copy the artifact again."),
     FILE_UNREADABLE("%1$s cannot be read: %2$s"),
 
-    // Getting artifacts in.
+    // Installation.
     ARCHIVE_UNREADABLE("This is not a readable .mvd file: %1$s"),
     ARCHIVE_ORDER("This is not an .mvd file of an artifact: it begins with %1$s instead of manifest.json."),
-    ARCHIVE_FOREIGN("The .mvd file holds %1$s, which its manifest does not list. Nothing was installed."),
-    ARCHIVE_TWICE("The .mvd file holds %1$s twice. Nothing was installed."),
+    ARCHIVE_FOREIGN("The .mvd file contains %1$s, which its manifest does not list. Nothing was installed."),
+    ARCHIVE_TWICE("The .mvd file contains %1$s twice. Nothing was installed."),
     ARCHIVE_SHORT("The .mvd file ends before %1$s. Copy it again."),
-    ARCHIVE_BOMB("%1$s unpacks to far more than it can hold. Nothing was installed."),
-    NAME_INVALID("An artifact cannot be called \"%1$s\": use letters, digits, dot, dash and underscore."),
+    ARCHIVE_BOMB("%1$s is too large after unpacking. Nothing was installed."),
+    NAME_INVALID("\"%1$s\" is not a valid artifact name: use letters, digits, dot, dash and underscore."),
     NOT_INSTALLED("No artifact \"%1$s\" is installed."),
-    NO_SPACE("There is too little storage: %1$s are needed, %2$s are free."),
+    NO_SPACE("Not enough storage: %1$s are needed, %2$s are free."),
     NOT_WRITTEN("%1$s cannot be written: %2$s"),
 
     // Running.
     NO_MEMORY("%1$s needs about %2$s of memory, %3$s are available. Close other apps."),
-    MEMORY_RAN_OUT("Memory ran out in %1$s. Close other apps."),
+    MEMORY_RAN_OUT("%1$s ran out of memory. Close other apps."),
     IMAGE_INVALID("The picture cannot be used: %1$s"),
-    SEED_INVALID("\"%1$s\" is not a seed: use a whole number from 0 to 18446744073709551615."),
+    SEED_INVALID("\"%1$s\" is not a seed: use an integer from 0 to 18446744073709551615."),
     MODEL_REFUSED("%1$s cannot be loaded: %2$s"),
     RUN_FAILED("%1$s failed: %2$s"),
-    OUTPUT_UNEXPECTED("%1$s gave %2$s, the manifest says %3$s."),
-    OUTPUT_NOT_FINITE("%1$s gave values that are not numbers. Try another seed or picture."),
+    OUTPUT_UNEXPECTED("%1$s returned %2$s; the manifest says %3$s."),
+    OUTPUT_NOT_FINITE("%1$s returned NaN or infinite values. Try another seed or picture."),
     CANCELLED("Cancelled."),
 
     // The NPU.
@@ -49,13 +49,13 @@ public enum Problem {
     NPU_LIBRARY_FAILS("The NPU's libraries do not start: %1$s"),
     NPU_NOT_FOUND("The runtime finds no NPU in this device."),
     NPU_NO_BINARY("%1$s has no binary for any NPU."),
-    NPU_OTHER_CHIP("%1$s has binaries for %2$s, this device is %3$s."),
+    NPU_OTHER_CHIP("%1$s was compiled for %2$s; this device has %3$s."),
     NPU_RUNTIME_OLD("%1$s was compiled by QNN %2$s; this app's QNN is %3$s, which is older."),
-    NPU_REFUSED("The NPU refuses %1$s: %2$s"),
-    NPU_PLACEMENT("%1$s did not run on the NPU alone: %2$s nodes there, %3$s elsewhere."),
+    NPU_REFUSED("The NPU cannot load %1$s: %2$s"),
+    NPU_PLACEMENT("%1$s ran only partly on the NPU: %2$s nodes on the NPU, %3$s nodes elsewhere."),
 
     // Benchmarks.
-    BENCHMARK_INVALID("The benchmark was not asked for properly: %1$s");
+    BENCHMARK_INVALID("Invalid benchmark request: %1$s");
 
     private final String pattern;
 
@@ -68,7 +68,7 @@ public enum Problem {
         return pattern;
     }
 
-    /** Whether it only says why the NPU cannot be used, so that the CPU may take over. */
+    /** Whether it prevents only the use of the NPU, so that the CPU can be used instead. */
     public boolean isNpu() {
         return name().startsWith("NPU_");
     }

@@ -1,11 +1,11 @@
 package dev.mobilevd.core;
 
-/** Told how far a long job is, on the thread that does it. */
+/** Receives the progress of a job, on the job's thread. */
 @FunctionalInterface
 public interface Progress {
-    /** {@code done} of {@code total} bytes; {@code done} never falls and ends at {@code total}. */
+    /** {@code done} of {@code total} bytes; {@code done} never decreases and ends at {@code total}. */
     void at(long done, long total);
 
-    /** For those who do not want to know. */
+    /** Ignores everything. */
     Progress NONE = (done, total) -> {};
 }

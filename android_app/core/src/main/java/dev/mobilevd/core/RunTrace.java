@@ -7,31 +7,31 @@ import java.util.LinkedHashMap;
 import java.util.Map;
 
 /**
- * A file that says which native call is running, so that a crash that takes the whole process, or the whole phone, can
- * be named at the next start. Nothing running: no file.
+ * A file that names the native call in progress. After a crash of the process or the phone, the next start reads it.
+ * While no call is in progress, the file does not exist.
  */
 public final class RunTrace {
     private final Path file;
 
     /**
-     * A call that began.
+     * A native call.
      *
-     * @param artifact its name
+     * @param artifact name of the artifact
      * @param part counted from 1, of {@code parts}
      * @param stage "load", "warmup", "run" or "close"
      */
     public record Step(String artifact, String component, int part, int parts, String backend, String stage) {}
 
-    /** A trace in {@code file}, whose folder exists. */
+    /** A trace in {@code file}. Its folder must exist. */
     public RunTrace(Path file) {
         this.file = file;
     }
 
     /**
-     * What was running when the process ended the last time, and forget it. It crashed there, or was killed there: the
-     * system, or the person who swiped it away, may know more.
+     * Return and delete the call that was in progress when the previous process ended. It crashed, or the system or the
+     * person ended it.
      *
-     * @return null if nothing was running
+     * @return null if no call was in progress
      */
     public Step takePrevious() {
         try {
@@ -44,13 +44,13 @@ public final class RunTrace {
                     (String) fields.get("backend"),
                     (String) fields.get("stage"));
         } catch (IOException | Json.Refused | ClassCastException | NullPointerException | ArithmeticException error) {
-            return null; // there is none, or it is no trace of this version
+            return null; // no file, or one of another version
         } finally {
             clear();
         }
     }
 
-    /** Write down, to the disk itself, that a call begins. Throws {@link Problem#NOT_WRITTEN}. */
+    /** Write to the disk that a call begins. Throws {@link Problem#NOT_WRITTEN}. */
     void begin(Step step) throws MobileVdException {
         Map<String, Object> fields = new LinkedHashMap<>();
         fields.put("artifact", step.artifact());
@@ -67,7 +67,7 @@ public final class RunTrace {
         try {
             Files.deleteIfExists(file);
         } catch (IOException error) {
-            // The worst that follows is a report of a crash that was none.
+            // The next start then reports a crash that did not happen.
         }
     }
 }

@@ -2,15 +2,15 @@ package dev.mobilevd.core;
 
 import ai.onnxruntime.OrtEnvironment;
 
-/** What this device can run components on, and the choice between them. */
+/** The runtimes of this device, and the choice between them. */
 public final class Runtimes {
-    /** What a person asks for: the NPU where it works and else the CPU, or one of them and no other. */
+    /** The requested backend: AUTO is the NPU if it works, else the CPU. */
     public enum Asked {
         AUTO,
         NPU,
         CPU;
 
-        /** As it stands in benchmark files and intents: "auto", "npu" or "cpu". */
+        /** Its name in benchmark files and intents: "auto", "npu" or "cpu". */
         public String id() {
             return this == AUTO ? "auto" : this == NPU ? "npu" : "cpu";
         }
@@ -26,7 +26,7 @@ public final class Runtimes {
         }
     }
 
-    /** The runtime for a component; {@code whyNotNpu} is null where it is the NPU, or was not asked for. */
+    /** The runtime of a component; {@code whyNotNpu} is null if it is the NPU, or if the CPU was requested. */
     public record Choice(ComponentRuntime runtime, MobileVdException whyNotNpu) {}
 
     private final ComponentRuntime cpu;
@@ -44,12 +44,12 @@ public final class Runtimes {
         return new Runtimes(cpu, npu, null);
     }
 
-    /** Only the CPU works; {@code whyNoNpu} is an NPU_ problem that says why. */
+    /** Only the CPU works; {@code whyNoNpu} is the NPU_ problem. */
     public static Runtimes withoutNpu(ComponentRuntime cpu, MobileVdException whyNoNpu) {
         return new Runtimes(cpu, null, whyNoNpu);
     }
 
-    /** Why no component can run on the NPU of this device; null if it has one that works. */
+    /** Why this device has no usable NPU; null if it has one. */
     public MobileVdException whyNoNpu() {
         return whyNoNpu;
     }
@@ -65,9 +65,9 @@ public final class Runtimes {
     }
 
     /**
-     * Choose for one component. A run may still end on the CPU, if the NPU then refuses to load it.
+     * Choose the runtime of one component. If the NPU then fails to load it, the run still uses the CPU.
      *
-     * @throws MobileVdException the NPU_ problem, where only the NPU was asked for
+     * @throws MobileVdException the NPU_ problem, if only the NPU was requested
      */
     public Choice choose(Manifest.Component component, Asked asked) throws MobileVdException {
         if (asked == Asked.CPU) {

@@ -9,15 +9,15 @@ import java.util.regex.Matcher;
 import java.util.regex.Pattern;
 
 /**
- * A version of QAIRT, Qualcomm's SDK, as its libraries and binaries name it.
+ * A version of QAIRT, Qualcomm's SDK.
  *
- * @param text as it was found, "v2.51.0.260929181845"; the last number says when it was built
+ * @param text as in libraries and binaries, such as "v2.51.0.260929181845"; the last number is the build time
  */
 public record SdkVersion(String text, int major, int minor, int patch) {
     static final Pattern PATTERN = Pattern.compile("v([0-9]{1,6})\\.([0-9]{1,6})\\.([0-9]{1,6})(\\.[0-9]+)?");
     private static final Pattern IN_LIBRARY = Pattern.compile("v[0-9]{1,3}\\.[0-9]{1,3}\\.[0-9]{1,3}\\.[0-9]{12}");
 
-    // The version is found across the borders of what is read at once.
+    // Chunks overlap, so that a version on their border is found.
     private static final int CHUNK = 1 << 20;
     private static final int OVERLAP = 32;
 
@@ -32,9 +32,9 @@ public record SdkVersion(String text, int major, int minor, int patch) {
     }
 
     /**
-     * Read the version that a QNN library carries in clear text (libQnnHtp.so does; libQnnSystem.so does not).
+     * Find the version in a QNN library. libQnnHtp.so, stubs and skeletons contain it, libQnnSystem.so does not.
      *
-     * @return null if there is none in it
+     * @return null if the library contains none
      */
     public static SdkVersion ofLibrary(Path library) throws MobileVdException {
         byte[] buffer = new byte[CHUNK];

@@ -3,7 +3,7 @@ package dev.mobilevd.core;
 import java.security.MessageDigest;
 import java.security.NoSuchAlgorithmException;
 
-/** A SHA-256 in the making. */
+/** Computes a SHA-256. */
 final class Sha256 {
     private final MessageDigest digest;
 
@@ -11,7 +11,7 @@ final class Sha256 {
         try {
             digest = MessageDigest.getInstance("SHA-256");
         } catch (NoSuchAlgorithmException error) {
-            throw new IllegalStateException(error); // every Java has it
+            throw new IllegalStateException(error); // every Java implements it
         }
     }
 
@@ -25,7 +25,7 @@ final class Sha256 {
         digest.update(bytes, 0, count);
     }
 
-    /** The digest in lower-case hex; nothing can be added afterwards. */
+    /** The digest in lower-case hex. Call it once, after the last add. */
     String hex() {
         StringBuilder text = new StringBuilder();
         for (byte value : digest.digest()) {

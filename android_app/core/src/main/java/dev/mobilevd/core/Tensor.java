@@ -10,7 +10,7 @@ import java.nio.FloatBuffer;
 import java.nio.ShortBuffer;
 import java.util.Arrays;
 
-/** A value on its way between components: float32 or float16 in the runtime's own memory, until it is closed. */
+/** A value passed between components: float32 or float16 in the runtime's memory, until it is closed. */
 public final class Tensor implements AutoCloseable {
     private final OnnxTensor value;
 
@@ -32,7 +32,7 @@ public final class Tensor implements AutoCloseable {
             }
             return new Tensor(OnnxTensor.createTensor(environment, FloatBuffer.wrap(values), shape));
         } catch (OrtException error) {
-            throw new IllegalArgumentException(error); // a shape that does not hold the values, or another type
+            throw new IllegalArgumentException(error); // shape and values do not match
         }
     }
 
@@ -41,7 +41,7 @@ public final class Tensor implements AutoCloseable {
         return info().getShape();
     }
 
-    /** Its values as float32, in row-major order: a copy. */
+    /** A copy of its values as float32, in row-major order. */
     public float[] toArray() {
         FloatBuffer values = value.getFloatBuffer();
         float[] copy = new float[values.remaining()];
@@ -49,7 +49,7 @@ public final class Tensor implements AutoCloseable {
         return copy;
     }
 
-    /** Whether every value is a number. */
+    /** Whether no value is NaN or infinite. */
     boolean isFinite() {
         FloatBuffer values = value.getFloatBuffer();
         for (int i = values.position(); i < values.limit(); i++) {
@@ -60,7 +60,7 @@ public final class Tensor implements AutoCloseable {
         return true;
     }
 
-    /** This value as a session wants it: itself, or a copy in the other float type. */
+    /** This value in the type that a session needs: itself, or a converted copy. */
     Tensor as(OnnxJavaType type) {
         return info().type == type ? this : of(type, toArray(), shape());
     }
@@ -69,7 +69,7 @@ public final class Tensor implements AutoCloseable {
         return value;
     }
 
-    /** Free its memory; no other method may be called afterwards. */
+    /** Free its memory. No method may be called after this. */
     @Override
     public void close() {
         value.close();

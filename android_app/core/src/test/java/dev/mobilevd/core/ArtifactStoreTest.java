@@ -75,7 +75,7 @@ public class ArtifactStoreTest {
         return store.installZip(new ByteArrayInputStream(zip), "tiny", Progress.NONE, Golden.NEVER);
     }
 
-    /** Installing must fail so, and leave nothing behind, neither here nor outside of the store. */
+    /** The installation must fail with this problem and leave no file inside or outside of the store. */
     private MobileVdException assertRefused(Problem problem, byte[] zip) throws Exception {
         MobileVdException error = Golden.assertFails(problem, () -> install(zip));
         assertNothingLeft();
@@ -229,13 +229,13 @@ public class ArtifactStoreTest {
     public void entriesThatStandTwiceAreRefused() throws Exception {
         for (String path : List.of("report.html", "manifest.json", "manifest.sha256")) {
             Map<String, byte[]> entries = entries();
-            entries.put("second", entries.get(path)); // renamed below: Java's own writer refuses it
+            entries.put("second", entries.get(path)); // renamed below: ZipOutputStream refuses duplicates
             byte[] zip = renamed(zip(entries, true), "second", path);
             assertEquals(List.of(path), assertRefused(Problem.ARCHIVE_TWICE, zip).arguments());
         }
     }
 
-    /** A zip whose entry has another name, in place of one of another length: header and all. */
+    /** Rename an entry of a zip, in all of its headers. */
     private static byte[] renamed(byte[] zip, String from, String to) {
         byte[] name = from.getBytes(StandardCharsets.US_ASCII);
         ByteArrayOutputStream made = new ByteArrayOutputStream();
@@ -261,7 +261,7 @@ public class ArtifactStoreTest {
 
     @Test
     public void aLinkInAZipIsWrittenAsWhatItIsAndRefused() throws Exception {
-        // A link's entry holds the path that it points to; nothing here ever makes a link of it.
+        // The content of a link's entry is its target. The store never creates links.
         Map<String, byte[]> entries = entries();
         entries.put("report.html", "/etc/hostname".getBytes(StandardCharsets.US_ASCII));
         byte[] zip = zip(entries, true);
@@ -275,7 +275,7 @@ public class ArtifactStoreTest {
         for (int i = 46; i + name.length <= zip.length; i++) {
             boolean central = zip[i - 46] == 'P' && zip[i - 45] == 'K' && zip[i - 44] == 1 && zip[i - 43] == 2;
             if (central && Arrays.equals(Arrays.copyOfRange(zip, i, i + name.length), name)) {
-                zip[i - 41] = 3; // made by Unix
+                zip[i - 41] = 3; // created on Unix
                 zip[i - 6] = (byte) 0xFF;
                 zip[i - 5] = (byte) 0xA1;
                 return;

@@ -53,13 +53,13 @@ public class BenchmarkTest {
         Path file = Benchmark.run(request, device, store, starting, trace, folder, Golden.NEVER);
         assertEquals(List.of(file), Golden.files(folder));
         String results = System.getProperty("mobilevd.results", "");
-        if (!results.isEmpty()) { // Python's tests read them
+        if (!results.isEmpty()) { // read by the Python tests
             Files.copy(file, Paths.get(results).resolve(file.getFileName()));
         }
         return Json.readObject(Files.readAllBytes(file));
     }
 
-    /** Keys of objects, and of the objects in them: the form of a file without its values. */
+    /** The keys of nested objects: the structure of a file without its values. */
     private static Object form(Object value) {
         if (value instanceof Map<?, ?> object) {
             return object.entrySet().stream()

@@ -8,7 +8,7 @@ import org.junit.Rule;
 import org.junit.Test;
 import org.junit.rules.TemporaryFolder;
 
-/** The demo's float artifact on ONNX Runtime for the desktop, against Python. */
+/** The demo's float artifact on ONNX Runtime for the desktop, compared with Python. */
 public class DemoTest {
     @Rule public final TemporaryFolder temporary = new TemporaryFolder();
     private Artifact artifact;

@@ -20,7 +20,7 @@ import java.util.stream.Collectors;
 import java.util.stream.Stream;
 import javax.imageio.ImageIO;
 
-/** The golden files of tests/vectors, and what many tests need. */
+/** The golden files of tests/vectors, and shared helpers. */
 final class Golden {
     static final Path ROOT = Paths.get(System.getProperty("mobilevd.root"));
     static final Path VECTORS = ROOT.resolve("tests").resolve("vectors");
@@ -30,12 +30,12 @@ final class Golden {
 
     private Golden() {}
 
-    /** Something that should fail. */
+    /** An action that must fail. */
     interface Attempt {
         void run() throws Exception;
     }
 
-    /** Run it, and return the exception, whose problem must be this one. */
+    /** Run it; assert that it fails with this problem, and return the exception. */
     static MobileVdException assertFails(Problem problem, Attempt attempt) {
         try {
             attempt.run();
@@ -85,7 +85,7 @@ final class Golden {
         return values;
     }
 
-    /** Copy the tiny artifact, to be damaged. */
+    /** Copy the tiny artifact. */
     static Path copy(Path to) throws IOException {
         for (Path file : files(ARTIFACT)) {
             Path target = to.resolve(ARTIFACT.relativize(file).toString());
@@ -102,7 +102,7 @@ final class Golden {
         }
     }
 
-    /** Change the manifest as a careful hand would: with a digest that fits. */
+    /** Change the manifest and update its digest. */
     static void rewriteManifest(Path root, String from, String to) throws IOException {
         String text = read(root.resolve(Manifest.FILE));
         assertTrue(from, text.contains(from));
@@ -116,7 +116,7 @@ final class Golden {
         return new String(Files.readAllBytes(file), StandardCharsets.UTF_8);
     }
 
-    /** The first picture of pictures.json, as the tiny artifact takes it. */
+    /** The first picture of pictures.json, as input of the tiny artifact. */
     static float[] picture() throws Exception {
         Map<String, Object> picture = objects(json("pictures.json").get("pictures")).get(0);
         int[] size = ints(picture.get("size"));
@@ -132,7 +132,7 @@ final class Golden {
         return pixels;
     }
 
-    /** What Python makes of that picture. */
+    /** Python's clip of that picture. */
     static float[] clip() throws Exception {
         return floats(Base64.getDecoder().decode((String) json("clip.json").get("frames_float32_base64")));
     }
@@ -141,7 +141,7 @@ final class Golden {
         return Noise.parseSeed((String) json("clip.json").get("seed"));
     }
 
-    /** Signal over error in dB; infinite where equal. */
+    /** Signal-to-error ratio in dB; infinite if equal. */
     static double sqnr(float[] reference, float[] test) {
         assertEquals(reference.length, test.length);
         double signal = 0;
@@ -153,7 +153,7 @@ final class Golden {
         return error == 0 ? Double.POSITIVE_INFINITY : 10 * Math.log10(signal / error);
     }
 
-    /** A picture file as an app would decode it: ARGB, not premultiplied. */
+    /** A picture file, decoded to ARGB, not premultiplied. */
     static float[] picture(Path file, Manifest.PipelineSpec spec) throws Exception {
         BufferedImage image = ImageIO.read(file.toFile());
         int width = image.getWidth();

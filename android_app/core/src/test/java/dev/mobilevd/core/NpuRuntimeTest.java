@@ -12,7 +12,7 @@ import org.junit.Rule;
 import org.junit.Test;
 import org.junit.rules.TemporaryFolder;
 
-/** What needs no library of Qualcomm's; {@link NpuSimulatorTest} has the rest. */
+/** Tests that need no library of Qualcomm's. The others are in {@link NpuSimulatorTest}. */
 public class NpuRuntimeTest {
     @Rule public final TemporaryFolder temporary = new TemporaryFolder();
 

@@ -17,8 +17,8 @@ import org.junit.Test;
 import org.junit.rules.TemporaryFolder;
 
 /**
- * Context binaries through the plugin of onnxruntime-qnn's Linux wheel: the code that runs on the phone, on the
- * simulator of its NPU.
+ * Runs context binaries on the NPU's simulator, with the plugin of onnxruntime-qnn's Linux wheel. The Java code is the
+ * phone's.
  */
 public class NpuSimulatorTest {
     private static final String PLUGIN = "libonnxruntime_providers_qnn.so";
@@ -57,7 +57,7 @@ public class NpuSimulatorTest {
                 .generate(image, seed, asked, Pipeline.Listener.NONE, Golden.NEVER);
     }
 
-    /** The first component alone is enough for what goes wrong while loading. */
+    /** The first component is enough to test errors while loading. */
     private Runner loadFirst(Path root) throws MobileVdException {
         Artifact opened = new Artifact(root, artifact.manifest(), artifact.manifestSha256());
         Manifest.Component component = artifact.manifest().components().get(0);
@@ -97,7 +97,7 @@ public class NpuSimulatorTest {
         for (Manifest.Component component : artifact.manifest().components()) {
             for (Manifest.Part part : component.npu().get(0).parts()) {
                 byte[] wrapper = Files.readAllBytes(artifact.path(part.files().get("wrapper")));
-                // ModelProto.ir_version is field 1, a varint, and stands first.
+                // ModelProto.ir_version is field 1, a varint, and comes first.
                 assertEquals(0x08, wrapper[0]);
                 assertEquals(10, wrapper[1]);
             }

@@ -43,8 +43,8 @@ public class PipelineTest {
     }
 
     /**
-     * Runs the parts of the tiny artifact's "binaries", which are plain ONNX, on the CPU; says that it is the NPU; and
-     * writes down what is loaded, run and closed.
+     * A fake NPU: runs the parts of the tiny artifact's "binaries", which are plain ONNX, on the CPU, and records what
+     * is loaded, run and closed.
      */
     private class TestNpu implements ComponentRuntime {
         private final Map<String, Problem> failures = new HashMap<>();
@@ -236,7 +236,7 @@ public class PipelineTest {
 
     @Test
     public void memoryIsLookedAtAgainBeforeEveryLoad() {
-        // Another app takes it while the first components run.
+        // Another app allocates it while the first components run.
         MemoryInfo shrinking =
                 () -> new MemoryInfo.Snapshot(events.contains("load unet part0") ? 3 : 1 << 30, 1 << 30);
         Pipeline pipeline =
@@ -253,7 +253,7 @@ public class PipelineTest {
                 new TestNpu() {
                     @Override
                     public Runner load(Artifact artifact, Manifest.Component component, Manifest.Part part) {
-                        throw new OutOfMemoryError("made by a test");
+                        throw new OutOfMemoryError("by the test");
                     }
                 };
         Runtimes runtimes = Runtimes.withoutNpu(greedy, new MobileVdException(Problem.NPU_NOT_IN_APP, "cpu"));
@@ -293,7 +293,7 @@ public class PipelineTest {
                         }
                     };
             if (step.equals("decoder CLOSE")) {
-                continue; // the clip is there
+                continue; // the clip is complete
             }
             Golden.assertFails(
                     Problem.CANCELLED,
@@ -425,7 +425,7 @@ public class PipelineTest {
 
     @Test
     public void valuesOfAFailedRunAreGone() {
-        // Closing twice would throw, forgetting to close leaks: twenty failed runs end in neither.
+        // Closing a value twice would throw.
         TestNpu npu = new TestNpu();
         npu.failures.put("run decoder", Problem.RUN_FAILED);
         for (int i = 0; i < 20; i++) {

@@ -28,7 +28,7 @@ public class ProblemTest {
     @Test
     public void anExceptionSpeaksAndKeepsItsParts() {
         MobileVdException error = new MobileVdException(Problem.NO_SPACE, new ByteSize(4_200_000), new ByteSize(7));
-        assertEquals("There is too little storage: 4.20 MB are needed, 7 bytes are free.", error.getMessage());
+        assertEquals("Not enough storage: 4.20 MB are needed, 7 bytes are free.", error.getMessage());
         assertEquals(List.of(new ByteSize(4_200_000), new ByteSize(7)), error.arguments());
     }
 

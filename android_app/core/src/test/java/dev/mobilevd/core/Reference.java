@@ -9,9 +9,9 @@ import java.nio.file.Paths;
 import java.util.List;
 import java.util.Map;
 
-/** An artifact that an export made, and what Python made with it: tests/clip_reference.py. */
+/** An exported artifact, and the clips that Python generated with it (tests/clip_reference.py). */
 final class Reference {
-    /** As good as equal: the least that two runtimes' roundings may leave. */
+    /** Minimum agreement in dB. Rounding differs between the runtimes. */
     static final double FLOOR_DB = 60;
 
     private final Path folder;
@@ -24,7 +24,7 @@ final class Reference {
         pictures = Golden.list(index.get("pictures"));
     }
 
-    /** The folder that a property names; the test is skipped where it names none. */
+    /** The folder that a property names; without one the test is skipped. */
     static Path folder(String property) {
         String value = System.getProperty(property, "");
         assumeTrue(property + " names no folder", !value.isEmpty() && Files.isDirectory(Paths.get(value)));

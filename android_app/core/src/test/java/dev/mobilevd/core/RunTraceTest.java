@@ -54,7 +54,7 @@ public class RunTraceTest {
         Golden.assertFails(Problem.NOT_WRITTEN, () -> trace.begin(step));
     }
 
-    /** Another process runs the tiny artifact and dies without a word, as in a native crash: in and between calls. */
+    /** Another process runs the tiny artifact and halts like in a native crash, in and between calls. */
     @Test
     public void theNextStartKnowsWhereTheProcessDied() throws Exception {
         for (String where : List.of("vae_encoder LOAD", "unet RUN", "decoder CLOSE")) {
@@ -72,7 +72,7 @@ public class RunTraceTest {
             assertEquals("artifact", step.artifact());
             assertEquals("cpu", step.backend());
         }
-        // And it can run again.
+        // The next run works.
         pipeline(file, temporary.getRoot().toPath())
                 .generate(Golden.picture(), 7, Runtimes.Asked.CPU, Pipeline.Listener.NONE, Golden.NEVER);
         assertNull(new RunTrace(file).takePrevious());

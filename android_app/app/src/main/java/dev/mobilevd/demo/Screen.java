@@ -1,0 +1,276 @@
+package dev.mobilevd.demo;
+
+import android.app.Activity;
+import android.graphics.drawable.AnimationDrawable;
+import android.os.SystemClock;
+import android.view.LayoutInflater;
+import android.view.View;
+import android.widget.Button;
+import android.widget.EditText;
+import android.widget.ImageView;
+import android.widget.LinearLayout;
+import android.widget.ProgressBar;
+import android.widget.TextView;
+import dev.mobilevd.core.ArtifactStore;
+import dev.mobilevd.core.Backend;
+import dev.mobilevd.core.Manifest;
+import dev.mobilevd.core.Problem;
+import java.util.ArrayList;
+import java.util.List;
+
+/** The views of the main screen. They show a {@link State}. */
+final class Screen {
+    private static final int PROGRESS_STEPS = 1000;
+
+    private final Activity activity;
+    private final StageView stage;
+    private final ImageView picture;
+    private final EditText seed;
+    private final LinearLayout components;
+    private Object shown;
+
+    /** The screen of an activity with the layout "main". */
+    Screen(Activity activity) {
+        this.activity = activity;
+        stage = activity.findViewById(R.id.stage);
+        picture = activity.findViewById(R.id.picture);
+        seed = activity.findViewById(R.id.seed);
+        components = activity.findViewById(R.id.components);
+    }
+
+    /**
+     * Show everything.
+     *
+     * @param whyNotNpu why the next run will use the CPU; null if it will try the NPU
+     */
+    void draw(State state, Words whyNotNpu, boolean paused) {
+        drawStage(state, paused);
+        drawMessage(state);
+        drawChoices(state);
+        drawReport(state, whyNotNpu);
+        stage.setKeepScreenOn(!state.isIdle());
+    }
+
+    private void drawStage(State state, boolean paused) {
+        Manifest manifest = state.manifest();
+        Result result = state.result();
+        if (result != null) {
+            stage.setAspect((double) result.width() / result.height());
+        } else if (manifest != null) {
+            stage.setAspect((double) manifest.pipeline().width() / manifest.pipeline().height());
+        }
+        Object now = result != null ? result.frames() : state.picture();
+        if (now != shown) {
+            shown = now;
+            if (result != null) {
+                picture.setImageDrawable(result.animation(activity.getResources()));
+            } else {
+                picture.setImageBitmap(state.picture());
+            }
+        }
+        if (result != null) {
+            AnimationDrawable animation = (AnimationDrawable) picture.getDrawable();
+            if (paused) {
+                animation.stop();
+            } else {
+                animation.start();
+            }
+            stage.setContentDescription(activity.getString(paused ? R.string.clip_paused : R.string.clip_playing));
+        } else {
+            stage.setContentDescription(
+                    activity.getString(state.picture() == null ? R.string.choose_picture : R.string.picture_chosen));
+        }
+        show(R.id.invitation, now == null);
+        show(R.id.other_picture, now != null && state.canPick());
+    }
+
+    private void drawMessage(State state) {
+        State.Message message = state.message();
+        show(R.id.message, message != null);
+        if (message == null) {
+            return;
+        }
+        find(R.id.message)
+                .setBackgroundResource(message.isError() ? R.drawable.message_error : R.drawable.message_notice);
+        int colour = activity.getColor(message.isError() ? R.color.on_error_container : R.color.on_notice_container);
+        TextView text = activity.findViewById(R.id.message_text);
+        setText(text, message.text().in(activity));
+        text.setTextColor(colour);
+        Button action = activity.findViewById(R.id.message_action);
+        show(R.id.message_action, message.offersCpu() && !state.cpuOnly());
+        action.setText(R.string.use_cpu);
+        action.setTextColor(colour);
+        Button close = activity.findViewById(R.id.message_close);
+        close.setTextColor(colour);
+    }
+
+    private void drawChoices(State state) {
+        boolean idle = state.isIdle();
+        ArtifactStore.Installed model = state.model();
+        setText(R.id.model_name, model != null ? label(model) : noModel(state));
+        find(R.id.model).setEnabled(idle);
+        if (!seed.getText().toString().equals(state.seed())) {
+            seed.setText(state.seed());
+        }
+        seed.setEnabled(idle);
+        find(R.id.dice).setEnabled(idle);
+        Button go = activity.findViewById(R.id.go);
+        boolean cancelling = state.job().isCancelling();
+        boolean cancellable = !idle && state.work() != State.Work.SAVING;
+        go.setText(cancelling ? R.string.cancelling : cancellable ? R.string.cancel : R.string.go);
+        go.setBackgroundResource(cancellable ? R.drawable.button_tonal : R.drawable.button_filled);
+        go.setTextColor(activity.getColorStateList(cancellable ? R.color.on_tonal : R.color.text_filled));
+        go.setEnabled(cancellable ? !cancelling : state.canRun());
+        show(R.id.take_away, state.result() != null && state.work() != State.Work.RUNNING);
+        find(R.id.save).setEnabled(idle && state.result() != null && state.result().saved() == null);
+        find(R.id.share).setEnabled(idle);
+    }
+
+    private String noModel(State state) {
+        String coming = state.job().installing();
+        return coming != null ? coming : activity.getString(R.string.no_model);
+    }
+
+    /** A model's name, and its size or what is wrong with it. */
+    String label(ArtifactStore.Installed model) {
+        if (model.artifact() == null) {
+            boolean newer = model.problem().problem() == Problem.MANIFEST_VERSION;
+            return activity.getString(newer ? R.string.model_newer : R.string.model_damaged, model.name());
+        }
+        String size = Words.size(model.artifact().manifest().bytes()).in(activity);
+        return activity.getString(R.string.model_with_size, model.name(), size);
+    }
+
+    /** Show what the app does or did, and how long each component took. */
+    void drawReport(State state, Words whyNotNpu) {
+        TextView headline = activity.findViewById(R.id.headline);
+        Words explanation = null;
+        Words said;
+        List<State.Row> rows = state.rows();
+        Result result = state.result();
+        if (state.work() == State.Work.INSTALLING) {
+            String percent = Math.round(state.job().fraction() * 100) + " %";
+            said =
+                    state.job().installing() == null
+                            ? Words.of(R.string.opening)
+                            : Words.of(R.string.installing, state.job().installing(), percent);
+        } else if (state.work() == State.Work.SAVING) {
+            said = Words.of(R.string.saving);
+        } else if (state.work() == State.Work.RUNNING) {
+            said = Words.of(R.string.running, Words.seconds(state.job().elapsed()));
+        } else if (result != null) {
+            said = Words.of(ranOn(result), Words.time(result.wallMs()));
+            explanation = whyNot(result);
+            rows = new ArrayList<>();
+            for (Result.Row row : result.rows()) {
+                rows.add(new State.Row(row.component(), State.Phase.DONE, row.backend(), 0, row.ms()));
+            }
+        } else if (state.model() != null && state.model().problem() != null) {
+            said = Words.of(R.string.model_unusable);
+            explanation = Words.of(state.model().problem());
+        } else {
+            explanation = whyNotNpu;
+            said = Words.of(explanation == null ? R.string.will_try_npu : R.string.will_use_cpu);
+        }
+        setText(headline, said.in(activity));
+        show(R.id.explanation, explanation != null);
+        if (explanation != null) {
+            setText(R.id.explanation, explanation.in(activity));
+        }
+        ProgressBar progress = activity.findViewById(R.id.progress);
+        show(R.id.progress, state.work() == State.Work.RUNNING || state.work() == State.Work.INSTALLING);
+        progress.setProgress((int) Math.round(state.job().fraction() * PROGRESS_STEPS));
+        // During a job the text changes ten times per second, which a screen reader must not announce.
+        headline.setAccessibilityLiveRegion(
+                state.isIdle() ? View.ACCESSIBILITY_LIVE_REGION_POLITE : View.ACCESSIBILITY_LIVE_REGION_NONE);
+        drawRows(rows);
+    }
+
+    private static int ranOn(Result result) {
+        boolean npu = result.rows().stream().anyMatch(row -> row.backend() == Backend.NPU);
+        boolean cpu = result.rows().stream().anyMatch(row -> row.backend() == Backend.CPU);
+        return npu && cpu ? R.string.ran_on_both : npu ? R.string.ran_on_npu : R.string.ran_on_cpu;
+    }
+
+    private static Words whyNot(Result result) {
+        for (Result.Row row : result.rows()) {
+            if (row.whyNotNpu() != null) {
+                return Words.of(row.whyNotNpu());
+            }
+        }
+        return null;
+    }
+
+    private void drawRows(List<State.Row> rows) {
+        while (components.getChildCount() > rows.size()) {
+            components.removeViewAt(components.getChildCount() - 1);
+        }
+        while (components.getChildCount() < rows.size()) {
+            LayoutInflater.from(activity).inflate(R.layout.component, components, true);
+        }
+        for (int i = 0; i < rows.size(); i++) {
+            drawRow(components.getChildAt(i), rows.get(i));
+        }
+    }
+
+    private void drawRow(View view, State.Row row) {
+        String name = Words.component(row.component());
+        boolean npu = row.backend() == Backend.NPU;
+        String backend = row.backend() == null ? "" : activity.getString(npu ? R.string.npu : R.string.cpu);
+        String time = "";
+        String spoken;
+        int mark;
+        switch (row.phase()) {
+            case WAITING -> {
+                mark = R.drawable.ic_waiting;
+                spoken = activity.getString(R.string.component_waiting, name);
+            }
+            case FAILED -> {
+                mark = R.drawable.ic_failed;
+                spoken = activity.getString(R.string.component_failed, name);
+            }
+            case DONE -> {
+                mark = R.drawable.ic_done;
+                time = Words.milliseconds(row.ms()).in(activity);
+                spoken = activity.getString(R.string.component_done, name, backend, time);
+            }
+            default -> {
+                mark = R.drawable.ic_running;
+                time =
+                        row.phase() == State.Phase.LOADING
+                                ? activity.getString(R.string.loading)
+                                : Words.seconds(SystemClock.uptimeMillis() - row.since()).in(activity);
+                spoken = activity.getString(R.string.component_running, name, backend);
+            }
+        }
+        ImageView icon = view.findViewById(R.id.mark);
+        icon.setImageResource(mark);
+        setText((TextView) view.findViewById(R.id.name), name);
+        TextView badge = view.findViewById(R.id.backend);
+        badge.setVisibility(row.backend() == null ? View.INVISIBLE : View.VISIBLE);
+        badge.setBackgroundResource(npu ? R.drawable.badge_npu : R.drawable.badge_cpu);
+        badge.setTextColor(activity.getColor(npu ? R.color.on_npu : R.color.on_cpu));
+        setText(badge, backend);
+        setText((TextView) view.findViewById(R.id.time), time);
+        view.setContentDescription(spoken);
+    }
+
+    private View find(int id) {
+        return activity.findViewById(id);
+    }
+
+    private void show(int id, boolean visible) {
+        find(id).setVisibility(visible ? View.VISIBLE : View.GONE);
+    }
+
+    private void setText(int id, String text) {
+        setText((TextView) find(id), text);
+    }
+
+    /** Set a text only if it changed: each call causes a layout, and a screen reader may announce it. */
+    private static void setText(TextView view, String text) {
+        if (!text.contentEquals(view.getText())) {
+            view.setText(text);
+        }
+    }
+}

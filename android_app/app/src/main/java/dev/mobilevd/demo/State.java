@@ -1,0 +1,187 @@
+package dev.mobilevd.demo;
+
+import android.graphics.Bitmap;
+import android.os.SystemClock;
+import dev.mobilevd.core.ArtifactStore;
+import dev.mobilevd.core.Backend;
+import dev.mobilevd.core.Manifest;
+import java.util.ArrayList;
+import java.util.List;
+
+/**
+ * What the main screen shows. Immutable: {@link Studio} replaces it as a whole, on the main thread.
+ *
+ * @param modelName the chosen model; null if none was chosen
+ * @param seed as typed; it may be invalid
+ * @param picture preview of the chosen picture; null without one
+ * @param result the last clip; null during a run, and after a new picture
+ * @param rows components of the current run, or of the last run if it failed
+ * @param message null without one
+ */
+record State(
+        List<ArtifactStore.Installed> models, String modelName, String seed, boolean cpuOnly, Bitmap picture,
+        Result result, List<Row> rows, Message message, Job job) {
+    /** Kinds of jobs. */
+    enum Work {
+        NONE,
+        INSTALLING,
+        RUNNING,
+        SAVING
+    }
+
+    /**
+     * The job in progress.
+     *
+     * @param begun uptime at its start, ms
+     * @param fraction done, in [0, 1]
+     * @param installing name of the model that is being installed; null until it is known
+     */
+    record Job(Work work, long begun, double fraction, String installing, boolean isCancelling) {
+        static final Job NONE = new Job(Work.NONE, 0, 0, null, false);
+
+        static Job of(Work work) {
+            return new Job(work, SystemClock.uptimeMillis(), 0, null, false);
+        }
+
+        Job withFraction(double done) {
+            return new Job(work, begun, done, installing, isCancelling);
+        }
+
+        Job withInstalling(String model) {
+            return new Job(work, begun, fraction, model, isCancelling);
+        }
+
+        Job cancelling() {
+            return new Job(work, begun, fraction, installing, true);
+        }
+
+        /** Milliseconds since its start. */
+        long elapsed() {
+            return SystemClock.uptimeMillis() - begun;
+        }
+    }
+
+    /** Progress of one component in a run. */
+    enum Phase {
+        WAITING,
+        LOADING,
+        RUNNING,
+        DONE,
+        FAILED
+    }
+
+    /**
+     * One component of a run.
+     *
+     * @param backend null while it waits
+     * @param since uptime at the start of the phase, ms
+     * @param ms duration of the run; 0 until it is done
+     */
+    record Row(String component, Phase phase, Backend backend, long since, double ms) {
+        static Row waiting(String component) {
+            return new Row(component, Phase.WAITING, null, 0, 0);
+        }
+    }
+
+    /**
+     * A message to the person. Closing it or the next job removes it.
+     *
+     * @param offersCpu whether it has a button that switches to the CPU
+     */
+    record Message(Words text, boolean isError, boolean offersCpu) {
+        static Message notice(Words text) {
+            return new Message(text, false, false);
+        }
+
+        static Message error(Words text) {
+            return new Message(text, true, false);
+        }
+    }
+
+    State withModels(List<ArtifactStore.Installed> list) {
+        return new State(list, modelName, seed, cpuOnly, picture, result, rows, message, job);
+    }
+
+    State withModelName(String name) {
+        return new State(models, name, seed, cpuOnly, picture, result, rows, message, job);
+    }
+
+    State withSeed(String text) {
+        return new State(models, modelName, text, cpuOnly, picture, result, rows, message, job);
+    }
+
+    State withCpuOnly(boolean only) {
+        return new State(models, modelName, seed, only, picture, result, rows, message, job);
+    }
+
+    State withPicture(Bitmap preview) {
+        return new State(models, modelName, seed, cpuOnly, preview, result, rows, message, job);
+    }
+
+    State withResult(Result clip) {
+        return new State(models, modelName, seed, cpuOnly, picture, clip, rows, message, job);
+    }
+
+    State withRows(List<Row> list) {
+        return new State(models, modelName, seed, cpuOnly, picture, result, List.copyOf(list), message, job);
+    }
+
+    State withMessage(Message shown) {
+        return new State(models, modelName, seed, cpuOnly, picture, result, rows, shown, job);
+    }
+
+    State withJob(Job started) {
+        return new State(models, modelName, seed, cpuOnly, picture, result, rows, message, started);
+    }
+
+    /** Replace the row of the same component. */
+    State withRow(Row row) {
+        List<Row> next = new ArrayList<>();
+        rows.forEach(old -> next.add(old.component().equals(row.component()) ? row : old));
+        return withRows(next);
+    }
+
+    /** End the job. Rows of a run without a clip stay: the component in progress has failed. */
+    State withJobEnded() {
+        List<Row> left = new ArrayList<>();
+        if (result == null) {
+            for (Row row : rows) {
+                boolean open = row.phase() == Phase.LOADING || row.phase() == Phase.RUNNING;
+                left.add(open ? new Row(row.component(), Phase.FAILED, row.backend(), 0, 0) : row);
+            }
+        }
+        return withRows(left).withJob(Job.NONE);
+    }
+
+    Work work() {
+        return job.work();
+    }
+
+    boolean isIdle() {
+        return job.work() == Work.NONE;
+    }
+
+    /** The chosen model; null if it is not installed. */
+    ArtifactStore.Installed model() {
+        for (ArtifactStore.Installed installed : models) {
+            if (installed.name().equals(modelName)) {
+                return installed;
+            }
+        }
+        return null;
+    }
+
+    /** Manifest of the chosen model; null without a model, or if it is not readable. */
+    Manifest manifest() {
+        ArtifactStore.Installed installed = model();
+        return installed == null || installed.artifact() == null ? null : installed.artifact().manifest();
+    }
+
+    boolean canPick() {
+        return isIdle() || work() == Work.INSTALLING;
+    }
+
+    boolean canRun() {
+        return isIdle() && picture != null && manifest() != null;
+    }
+}
