@@ -34,6 +34,18 @@ public final class MobileVdException extends Exception {
         return arguments;
     }
 
+    /** This problem as a reason not to use the NPU, if it is a failed run on the NPU; else itself. */
+    MobileVdException onNpu() {
+        switch (problem) {
+            case RUN_FAILED:
+                return new MobileVdException(this, Problem.NPU_RUN_FAILED, arguments.toArray());
+            case OUTPUT_NOT_FINITE:
+                return new MobileVdException(this, Problem.NPU_NOT_FINITE, arguments.toArray());
+            default:
+                return this;
+        }
+    }
+
     /** The complete English sentence. */
     @Override
     public String getMessage() {

@@ -71,7 +71,8 @@ public final class Pipeline {
      * @param seed any 64 bits, unsigned; the same seed gives the same noise on every machine
      * @throws MobileVdException {@link Problem#IMAGE_INVALID}, {@link Problem#NO_MEMORY} before anything is loaded,
      *     {@link Problem#CANCELLED}, and the problems of {@link ComponentRuntime} and {@link Runner}; with
-     *     {@link Runtimes.Asked#AUTO}, the component runs on the CPU after an NPU_ problem
+     *     {@link Runtimes.Asked#AUTO}, a component runs on the CPU after an NPU_ problem, and after two failures on the
+     *     NPU
      */
     public Clip generate(
             float[] image, long seed, Runtimes.Asked asked, Listener listener, Cancellation cancellation)
@@ -139,6 +140,8 @@ public final class Pipeline {
         private final List<ComponentRun> runs = new ArrayList<>();
         /** Live values by source: "image" or "component:NAME". */
         private final Map<String, Tensor> values = new HashMap<>();
+        /** The highest progress so far: a component may run more than once. */
+        private double reached;
 
         Run(Request request, Listener listener, Cancellation cancellation) {
             this.request = request;
@@ -190,14 +193,28 @@ public final class Pipeline {
 
         private Tensor runAnywhere(int index, Map<String, Tensor> inputs) throws MobileVdException {
             Runtimes.Choice choice = runtimes.choose(components.get(index), request.asked());
-            try {
+            boolean mayFallBack =
+                    request.asked() == Runtimes.Asked.AUTO && choice.runtime().backend() == Backend.NPU;
+            if (!mayFallBack) {
                 return new ComponentCall(index, choice, inputs).run();
-            } catch (MobileVdException problem) {
-                if (request.asked() != Runtimes.Asked.AUTO || !problem.problem().isNpu()) {
-                    throw problem;
-                }
-                return new ComponentCall(index, runtimes.onCpu(problem), inputs).run();
             }
+            MobileVdException failure = null;
+            // A restart of the DSP breaks all sessions, so a failed call is repeated once in a new session. Source:
+            // github.com/microsoft/onnxruntime/issues/20579.
+            for (int attempt = 0; attempt < 2; attempt++) {
+                try {
+                    return new ComponentCall(index, choice, inputs).run();
+                } catch (MobileVdException problem) {
+                    failure = problem.onNpu();
+                    if (!failure.problem().isNpu()) {
+                        throw problem;
+                    }
+                    if (failure == problem) {
+                        break; // another attempt would fail in the same way
+                    }
+                }
+            }
+            return new ComponentCall(index, runtimes.onCpu(failure), inputs).run();
         }
 
         /** Free values that no component after {@code index} reads, except the result. */
@@ -320,9 +337,9 @@ public final class Pipeline {
                 if (stage == Stage.RUN) {
                     done += warmup;
                 }
+                reached = Math.max(reached, fraction((part + (double) done / calls) / parts.size()));
                 listener.at(
-                        component.name(), index, components.size(), runtime.backend(), stage, call,
-                        fraction((part + (double) done / calls) / parts.size()));
+                        component.name(), index, components.size(), runtime.backend(), stage, call, reached);
             }
 
             private double fraction(double ofComponent) {

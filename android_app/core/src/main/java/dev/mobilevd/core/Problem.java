@@ -53,6 +53,8 @@ public enum Problem {
     NPU_RUNTIME_OLD("%1$s was compiled by QNN %2$s; this app's QNN is %3$s, which is older."),
     NPU_REFUSED("The NPU cannot load %1$s: %2$s"),
     NPU_PLACEMENT("%1$s ran only partly on the NPU: %2$s nodes on the NPU, %3$s nodes elsewhere."),
+    NPU_RUN_FAILED("%1$s failed twice on the NPU: %2$s"),
+    NPU_NOT_FINITE("%1$s returned NaN or infinite values on the NPU, twice."),
 
     // Benchmarks.
     BENCHMARK_INVALID("Invalid benchmark request: %1$s");

@@ -48,6 +48,10 @@ public class PipelineTest {
      */
     private class TestNpu implements ComponentRuntime {
         private final Map<String, Problem> failures = new HashMap<>();
+        /** How many of the next calls fail; by default all. */
+        private int failuresLeft = Integer.MAX_VALUE;
+        /** The component whose outputs are NaN. */
+        private String broken;
 
         @Override
         public Backend backend() {
@@ -79,7 +83,11 @@ public class PipelineTest {
                             throws MobileVdException {
                         events.add("run " + inputs.keySet().stream().sorted().collect(Collectors.toList()));
                         fail("run " + component.name());
-                        return real.run(inputs, cancellation);
+                        Map<String, Tensor> outputs = real.run(inputs, cancellation);
+                        if (component.name().equals(broken)) {
+                            outputs.replaceAll((output, value) -> nan(value));
+                        }
+                        return outputs;
                     }
 
                     @Override
@@ -97,10 +105,19 @@ public class PipelineTest {
         }
 
         private void fail(String where) throws MobileVdException {
-            if (failures.containsKey(where)) {
+            if (failures.containsKey(where) && failuresLeft > 0) {
+                failuresLeft--;
                 throw new MobileVdException(failures.get(where), where, "because");
             }
         }
+    }
+
+    private static Tensor nan(Tensor value) {
+        float[] values = value.toArray();
+        values[values.length / 2] = Float.NaN;
+        long[] shape = value.shape();
+        value.close();
+        return Tensor.of(values, shape);
     }
 
     private Pipeline pipeline(Runtimes runtimes) {
@@ -191,12 +208,81 @@ public class PipelineTest {
     }
 
     @Test
-    public void otherFailuresDoNotTurnToTheCpu() {
+    public void aCallThatFailsOnTheNpuIsRepeatedOnceInANewSession() throws Exception {
         TestNpu npu = new TestNpu();
         npu.failures.put("run unet", Problem.RUN_FAILED);
+        npu.failuresLeft = 1;
+        Clip clip = generate(pipeline(Runtimes.of(cpu, npu)), Runtimes.Asked.AUTO);
+        assertEquals(List.of(Backend.NPU, Backend.NPU, Backend.NPU, Backend.NPU), backends(clip));
+        assertNull(clip.runs().get(2).whyNotNpu());
+        assertEquals(2, events.stream().filter("load unet part0"::equals).count());
+        assertTrue(Golden.sqnr(Golden.clip(), clip.frames()) > 100);
+    }
+
+    @Test
+    public void aComponentThatFailsTwiceOnTheNpuRunsOnTheCpu() throws Exception {
+        TestNpu npu = new TestNpu();
+        npu.failures.put("run unet", Problem.RUN_FAILED);
+        Clip clip = generate(pipeline(Runtimes.of(cpu, npu)), Runtimes.Asked.AUTO);
+        assertEquals(List.of(Backend.NPU, Backend.NPU, Backend.CPU, Backend.NPU), backends(clip));
+        MobileVdException why = clip.runs().get(2).whyNotNpu();
+        assertEquals(Problem.NPU_RUN_FAILED, why.problem());
+        assertEquals(List.of("run unet", "because"), why.arguments());
+        assertEquals(2, events.stream().filter("load unet part0"::equals).count());
+        assertTrue(Golden.sqnr(Golden.clip(), clip.frames()) > 100);
         Golden.assertFails(
-                Problem.RUN_FAILED, () -> generate(pipeline(Runtimes.of(cpu, npu)), Runtimes.Asked.AUTO));
+                Problem.RUN_FAILED, () -> generate(pipeline(Runtimes.of(cpu, npu)), Runtimes.Asked.NPU));
+    }
+
+    @Test
+    public void nanFromTheNpuIsNoClip() throws Exception {
+        TestNpu npu = new TestNpu();
+        npu.broken = "unet";
+        Clip clip = generate(pipeline(Runtimes.of(cpu, npu)), Runtimes.Asked.AUTO);
+        assertEquals(List.of(Backend.NPU, Backend.NPU, Backend.CPU, Backend.NPU), backends(clip));
+        assertEquals(Problem.NPU_NOT_FINITE, clip.runs().get(2).whyNotNpu().problem());
+        assertTrue(Golden.sqnr(Golden.clip(), clip.frames()) > 100);
+    }
+
+    @Test
+    public void otherFailuresDoNotTurnToTheCpu() {
+        TestNpu npu = new TestNpu();
+        npu.failures.put("load unet", Problem.MEMORY_RAN_OUT);
+        Golden.assertFails(
+                Problem.MEMORY_RAN_OUT, () -> generate(pipeline(Runtimes.of(cpu, npu)), Runtimes.Asked.AUTO));
+        assertEquals("load unet part0", events.get(events.size() - 1));
+        TestNpu failingCpu =
+                new TestNpu() {
+                    @Override
+                    public Backend backend() {
+                        return Backend.CPU;
+                    }
+                };
+        failingCpu.failures.put("run unet", Problem.RUN_FAILED);
+        Runtimes onlyCpu = Runtimes.withoutNpu(failingCpu, new MobileVdException(Problem.NPU_NOT_IN_APP, "cpu"));
+        Golden.assertFails(Problem.RUN_FAILED, () -> generate(pipeline(onlyCpu), Runtimes.Asked.AUTO));
         assertEquals("close", events.get(events.size() - 1));
+    }
+
+    @Test
+    public void progressDoesNotFallWhenAComponentIsRepeated() throws Exception {
+        TestNpu npu = new TestNpu();
+        npu.failures.put("run unet", Problem.RUN_FAILED);
+        List<Double> fractions = new ArrayList<>();
+        pipeline(Runtimes.of(cpu, npu))
+                .generate(
+                        Golden.picture(), 7, Runtimes.Asked.AUTO,
+                        new Pipeline.Listener() {
+                            @Override
+                            public void at(String component, int index, int count, Backend backend,
+                                    Pipeline.Stage stage, int call, double fraction) {
+                                fractions.add(fraction);
+                            }
+                        },
+                        Golden.NEVER);
+        List<Double> sorted = new ArrayList<>(fractions);
+        sorted.sort(null);
+        assertEquals(sorted, fractions);
     }
 
     @Test
