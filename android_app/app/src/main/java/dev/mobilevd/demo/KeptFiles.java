@@ -61,8 +61,9 @@ final class KeptFiles {
         made.write(clip);
     }
 
-    void deleteClip() {
-        clip.delete();
+    /** Whether the picture was chosen after the clip was made. */
+    boolean isPictureNewer() {
+        return picture.lastModified() > clip.lastModified();
     }
 
     private static void copy(InputStream in, OutputStream out) throws IOException {

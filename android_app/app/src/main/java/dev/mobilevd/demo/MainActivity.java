@@ -112,7 +112,7 @@ public final class MainActivity extends Activity {
     // Input.
 
     private void touchStage() {
-        if (studio.state().result() == null) {
+        if (studio.state().clip() == null) {
             pickPicture();
         } else {
             paused = !paused;
@@ -228,12 +228,16 @@ public final class MainActivity extends Activity {
         PopupMenu popup = new PopupMenu(this, anchor);
         Menu menu = popup.getMenu();
         boolean idle = studio.state().isIdle();
-        MenuItem cpu = menu.add(R.string.cpu_only).setCheckable(true).setChecked(studio.state().cpuOnly()).setEnabled(idle);
+        MenuItem cpu = menu.add(R.string.cpu_only).setCheckable(true).setEnabled(idle);
+        cpu.setChecked(studio.state().cpuOnly());
         cpu.setOnMenuItemClickListener(
                 item -> {
                     studio.setCpuOnly(!studio.state().cpuOnly());
                     return true;
                 });
+        if (studio.state().result() != null && !studio.state().showsClip()) {
+            add(menu, getString(R.string.show_clip), idle, studio::showClip);
+        }
         add(menu, getString(R.string.open_model), idle, this::pickModel);
         ArtifactStore.Installed model = studio.state().model();
         if (model != null) {

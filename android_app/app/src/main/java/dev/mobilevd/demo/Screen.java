@@ -53,7 +53,7 @@ final class Screen {
 
     private void drawStage(State state, boolean paused) {
         Manifest manifest = state.manifest();
-        Result result = state.result();
+        Result result = state.clip();
         if (result != null) {
             stage.setAspect((double) result.width() / result.height());
         } else if (manifest != null) {
@@ -121,8 +121,8 @@ final class Screen {
         go.setBackgroundResource(cancellable ? R.drawable.button_tonal : R.drawable.button_filled);
         go.setTextColor(activity.getColorStateList(cancellable ? R.color.on_tonal : R.color.text_filled));
         go.setEnabled(cancellable ? !cancelling : state.canRun());
-        show(R.id.take_away, state.result() != null && state.work() != State.Work.RUNNING);
-        find(R.id.save).setEnabled(idle && state.result() != null && state.result().saved() == null);
+        show(R.id.take_away, state.clip() != null);
+        find(R.id.save).setEnabled(idle && state.clip() != null && state.clip().saved() == null);
         find(R.id.share).setEnabled(idle);
     }
 
@@ -147,7 +147,7 @@ final class Screen {
         Words explanation = null;
         Words said;
         List<State.Row> rows = state.rows();
-        Result result = state.result();
+        Result result = state.clip();
         if (state.work() == State.Work.INSTALLING) {
             String percent = Math.round(state.job().fraction() * 100) + " %";
             said =

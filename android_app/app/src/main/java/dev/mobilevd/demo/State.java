@@ -14,13 +14,14 @@ import java.util.List;
  * @param modelName the chosen model; null if none was chosen
  * @param seed as typed; it may be invalid
  * @param picture preview of the chosen picture; null without one
- * @param result the last clip; null during a run, and after a new picture
+ * @param result the last clip; the next one replaces it
+ * @param showsClip whether the stage shows the clip; else the picture, which is newer
  * @param rows components of the current run, or of the last run if it failed
  * @param message null without one
  */
 record State(
         List<ArtifactStore.Installed> models, String modelName, String seed, boolean cpuOnly, Bitmap picture,
-        Result result, List<Row> rows, Message message, Job job) {
+        Result result, boolean showsClip, List<Row> rows, Message message, Job job) {
     /** Kinds of jobs. */
     enum Work {
         NONE,
@@ -99,39 +100,43 @@ record State(
     }
 
     State withModels(List<ArtifactStore.Installed> list) {
-        return new State(list, modelName, seed, cpuOnly, picture, result, rows, message, job);
+        return new State(list, modelName, seed, cpuOnly, picture, result, showsClip, rows, message, job);
     }
 
     State withModelName(String name) {
-        return new State(models, name, seed, cpuOnly, picture, result, rows, message, job);
+        return new State(models, name, seed, cpuOnly, picture, result, showsClip, rows, message, job);
     }
 
     State withSeed(String text) {
-        return new State(models, modelName, text, cpuOnly, picture, result, rows, message, job);
+        return new State(models, modelName, text, cpuOnly, picture, result, showsClip, rows, message, job);
     }
 
     State withCpuOnly(boolean only) {
-        return new State(models, modelName, seed, only, picture, result, rows, message, job);
+        return new State(models, modelName, seed, only, picture, result, showsClip, rows, message, job);
     }
 
     State withPicture(Bitmap preview) {
-        return new State(models, modelName, seed, cpuOnly, preview, result, rows, message, job);
+        return new State(models, modelName, seed, cpuOnly, preview, result, showsClip, rows, message, job);
     }
 
     State withResult(Result clip) {
-        return new State(models, modelName, seed, cpuOnly, picture, clip, rows, message, job);
+        return new State(models, modelName, seed, cpuOnly, picture, clip, clip != null, rows, message, job);
+    }
+
+    State withClipShown(boolean shown) {
+        return new State(models, modelName, seed, cpuOnly, picture, result, shown, rows, message, job);
     }
 
     State withRows(List<Row> list) {
-        return new State(models, modelName, seed, cpuOnly, picture, result, List.copyOf(list), message, job);
+        return new State(models, modelName, seed, cpuOnly, picture, result, showsClip, List.copyOf(list), message, job);
     }
 
     State withMessage(Message shown) {
-        return new State(models, modelName, seed, cpuOnly, picture, result, rows, shown, job);
+        return new State(models, modelName, seed, cpuOnly, picture, result, showsClip, rows, shown, job);
     }
 
     State withJob(Job started) {
-        return new State(models, modelName, seed, cpuOnly, picture, result, rows, message, started);
+        return new State(models, modelName, seed, cpuOnly, picture, result, showsClip, rows, message, started);
     }
 
     /** Replace the row of the same component. */
@@ -141,10 +146,10 @@ record State(
         return withRows(next);
     }
 
-    /** End the job. Rows of a run without a clip stay: the component in progress has failed. */
+    /** End the job. Rows of a run without a clip stay unless an older clip is shown: the open component has failed. */
     State withJobEnded() {
         List<Row> left = new ArrayList<>();
-        if (result == null) {
+        if (withJob(Job.NONE).clip() == null) {
             for (Row row : rows) {
                 boolean open = row.phase() == Phase.LOADING || row.phase() == Phase.RUNNING;
                 left.add(open ? new Row(row.component(), Phase.FAILED, row.backend(), 0, 0) : row);
@@ -159,6 +164,11 @@ record State(
 
     boolean isIdle() {
         return job.work() == Work.NONE;
+    }
+
+    /** The clip on the stage; null if the picture is there, as during a run. */
+    Result clip() {
+        return showsClip && work() != Work.RUNNING ? result : null;
     }
 
     /** The chosen model; null if it is not installed. */

@@ -62,7 +62,7 @@ final class Studio {
         trace = device.trace();
         state =
                 new State(
-                        List.of(), settings.model(), settings.seed(), settings.cpuOnly(), null, null, List.of(), null,
+                        List.of(), settings.model(), settings.seed(), settings.cpuOnly(), null, null, false, List.of(), null,
                         State.Job.NONE);
         worker.run(this::restore);
         refreshModels();
@@ -97,8 +97,7 @@ final class Studio {
 
     void choose(String name) {
         settings.setModel(name);
-        forgetClip();
-        change(now -> now.withModelName(name));
+        change(now -> now.withModelName(name).withRows(List.of()));
     }
 
     void setSeed(String text) {
@@ -145,10 +144,18 @@ final class Studio {
     }
 
     private void showPicture(Bitmap preview) {
-        if (state.work() != State.Work.RUNNING) { // a run that began meanwhile uses this picture
-            forgetClip();
-        }
-        change(now -> now.withPicture(preview).withMessage(null));
+        boolean isRunning = state.work() == State.Work.RUNNING; // it began meanwhile, with this picture
+        change(
+                now ->
+                        now.withPicture(preview)
+                                .withClipShown(false)
+                                .withRows(isRunning ? now.rows() : List.of())
+                                .withMessage(null));
+    }
+
+    /** Show the last clip again after a new picture. */
+    void showClip() {
+        change(now -> now.withClipShown(true).withRows(List.of()));
     }
 
     // Running.
@@ -168,7 +175,6 @@ final class Studio {
         Artifact artifact = state.model().artifact();
         List<State.Row> planned = new ArrayList<>();
         artifact.manifest().components().forEach(component -> planned.add(State.Row.waiting(component.name())));
-        forgetClip();
         change(now -> now.withRows(planned));
         begin(State.Work.RUNNING, cancel -> generate(artifact, seed, asked, cancel));
     }
@@ -322,7 +328,7 @@ final class Studio {
 
     /** Save the clip to the gallery unless it is there, then call {@code then} with its address. */
     void save(Consumer<Uri> then) {
-        Result clip = state.result();
+        Result clip = state.clip();
         if (clip == null || !state.isIdle()) {
             return;
         }
@@ -387,15 +393,11 @@ final class Studio {
         installWaiting();
     }
 
-    private void forgetClip() {
-        state = state.withResult(null).withRows(List.of());
-        worker.run(files::deleteClip);
-    }
-
     private void restore() {
         Bitmap preview = files.preview();
         Result clip = files.clip();
-        post(now -> now.withPicture(preview).withResult(clip));
+        boolean showsClip = clip != null && !files.isPictureNewer();
+        post(now -> now.withPicture(preview).withResult(clip).withClipShown(showsClip));
     }
 
     /** Says in which step the previous process ended; null if it was not running anything. */
