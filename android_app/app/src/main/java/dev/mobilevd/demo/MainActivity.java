@@ -11,6 +11,7 @@ import android.os.Build;
 import android.os.Bundle;
 import android.os.Handler;
 import android.os.Looper;
+import android.os.Parcelable;
 import android.provider.MediaStore;
 import android.text.Editable;
 import android.text.TextWatcher;
@@ -36,6 +37,8 @@ public final class MainActivity extends Activity {
     private final Runnable tick = this::tick;
     private Studio studio;
     private Screen screen;
+    private AlertDialog question;
+    private Incoming.Offer asked;
     private boolean paused;
 
     @Override
@@ -54,7 +57,7 @@ public final class MainActivity extends Activity {
         findViewById(R.id.save).setOnClickListener(view -> save(ALLOW_SAVE));
         findViewById(R.id.share).setOnClickListener(view -> save(ALLOW_SHARE));
         findViewById(R.id.message_close).setOnClickListener(view -> studio.closeMessage());
-        findViewById(R.id.message_action).setOnClickListener(view -> goOnWithCpu());
+        findViewById(R.id.message_action).setOnClickListener(view -> actOnMessage());
         EditText seed = findViewById(R.id.seed);
         seed.addTextChangedListener(new SeedWatcher());
         if (state == null) {
@@ -83,6 +86,7 @@ public final class MainActivity extends Activity {
     protected void onStop() {
         studio.watch(() -> {});
         ticks.removeCallbacks(tick);
+        closeQuestion();
         super.onStop();
     }
 
@@ -93,19 +97,31 @@ public final class MainActivity extends Activity {
     }
 
     /** Use the picture or model of an intent. The list of recent apps repeats old intents; they are ignored. */
-    @SuppressWarnings("deprecation") // its replacement needs Android 13
     private void take(Intent intent) {
         if ((intent.getFlags() & Intent.FLAG_ACTIVITY_LAUNCHED_FROM_HISTORY) != 0) {
             return;
         }
         String action = String.valueOf(intent.getAction());
         if (action.equals(Intent.ACTION_SEND)) {
-            Uri uri = intent.getParcelableExtra(Intent.EXTRA_STREAM);
+            Uri uri = stream(intent);
             if (uri != null) {
                 studio.usePicture(uri);
+            } else {
+                studio.say(Words.of(R.string.not_a_picture, Intent.EXTRA_STREAM));
             }
         } else if (action.equals(Intent.ACTION_VIEW) && intent.getData() != null) {
-            studio.install(intent.getData());
+            studio.offer(intent.getData());
+        }
+    }
+
+    /** The shared address; null if there is none, or if the sender put something else there. */
+    @SuppressWarnings("deprecation") // its replacement needs Android 13
+    private static Uri stream(Intent intent) {
+        try {
+            Parcelable value = intent.getParcelableExtra(Intent.EXTRA_STREAM);
+            return value instanceof Uri uri ? uri : null;
+        } catch (RuntimeException error) { // a class that this app does not have
+            return null;
         }
     }
 
@@ -154,7 +170,7 @@ public final class MainActivity extends Activity {
         if (request == PICK_PICTURE) {
             studio.usePicture(data.getData());
         } else if (request == PICK_MODEL) {
-            studio.install(data.getData());
+            studio.offer(data.getData());
         }
     }
 
@@ -168,9 +184,14 @@ public final class MainActivity extends Activity {
         }
     }
 
-    private void goOnWithCpu() {
-        studio.setCpuOnly(true);
-        studio.closeMessage();
+    private void actOnMessage() {
+        State.Message message = studio.state().message();
+        if (message != null && message.action() == State.Action.CANCEL_READING) {
+            studio.cancelReading();
+        } else {
+            studio.setCpuOnly(true);
+            studio.closeMessage();
+        }
     }
 
     private void save(int request) {
@@ -236,18 +257,19 @@ public final class MainActivity extends Activity {
                     return true;
                 });
         if (studio.state().result() != null && !studio.state().showsClip()) {
-            add(menu, getString(R.string.show_clip), idle, studio::showClip);
+            add(menu, R.string.show_clip, getString(R.string.show_clip), idle, studio::showClip);
         }
-        add(menu, getString(R.string.open_model), idle, this::pickModel);
+        add(menu, R.string.open_model, getString(R.string.open_model), idle, this::pickModel);
         ArtifactStore.Installed model = studio.state().model();
         if (model != null) {
-            add(menu, getString(R.string.remove_model, model.name()), idle, () -> studio.remove(model.name()));
+            String remove = getString(R.string.remove_model, model.name());
+            add(menu, R.string.remove_model, remove, idle, () -> askToRemove(model));
         }
         popup.show();
     }
 
-    private static void add(Menu menu, String title, boolean enabled, Runnable action) {
-        menu.add(title)
+    private static void add(Menu menu, int id, String title, boolean enabled, Runnable action) {
+        menu.add(Menu.NONE, id, Menu.NONE, title)
                 .setEnabled(enabled)
                 .setOnMenuItemClickListener(
                         item -> {
@@ -256,10 +278,62 @@ public final class MainActivity extends Activity {
                         });
     }
 
+    private void askToRemove(ArtifactStore.Installed model) {
+        new AlertDialog.Builder(this)
+                .setTitle(getString(R.string.ask_remove, screen.label(model)))
+                .setMessage(R.string.ask_remove_text)
+                .setPositiveButton(R.string.remove, (dialog, which) -> studio.remove(model.name()))
+                .setNegativeButton(R.string.cancel, null)
+                .show();
+    }
+
+    /** Ask about the first offered file. Another app may have sent it, so the question names what is known of it. */
+    private void askToInstall() {
+        List<Incoming.Offer> offers = studio.state().offers();
+        Incoming.Offer offer = offers.isEmpty() ? null : offers.get(0);
+        if (offer == asked) {
+            return;
+        }
+        closeQuestion();
+        asked = offer;
+        if (offer == null) {
+            return;
+        }
+        boolean replaces = studio.state().isInstalled(offer.modelName());
+        question =
+                new AlertDialog.Builder(this)
+                        .setTitle(getString(R.string.ask_install, offer.modelName()))
+                        .setMessage(
+                                Words.of(
+                                                replaces ? R.string.ask_replace_text : R.string.ask_install_text,
+                                                offer.bytes() < 0
+                                                        ? Words.of(R.string.size_unknown)
+                                                        : Words.size(offer.bytes()),
+                                                offer.source(), offer.modelName())
+                                        .in(this))
+                        .setPositiveButton(
+                                replaces ? R.string.replace : R.string.install,
+                                (dialog, which) -> studio.install(offer))
+                        .setNegativeButton(R.string.cancel, (dialog, which) -> studio.decline(offer))
+                        .setOnCancelListener(dialog -> studio.decline(offer))
+                        .show();
+        // Another app's window above this one must not lead the finger.
+        question.getButton(AlertDialog.BUTTON_POSITIVE).setFilterTouchesWhenObscured(true);
+    }
+
+    private void closeQuestion() {
+        if (question != null) {
+            question.dismiss();
+        }
+        question = null;
+        asked = null;
+    }
+
     // Output.
 
     private void draw() {
         screen.draw(studio.state(), studio.whyNotNpu(), paused);
+        askToInstall();
         ticks.removeCallbacks(tick);
         if (!studio.state().isIdle()) {
             ticks.postDelayed(tick, TICK_MS);

@@ -97,8 +97,11 @@ final class Screen {
         setText(text, message.text().in(activity));
         text.setTextColor(colour);
         Button action = activity.findViewById(R.id.message_action);
-        show(R.id.message_action, message.offersCpu() && !state.cpuOnly());
-        action.setText(R.string.use_cpu);
+        boolean offersCpu = message.action() == State.Action.USE_CPU;
+        boolean isReading = message.action() == State.Action.CANCEL_READING;
+        show(R.id.message_action, offersCpu && !state.cpuOnly() || isReading);
+        show(R.id.message_close, !isReading);
+        action.setText(isReading ? R.string.cancel : R.string.use_cpu);
         action.setTextColor(colour);
         Button close = activity.findViewById(R.id.message_close);
         close.setTextColor(colour);

@@ -18,10 +18,12 @@ import java.util.List;
  * @param showsClip whether the stage shows the clip; else the picture, which is newer
  * @param rows components of the current run, or of the last run if it failed
  * @param message null without one
+ * @param offers files of other apps that wait for the answer whether to install them
  */
 record State(
         List<ArtifactStore.Installed> models, String modelName, String seed, boolean cpuOnly, Bitmap picture,
-        Result result, boolean showsClip, List<Row> rows, Message message, Job job) {
+        Result result, boolean showsClip, List<Row> rows, Message message,
+        List<Incoming.Offer> offers, Job job) {
     /** Kinds of jobs. */
     enum Work {
         NONE,
@@ -84,59 +86,80 @@ record State(
         }
     }
 
-    /**
-     * A message to the person. Closing it or the next job removes it.
-     *
-     * @param offersCpu whether it has a button that switches to the CPU
-     */
-    record Message(Words text, boolean isError, boolean offersCpu) {
+    /** What a message offers besides closing it. */
+    enum Action {
+        NONE,
+        USE_CPU,
+        CANCEL_READING
+    }
+
+    /** A message to the person. Closing it or the next job removes it. */
+    record Message(Words text, boolean isError, Action action) {
         static Message notice(Words text) {
-            return new Message(text, false, false);
+            return new Message(text, false, Action.NONE);
         }
 
         static Message error(Words text) {
-            return new Message(text, true, false);
+            return new Message(text, true, Action.NONE);
         }
     }
 
     State withModels(List<ArtifactStore.Installed> list) {
-        return new State(list, modelName, seed, cpuOnly, picture, result, showsClip, rows, message, job);
+        return new State(list, modelName, seed, cpuOnly, picture, result, showsClip, rows, message, offers, job);
     }
 
     State withModelName(String name) {
-        return new State(models, name, seed, cpuOnly, picture, result, showsClip, rows, message, job);
+        return new State(models, name, seed, cpuOnly, picture, result, showsClip, rows, message, offers, job);
     }
 
     State withSeed(String text) {
-        return new State(models, modelName, text, cpuOnly, picture, result, showsClip, rows, message, job);
+        return new State(models, modelName, text, cpuOnly, picture, result, showsClip, rows, message, offers, job);
     }
 
     State withCpuOnly(boolean only) {
-        return new State(models, modelName, seed, only, picture, result, showsClip, rows, message, job);
+        return new State(models, modelName, seed, only, picture, result, showsClip, rows, message, offers, job);
     }
 
     State withPicture(Bitmap preview) {
-        return new State(models, modelName, seed, cpuOnly, preview, result, showsClip, rows, message, job);
+        return new State(models, modelName, seed, cpuOnly, preview, result, showsClip, rows, message, offers, job);
     }
 
     State withResult(Result clip) {
-        return new State(models, modelName, seed, cpuOnly, picture, clip, clip != null, rows, message, job);
+        return new State(models, modelName, seed, cpuOnly, picture, clip, clip != null, rows, message, offers, job);
     }
 
     State withClipShown(boolean shown) {
-        return new State(models, modelName, seed, cpuOnly, picture, result, shown, rows, message, job);
+        return new State(models, modelName, seed, cpuOnly, picture, result, shown, rows, message, offers, job);
     }
 
     State withRows(List<Row> list) {
-        return new State(models, modelName, seed, cpuOnly, picture, result, showsClip, List.copyOf(list), message, job);
+        return new State(
+                models, modelName, seed, cpuOnly, picture, result, showsClip, List.copyOf(list), message, offers, job);
     }
 
     State withMessage(Message shown) {
-        return new State(models, modelName, seed, cpuOnly, picture, result, showsClip, rows, shown, job);
+        return new State(models, modelName, seed, cpuOnly, picture, result, showsClip, rows, shown, offers, job);
+    }
+
+    State withOffer(Incoming.Offer offer) {
+        List<Incoming.Offer> more = new ArrayList<>(offers);
+        more.add(offer);
+        return withOffers(more);
+    }
+
+    State withoutOffer(Incoming.Offer offer) {
+        List<Incoming.Offer> fewer = new ArrayList<>(offers);
+        fewer.remove(offer);
+        return withOffers(fewer);
+    }
+
+    private State withOffers(List<Incoming.Offer> list) {
+        return new State(
+                models, modelName, seed, cpuOnly, picture, result, showsClip, rows, message, List.copyOf(list), job);
     }
 
     State withJob(Job started) {
-        return new State(models, modelName, seed, cpuOnly, picture, result, showsClip, rows, message, started);
+        return new State(models, modelName, seed, cpuOnly, picture, result, showsClip, rows, message, offers, started);
     }
 
     /** Replace the row of the same component. */
@@ -185,6 +208,10 @@ record State(
     Manifest manifest() {
         ArtifactStore.Installed installed = model();
         return installed == null || installed.artifact() == null ? null : installed.artifact().manifest();
+    }
+
+    boolean isInstalled(String name) {
+        return models.stream().anyMatch(installed -> installed.name().equals(name));
     }
 
     boolean canPick() {

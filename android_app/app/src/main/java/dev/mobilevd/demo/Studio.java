@@ -26,6 +26,7 @@ import java.util.ArrayList;
 import java.util.List;
 import java.util.Queue;
 import java.util.Random;
+import java.util.concurrent.RejectedExecutionException;
 import java.util.function.Consumer;
 import java.util.function.UnaryOperator;
 
@@ -37,6 +38,9 @@ import java.util.function.UnaryOperator;
  */
 final class Studio {
     private static final int RANDOM_SEEDS = 1_000_000;
+    private static final int MOST_OFFERS = 8;
+    /** A picture that takes longer is worth a message, ms. */
+    private static final long SLOW_MS = 1000;
 
     private final Context context;
     private final Device device;
@@ -46,10 +50,11 @@ final class Studio {
     private final ArtifactStore store;
     private final RunTrace trace;
     private final Worker worker = new Worker();
-    private final Queue<Uri> waiting = new ArrayDeque<>();
+    private final Queue<Incoming.Offer> waiting = new ArrayDeque<>();
     private Gallery.Encoder encoder = new Mp4();
     private Runnable watcher = () -> {};
     private Cancellation cancellation = new Cancellation();
+    private Cancellation reading;
     private State state;
 
     Studio(Context context, Device device) {
@@ -62,8 +67,8 @@ final class Studio {
         trace = device.trace();
         state =
                 new State(
-                        List.of(), settings.model(), settings.seed(), settings.cpuOnly(), null, null, false, List.of(), null,
-                        State.Job.NONE);
+                        List.of(), settings.model(), settings.seed(), settings.cpuOnly(), null, null, false, List.of(),
+                        null, List.of(), State.Job.NONE);
         worker.run(this::restore);
         refreshModels();
         change(now -> now.withMessage(previousEnd()));
@@ -132,18 +137,68 @@ final class Studio {
             change(now -> now.withMessage(State.Message.notice(Words.of(R.string.picture_refused))));
             return;
         }
-        worker.run(
+        cancelReading();
+        Cancellation cancel = new Cancellation();
+        reading = cancel;
+        worker.postLater(() -> sayReading(cancel), SLOW_MS);
+        try {
+            incoming.run(() -> read(uri, cancel));
+        } catch (RejectedExecutionException error) {
+            failReading(cancel, Words.of(R.string.no_answer));
+        }
+    }
+
+    private void read(Uri uri, Cancellation cancel) {
+        try (InputStream in = incoming.open(uri, cancel)) {
+            cancel.enter(() -> close(in));
+            Bitmap preview = files.replacePicture(in, cancel);
+            cancel.leave();
+            worker.post(() -> showPicture(preview));
+        } catch (MobileVdException problem) {
+            failReading(cancel, Words.of(problem));
+        } catch (IOException | RuntimeException | OutOfMemoryError error) {
+            failReading(cancel, Words.of(R.string.not_a_picture, Words.reason(error)));
+        }
+    }
+
+    private void sayReading(Cancellation cancel) {
+        if (reading == cancel) {
+            change(
+                    now ->
+                            now.withMessage(
+                                    new State.Message(
+                                            Words.of(R.string.reading_picture), false,
+                                            State.Action.CANCEL_READING)));
+        }
+    }
+
+    private void failReading(Cancellation cancel, Words text) {
+        worker.post(
                 () -> {
-                    try (InputStream in = incoming.open(uri)) {
-                        Bitmap preview = files.replacePicture(in);
-                        worker.post(() -> showPicture(preview));
-                    } catch (IOException | RuntimeException | OutOfMemoryError error) {
-                        fail(Words.of(R.string.not_a_picture, Words.reason(error)));
+                    if (reading == cancel) {
+                        reading = null;
+                        say(text);
                     }
                 });
     }
 
+    /** Stop reading a picture. The message about it goes too. */
+    void cancelReading() {
+        if (reading != null) {
+            reading.cancel();
+            reading = null;
+        }
+        if (state.message() != null && state.message().action() == State.Action.CANCEL_READING) {
+            change(now -> now.withMessage(null));
+        }
+    }
+
+    boolean isReading() {
+        return reading != null;
+    }
+
     private void showPicture(Bitmap preview) {
+        reading = null;
         boolean isRunning = state.work() == State.Work.RUNNING; // it began meanwhile, with this picture
         change(
                 now ->
@@ -221,18 +276,43 @@ final class Studio {
 
     // Models.
 
-    /** Install the .mvd file that another app provides, after the current job. */
-    void install(Uri uri) {
+    /** Ask whether to install the .mvd file that another app provides. The file is not read before the answer. */
+    void offer(Uri uri) {
+        if (state.offers().size() >= MOST_OFFERS) {
+            return;
+        }
+        try {
+            incoming.run(
+                    () -> {
+                        try {
+                            Incoming.Offer offer = incoming.describe(uri, new Cancellation());
+                            post(now -> now.withOffer(offer));
+                        } catch (MobileVdException | IOException | RuntimeException error) {
+                            fail(Words.of(R.string.failed, Words.reason(error)));
+                        }
+                    });
+        } catch (RejectedExecutionException error) {
+            say(Words.of(R.string.no_answer));
+        }
+    }
+
+    void decline(Incoming.Offer offer) {
+        change(now -> now.withoutOffer(offer));
+    }
+
+    /** Install an offered file, after the current job. */
+    void install(Incoming.Offer offer) {
+        change(now -> now.withoutOffer(offer));
         if (!state.isIdle()) {
-            waiting.add(uri);
+            waiting.add(offer);
             change(now -> now.withMessage(State.Message.notice(Words.of(R.string.install_waits))));
             return;
         }
         begin(
                 State.Work.INSTALLING,
                 cancel -> {
-                    String name = incoming.modelName(uri);
-                    install(name, incoming.open(uri), cancel);
+                    String name = offer.modelName();
+                    install(name, incoming.open(offer.uri(), cancel), cancel);
                     List<ArtifactStore.Installed> list = store.list();
                     settings.setModel(name);
                     post(
@@ -255,8 +335,20 @@ final class Studio {
     /** Install an .mvd file and close it. */
     private void install(String name, InputStream file, Cancellation cancel) throws IOException, MobileVdException {
         post(now -> now.withJob(now.job().withInstalling(name)));
+        cancel.enter(() -> close(file));
         try (InputStream in = file) {
             store.installZip(in, name, new PercentUpdates(), cancel);
+        } finally {
+            cancel.leave();
+        }
+    }
+
+    /** Close a stream of another app, which ends a read that waits for it. */
+    private static void close(InputStream in) {
+        try {
+            in.close();
+        } catch (IOException | RuntimeException error) {
+            // It is not used any more.
         }
     }
 
@@ -394,6 +486,7 @@ final class Studio {
     }
 
     private void restore() {
+        files.sweep();
         Bitmap preview = files.preview();
         Result clip = files.clip();
         boolean showsClip = clip != null && !files.isPictureNewer();
@@ -404,7 +497,7 @@ final class Studio {
     private State.Message previousEnd() {
         RunTrace.Step step = trace.takePrevious();
         if (device.endedInStart()) {
-            return new State.Message(Words.of(R.string.ended_in_start), true, true);
+            return new State.Message(Words.of(R.string.ended_in_start), true, State.Action.USE_CPU);
         }
         if (step == null) {
             return null;
@@ -414,7 +507,7 @@ final class Studio {
                 Words.of(
                         R.string.ended_in_run, Words.component(step.component()),
                         Words.of(onNpu ? R.string.npu : R.string.cpu), step.artifact(), Words.stage(step.stage()));
-        return new State.Message(text, true, onNpu);
+        return new State.Message(text, true, onNpu ? State.Action.USE_CPU : State.Action.NONE);
     }
 
     private void fail(Words text) {

@@ -4,7 +4,6 @@ import android.os.Handler;
 import android.os.Looper;
 import dev.mobilevd.core.Cancellation;
 import dev.mobilevd.core.MobileVdException;
-import dev.mobilevd.core.Problem;
 import java.io.IOException;
 import java.util.concurrent.ExecutorService;
 import java.util.concurrent.Executors;
@@ -37,19 +36,29 @@ final class Worker {
                     try {
                         task.run(cancellation);
                     } catch (MobileVdException problem) {
-                        if (problem.problem() != Problem.CANCELLED) {
-                            failed.accept(Words.of(problem));
-                        }
+                        report(Words.of(problem), cancellation, failed);
                     } catch (IOException | RuntimeException | OutOfMemoryError | LinkageError error) {
-                        failed.accept(Words.of(R.string.failed, Words.reason(error)));
+                        report(Words.of(R.string.failed, Words.reason(error)), cancellation, failed);
                     } finally {
                         ended.run();
                     }
                 });
     }
 
+    /** A cancellation may appear as another error, for example of a stream that it closed. */
+    private static void report(Words reason, Cancellation cancellation, Consumer<Words> failed) {
+        if (!cancellation.isCancelled()) {
+            failed.accept(reason);
+        }
+    }
+
     /** Call it on the main thread, in the order of the calls. */
     void post(Runnable change) {
         main.post(change);
+    }
+
+    /** Call it on the main thread later. */
+    void postLater(Runnable change, long ms) {
+        main.postDelayed(change, ms);
     }
 }

@@ -267,7 +267,7 @@ public final class MainActivityTest {
         AtomicLong free = new AtomicLong(5_000_000);
         phone.restart(free::get);
         phone.open();
-        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("other.mvd", file)));
+        phone.openModel("other.mvd", file);
         phone.untilIdle();
         assertTrue(phone.message(), phone.message().matches(TOO_LITTLE.formatted("2\\d MB", "5[.]0+ MB")));
         assertEquals(1, phone.state().models().size());
@@ -423,10 +423,7 @@ public final class MainActivityTest {
     public void whatWasTakenIsNotTakenAgainFromTheRecentApps() throws Exception {
         Phone phone = new Phone();
         phone.open(share(phone.picture()).addFlags(Intent.FLAG_ACTIVITY_LAUNCHED_FROM_HISTORY));
-        Door read = new Door();
-        phone.studio().afterwards(read::pass);
-        read.open();
-        phone.until("the worker has come by", read::isReached);
+        assertFalse(phone.studio().isReading());
         assertNull(phone.state().picture());
     }
 
@@ -434,8 +431,7 @@ public final class MainActivityTest {
     public void aModelFileIsInstalledAndRemoved() throws Exception {
         Phone phone = new Phone();
         phone.open();
-        Uri uri = phone.content("My model (2).mvd", phone.mvd());
-        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, uri));
+        phone.openModel("My model (2).mvd", phone.mvd());
         assertTrue(phone.text(R.id.headline), phone.text(R.id.headline).matches("Opening the file …|Installing My-.*"));
         phone.untilIdle();
         assertEquals("My-model-2-", phone.state().model().name());
@@ -450,8 +446,8 @@ public final class MainActivityTest {
         Gate gate = new Gate("unet");
         Phone phone = started(gate);
         byte[] file = phone.mvd();
-        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("first.mvd", file)));
-        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("second.mvd", file)));
+        phone.openModel("first.mvd", file);
+        phone.openModel("second.mvd", file);
         assertEquals("The file will be installed after this job.", phone.message());
         assertEquals("the run goes on", State.Work.RUNNING, phone.state().work());
         gate.open();
@@ -468,6 +464,7 @@ public final class MainActivityTest {
         phone.open();
         Intent view = new Intent(Intent.ACTION_VIEW, phone.content("other.mvd", phone.mvd()));
         Door unpacking = phone.openFirst(() -> Long.MAX_VALUE, view);
+        phone.confirm();
         unpacking.open();
         phone.untilIdle();
         assertEquals(2, phone.state().models().size());
@@ -478,7 +475,7 @@ public final class MainActivityTest {
     public void anErrorIsReadBeforeTheNextModelIsInstalled() throws Exception {
         Gate gate = new Gate("unet");
         Phone phone = started(gate);
-        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("other.mvd", phone.mvd())));
+        phone.openModel("other.mvd", phone.mvd());
         phone.memory(5_000_000);
         gate.open();
         phone.untilIdle();
@@ -498,7 +495,7 @@ public final class MainActivityTest {
         try (ZipOutputStream zip = new ZipOutputStream(bytes)) {
             zip.putNextEntry(new ZipEntry("../../shared_prefs/settings.xml"));
         }
-        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("bad.mvd", bytes.toByteArray())));
+        phone.openModel("bad.mvd", bytes.toByteArray());
         phone.untilIdle();
         assertTrue(phone.message(), phone.message().contains("begins with ../../shared_prefs/settings.xml"));
         assertEquals(1, phone.state().models().size());

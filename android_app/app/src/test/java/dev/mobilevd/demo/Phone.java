@@ -5,6 +5,7 @@ import static org.robolectric.Shadows.shadowOf;
 
 import android.app.Activity;
 import android.app.ActivityManager;
+import android.app.AlertDialog;
 import android.app.Dialog;
 import android.content.Intent;
 import android.graphics.Bitmap;
@@ -39,6 +40,7 @@ import java.util.zip.ZipOutputStream;
 import org.robolectric.Robolectric;
 import org.robolectric.RuntimeEnvironment;
 import org.robolectric.android.controller.ActivityController;
+import org.robolectric.shadows.ShadowDialog;
 
 /** Acts on the app like a person or the system. */
 final class Phone {
@@ -221,6 +223,24 @@ final class Phone {
         Uri uri = Uri.parse("content://files/" + name);
         shadowOf(app.getContentResolver()).registerInputStreamSupplier(uri, () -> new ByteArrayInputStream(bytes));
         return uri;
+    }
+
+    /** Let another app open an .mvd file with this app, and confirm the installation. */
+    void openModel(String name, byte[] bytes) {
+        controller.newIntent(new Intent(Intent.ACTION_VIEW, content(name, bytes)));
+        confirm();
+    }
+
+    /** Confirm the question whether to install. */
+    void confirm() {
+        until("the question is asked", () -> !state().offers().isEmpty());
+        question().getButton(AlertDialog.BUTTON_POSITIVE).performClick();
+        settle();
+    }
+
+    /** The latest dialog. */
+    AlertDialog question() {
+        return (AlertDialog) ShadowDialog.getLatestDialog();
     }
 
     /** The folder of the chosen model. */

@@ -172,7 +172,7 @@ public final class ScreenshotTest {
         Phone phone = new Phone();
         phone.open();
         Path demo = phone.modelFolder();
-        phone.controller.newIntent(new Intent(Intent.ACTION_VIEW, phone.content("my-model.mvd", phone.mvd())));
+        phone.openModel("my-model.mvd", phone.mvd());
         phone.untilIdle();
         shoot("installed-" + how, phone.activity());
         phone.click(R.id.message_close);

@@ -1,8 +1,5 @@
 package dev.mobilevd.core;
 
-import ai.onnxruntime.OrtException;
-import ai.onnxruntime.OrtSession;
-
 /**
  * Cancels a run from another thread. It cannot be reset.
  *
@@ -11,12 +8,14 @@ import ai.onnxruntime.OrtSession;
  */
 public final class Cancellation {
     private boolean cancelled;
-    private OrtSession.RunOptions running;
+    private Runnable stop;
 
     /** Request cancellation; returns immediately. Any thread. */
     public synchronized void cancel() {
         cancelled = true;
-        terminate();
+        if (stop != null) {
+            stop.run();
+        }
     }
 
     /** Whether {@link #cancel} was called. Any thread. */
@@ -31,26 +30,16 @@ public final class Cancellation {
         }
     }
 
-    /** Make {@link #cancel} terminate this call of the runtime, until {@link #leave}. */
-    synchronized void enter(OrtSession.RunOptions options) {
-        running = options;
+    /** Make {@link #cancel} call {@code stop}, which ends a blocking call, until {@link #leave}. One at a time. */
+    public synchronized void enter(Runnable stop) {
+        this.stop = stop;
         if (cancelled) {
-            terminate();
+            stop.run();
         }
     }
 
-    /** The call returned; its options may be closed. */
-    synchronized void leave() {
-        running = null;
-    }
-
-    private void terminate() {
-        if (running != null) {
-            try {
-                running.setTerminate(true);
-            } catch (OrtException error) {
-                throw new IllegalStateException(error); // only for closed options, which leave() prevents
-            }
-        }
+    /** The blocking call returned; {@code stop} is not called from now on. */
+    public synchronized void leave() {
+        stop = null;
     }
 }

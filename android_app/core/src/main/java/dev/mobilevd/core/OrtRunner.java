@@ -106,7 +106,7 @@ final class OrtRunner implements Runner {
     private Map<String, Tensor> call(
             Map<String, OnnxTensorLike> feeds, OrtSession.RunOptions options, Cancellation cancellation)
             throws OrtException {
-        cancellation.enter(options);
+        cancellation.enter(() -> terminate(options));
         try {
             Map<String, Tensor> outputs = new LinkedHashMap<>();
             // The result is not closed, because its values are returned as tensors.
@@ -116,6 +116,14 @@ final class OrtRunner implements Runner {
             return outputs;
         } finally {
             cancellation.leave();
+        }
+    }
+
+    private static void terminate(OrtSession.RunOptions options) {
+        try {
+            options.setTerminate(true);
+        } catch (OrtException error) {
+            throw new IllegalStateException(error); // only for closed options, which leave() prevents
         }
     }
 

@@ -37,6 +37,7 @@ public enum Problem {
     NO_MEMORY("%1$s needs about %2$s of memory, %3$s are available. Close other apps."),
     MEMORY_RAN_OUT("%1$s ran out of memory. Close other apps."),
     IMAGE_INVALID("The picture cannot be used: %1$s"),
+    IMAGE_TOO_LARGE("The picture has more than %1$s."),
     SEED_INVALID("\"%1$s\" is not a seed: use an integer from 0 to 18446744073709551615."),
     MODEL_REFUSED("%1$s cannot be loaded: %2$s"),
     RUN_FAILED("%1$s failed: %2$s"),
