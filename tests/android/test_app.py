@@ -157,15 +157,20 @@ def test_badging(apks: dict[str, Apk], flavour: str) -> None:
 
 def test_permissions_and_parts(apks: dict[str, Apk], flavour: str) -> None:
     asked = re.findall(r"^uses-permission: name='([^']*)'(.*)$", apks[flavour].badging, re.MULTILINE)
-    # The second is implied by the first; both end with Android 9.
-    assert {name for name, _ in asked} == {
-        "android.permission.WRITE_EXTERNAL_STORAGE",
-        "android.permission.READ_EXTERNAL_STORAGE",
+    # READ_ is implied by WRITE_; both end with Android 9. The others are for runs in the background.
+    assert {name.removeprefix("android.permission."): limit.strip() for name, limit in asked} == {
+        "WRITE_EXTERNAL_STORAGE": "maxSdkVersion='28'",
+        "READ_EXTERNAL_STORAGE": "maxSdkVersion='28'",
+        "FOREGROUND_SERVICE": "",
+        "POST_NOTIFICATIONS": "",
     }
-    assert all(limit.strip() == "maxSdkVersion='28'" for _, limit in asked)
     tree = _run("aapt2", "dump", "xmltree", "--file", "AndroidManifest.xml", apks[flavour].path)
     elements = re.findall(r"^ *E: ([a-z-]+)", tree, re.MULTILINE)
-    assert not {"provider", "service", "receiver"} & set(elements)
+    assert not {"provider", "receiver"} & set(elements)
+    service = tree.partition("E: service")[2].partition("E: ")[0]
+    assert 'name(0x01010003)=".RunService"' in service
+    assert re.search(r"exported\(0x[0-9a-f]+\)=false", service)
+    assert elements.count("service") == 1
     assert elements.count("activity") == 2
     assert re.search(r'permission\(0x[0-9a-f]+\)="android.permission.DUMP"', tree)
 

@@ -118,6 +118,11 @@ class Device {
         }
     }
 
+    /** Start the service that keeps a run alive in the background; returns false if the system does not allow it. */
+    boolean startRunService() {
+        return RunService.start(context);
+    }
+
     /** Memory that is available before Android closes apps. */
     MemoryInfo memory() {
         ActivityManager manager = context.getSystemService(ActivityManager.class);

@@ -30,6 +30,7 @@ public final class MainActivity extends Activity {
     private static final int PICK_MODEL = 2;
     private static final int ALLOW_SAVE = 3;
     private static final int ALLOW_SHARE = 4;
+    private static final int ALLOW_NOTIFY = 5;
     private static final int TICK_MS = 100;
     private static final String PAUSED = "paused";
 
@@ -87,6 +88,9 @@ public final class MainActivity extends Activity {
         studio.watch(() -> {});
         ticks.removeCallbacks(tick);
         closeQuestion();
+        if (!isChangingConfigurations()) {
+            studio.leaveScreen();
+        }
         super.onStop();
     }
 
@@ -178,6 +182,7 @@ public final class MainActivity extends Activity {
         if (studio.state().isIdle()) {
             findViewById(R.id.seed).clearFocus();
             paused = false;
+            askToNotify();
             studio.run();
         } else {
             studio.cancel();
@@ -191,6 +196,17 @@ public final class MainActivity extends Activity {
         } else {
             studio.setCpuOnly(true);
             studio.closeMessage();
+        }
+    }
+
+    /** Ask once for the notification of a run in the background. The run does not depend on the answer. */
+    private void askToNotify() {
+        Settings settings = new Settings(this);
+        if (Build.VERSION.SDK_INT >= 33
+                && !settings.askedToNotify()
+                && checkSelfPermission(permission.POST_NOTIFICATIONS) != PackageManager.PERMISSION_GRANTED) {
+            settings.setAskedToNotify();
+            requestPermissions(new String[] {permission.POST_NOTIFICATIONS}, ALLOW_NOTIFY);
         }
     }
 
@@ -211,6 +227,9 @@ public final class MainActivity extends Activity {
     @Override
     public void onRequestPermissionsResult(int request, String[] permissions, int[] granted) {
         super.onRequestPermissionsResult(request, permissions, granted);
+        if (request == ALLOW_NOTIFY) {
+            return;
+        }
         if (granted.length > 0 && granted[0] == PackageManager.PERMISSION_GRANTED) {
             save(request);
         } else {

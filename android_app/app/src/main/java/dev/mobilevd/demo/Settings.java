@@ -9,6 +9,7 @@ final class Settings {
     private static final String SEED = "seed";
     private static final String CPU_ONLY = "cpu_only";
     private static final String BUNDLED = "bundled";
+    private static final String ASKED_TO_NOTIFY = "asked_to_notify";
     private static final String NPU_STARTING = "npu_starting";
 
     private final SharedPreferences values;
@@ -59,6 +60,15 @@ final class Settings {
     /** Written to the disk before it returns: the next call may crash the process. */
     void setNpuStarting(boolean starting) {
         values.edit().putBoolean(NPU_STARTING, starting).commit();
+    }
+
+    /** Whether the person was asked to allow notifications. */
+    boolean askedToNotify() {
+        return values.getBoolean(ASKED_TO_NOTIFY, false);
+    }
+
+    void setAskedToNotify() {
+        values.edit().putBoolean(ASKED_TO_NOTIFY, true).apply();
     }
 
     void clear() {

@@ -55,6 +55,9 @@ final class Studio {
     private Runnable watcher = () -> {};
     private Cancellation cancellation = new Cancellation();
     private Cancellation reading;
+    private RunService service;
+    private boolean mayRunInBackground;
+    private Words stopped;
     private State state;
 
     Studio(Context context, Device device) {
@@ -231,6 +234,7 @@ final class Studio {
         List<State.Row> planned = new ArrayList<>();
         artifact.manifest().components().forEach(component -> planned.add(State.Row.waiting(component.name())));
         change(now -> now.withRows(planned));
+        mayRunInBackground = device.startRunService();
         begin(State.Work.RUNNING, cancel -> generate(artifact, seed, asked, cancel));
     }
 
@@ -251,6 +255,35 @@ final class Studio {
     void cancel() {
         cancellation.cancel();
         change(now -> now.withJob(now.job().cancelling()));
+    }
+
+    /** The service for the background has started. If the run is over, it stops at once. */
+    void attach(RunService started) {
+        service = started;
+        if (state.work() != State.Work.RUNNING) {
+            started.stopSelf();
+        }
+    }
+
+    void detach(RunService ended) {
+        if (service == ended) {
+            service = null;
+        }
+    }
+
+    /** The app is not visible any more. A run without the service would be frozen, so it is stopped. */
+    void leaveScreen() {
+        if (!mayRunInBackground) {
+            stopInBackground();
+        }
+    }
+
+    /** Stop the run because it must not go on in the background, and say so. */
+    void stopInBackground() {
+        if (state.work() == State.Work.RUNNING && !state.job().isCancelling()) {
+            stopped = Words.of(R.string.stopped_in_background);
+            cancel();
+        }
     }
 
     /** Converts the pipeline's progress to rows. */
@@ -482,11 +515,23 @@ final class Studio {
 
     private void ended() {
         change(State::withJobEnded);
+        if (service != null) {
+            service.stopSelf();
+        }
+        if (stopped != null) {
+            say(stopped);
+            stopped = null;
+        }
         installWaiting();
     }
 
     private void restore() {
         files.sweep();
+        try {
+            store.sweep();
+        } catch (MobileVdException problem) {
+            fail(Words.of(problem));
+        }
         Bitmap preview = files.preview();
         Result clip = files.clip();
         boolean showsClip = clip != null && !files.isPictureNewer();

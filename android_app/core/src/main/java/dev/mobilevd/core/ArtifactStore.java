@@ -30,12 +30,14 @@ import java.util.zip.ZipInputStream;
 /**
  * A folder with one subfolder per artifact, named after it.
  *
- * <p>An artifact is written to .NAME.partial, verified and renamed to NAME. Folders whose names begin with a dot are
- * not artifacts. Only one thread at a time may install or delete.
+ * <p>An artifact is written to .NAME.installing, verified and renamed to NAME. Folders whose names begin with a dot are
+ * not artifacts; .NAME.partial is one that adb is copying. Only one thread at a time may install or delete.
  */
 public final class ArtifactStore {
     private static final Object RENAMING = new Object();
     private static final String REPLACED = ".replaced";
+    private static final String INSTALLING = ".installing";
+    private static final String DELETED = ".deleted";
     private static final int LARGEST_MANIFEST = 16 << 20;
     private static final int BUFFER = 1 << 18;
     // Deflate reaches at most 1032:1, and models far less than 100:1. Small files may exceed it: they are harmless.
@@ -158,12 +160,44 @@ public final class ArtifactStore {
         }
         try {
             // Renamed first, so that a partly deleted artifact is not listed as a damaged one.
-            Path aside = folder.resolve("." + name + ".deleted");
+            Path aside = folder.resolve("." + name + DELETED);
             removeTree(aside);
-            Files.move(path, aside);
+            synchronized (RENAMING) {
+                Files.move(path, aside);
+            }
             removeTree(aside);
         } catch (IOException error) {
             throw new MobileVdException(error, Problem.NOT_WRITTEN, name, error.toString());
+        }
+    }
+
+    /**
+     * Delete what an earlier process left when it ended during an installation or deletion. Call it before the first
+     * installation of a process. What adb is copying stays.
+     *
+     * @throws MobileVdException {@link Problem#NOT_WRITTEN}
+     */
+    public void sweep() throws MobileVdException {
+        try {
+            for (Path path : hidden(INSTALLING, DELETED)) {
+                removeTree(path);
+            }
+        } catch (NoSuchFileException error) {
+            return; // no artifact was ever installed
+        } catch (IOException error) {
+            throw new MobileVdException(error, Problem.NOT_WRITTEN, folder.toString(), error.toString());
+        }
+    }
+
+    /** The hidden folders with one of these suffixes. */
+    private List<Path> hidden(String... suffixes) throws IOException {
+        try (Stream<Path> children = Files.list(folder)) {
+            return children.filter(
+                            path ->
+                                    isHidden(path)
+                                            && Stream.of(suffixes)
+                                                    .anyMatch(path.getFileName().toString()::endsWith))
+                    .collect(Collectors.toList());
         }
     }
 
@@ -173,7 +207,7 @@ public final class ArtifactStore {
 
     private Artifact install(String name, Filler filler) throws MobileVdException {
         Path path = path(name);
-        Path partial = folder.resolve("." + name + ".partial");
+        Path partial = folder.resolve("." + name + INSTALLING);
         try {
             Files.createDirectories(folder);
             removeTree(partial);
@@ -202,13 +236,7 @@ public final class ArtifactStore {
 
     /** Restore an artifact if the process ended while it was replaced; delete artifacts that were replaced. */
     private void recover() throws IOException {
-        List<Path> found;
-        try (Stream<Path> children = Files.list(folder)) {
-            found =
-                    children.filter(path -> isHidden(path) && path.getFileName().toString().endsWith(REPLACED))
-                            .collect(Collectors.toList());
-        }
-        for (Path replaced : found) {
+        for (Path replaced : hidden(REPLACED)) {
             String hidden = replaced.getFileName().toString();
             Path path = folder.resolve(hidden.substring(1, hidden.length() - REPLACED.length()));
             if (Files.exists(path, LinkOption.NOFOLLOW_LINKS)) {

@@ -401,7 +401,7 @@ public class ArtifactStoreTest {
 
     @Test
     public void whatAKilledInstallLeftIsNoHindrance() throws Exception {
-        Golden.copy(folder.resolve(".tiny.partial"));
+        Golden.copy(folder.resolve(".tiny.installing"));
         Golden.copy(folder.resolve(".tiny.deleted"));
         assertEquals(List.of(), names());
         install(zip(entries(), false));
@@ -418,6 +418,19 @@ public class ArtifactStoreTest {
         assertEquals(List.of("tiny"), names());
         try (Stream<Path> children = Files.list(folder)) {
             assertEquals(1, children.count());
+        }
+    }
+
+    @Test
+    public void whatAKilledProcessLeftIsSweptButNotWhatAdbCopies() throws Exception {
+        for (String name : List.of(".a.installing", ".b.deleted", ".c.partial", ".d.old")) {
+            Golden.copy(folder.resolve(name));
+        }
+        store.sweep();
+        try (var left = Files.list(folder)) {
+            assertEquals(
+                    List.of(folder.resolve(".c.partial"), folder.resolve(".d.old")),
+                    left.sorted().collect(Collectors.toList()));
         }
     }
 }
