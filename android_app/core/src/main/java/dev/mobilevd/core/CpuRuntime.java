@@ -45,7 +45,7 @@ public final class CpuRuntime implements ComponentRuntime {
             throws MobileVdException {
         try (OrtSession.SessionOptions options = new OrtSession.SessionOptions()) {
             Path model = artifact.path(part.files().get("model"));
-            return OrtRunner.load(component.name(), Backend.CPU, model, scratch, options);
+            return OrtRunner.load(component.name(), Backend.CPU, model, scratch, options, Map.of());
         }
     }
 }

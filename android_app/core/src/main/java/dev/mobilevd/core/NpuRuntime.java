@@ -34,6 +34,17 @@ public final class NpuRuntime implements ComponentRuntime {
      */
     public record Settings(String plugin, String backend, String soc, SdkVersion sdk, Path scratch) {}
 
+    /** Variants with the same NPU. Source: xororz/local-dream, Model.kt, chipsetModelSuffixes; its issue 29. */
+    private static final Map<String, String> VARIANTS =
+            Map.of("SM8550P", "SM8550", "SM8650P", "SM8650", "SM8750P", "SM8750", "SM8850P", "SM8850");
+
+    /**
+     * Highest clocks during a call, released after it. Source: ONNX Runtime, onnxruntime_run_options_config_keys.h;
+     * without it the NPU runs at its default clocks (microsoft/onnxruntime#24417).
+     */
+    private static final Map<String, String> BURST =
+            Map.of("qnn.htp_perf_mode", "burst", "qnn.htp_perf_mode_post_run", "low_power_saver");
+
     private final Settings settings;
     private final List<OrtEpDevice> devices;
 
@@ -115,15 +126,16 @@ public final class NpuRuntime implements ComponentRuntime {
             options.addConfigEntry("session.disable_cpu_ep_fallback", "1");
             options.addExecutionProvider(devices, Map.of("backend_path", settings.backend()));
             Path wrapper = artifact.path(part.files().get("wrapper"));
-            return OrtRunner.load(component.name(), Backend.NPU, wrapper, settings.scratch(), options);
+            return OrtRunner.load(component.name(), Backend.NPU, wrapper, settings.scratch(), options, BURST);
         } catch (OrtException error) {
             throw new MobileVdException(error, Problem.NPU_LIBRARY_FAILS, error.getMessage());
         }
     }
 
-    /** Whether a device's chip is the target: "SM8750-AC" and "sm8750" are SM8750. */
+    /** Whether a device's chip is the target: "SM8750-AC", "sm8750" and "SM8750P" are SM8750. */
     static boolean isChip(String soc, String target) {
         String chip = soc.trim().toUpperCase(Locale.ROOT);
+        chip = VARIANTS.getOrDefault(chip, chip);
         String wanted = target.toUpperCase(Locale.ROOT);
         return chip.equals(wanted) || chip.startsWith(wanted + "-");
     }

@@ -25,9 +25,11 @@ final class OrtRunner implements Runner {
     private final String component;
     private final Backend backend;
     private final OrtSession session;
+    private final Map<String, String> runConfig;
     private Placement placement;
 
-    private OrtRunner(String component, Backend backend, OrtSession session) {
+    private OrtRunner(String component, Backend backend, OrtSession session, Map<String, String> runConfig) {
+        this.runConfig = runConfig;
         this.component = component;
         this.backend = backend;
         this.session = session;
@@ -38,15 +40,18 @@ final class OrtRunner implements Runner {
      *
      * @param scratch folder for the profile
      * @param options configured for the backend; the caller closes them
+     * @param runConfig entries of the options of every call
      */
     static OrtRunner load(
-            String component, Backend backend, Path model, Path scratch, OrtSession.SessionOptions options)
+            String component, Backend backend, Path model, Path scratch, OrtSession.SessionOptions options,
+            Map<String, String> runConfig)
             throws MobileVdException {
         try {
             options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_FATAL); // errors are thrown too
             options.enableProfiling(scratch.resolve("profile").toString());
             return new OrtRunner(
-                    component, backend, OrtEnvironment.getEnvironment().createSession(model.toString(), options));
+                    component, backend, OrtEnvironment.getEnvironment().createSession(model.toString(), options),
+                    runConfig);
         } catch (OrtException error) {
             throw failure(error, backend == Backend.NPU ? Problem.NPU_REFUSED : Problem.MODEL_REFUSED, component);
         }
@@ -57,6 +62,9 @@ final class OrtRunner implements Runner {
         cancellation.check();
         Set<Tensor> converted = new HashSet<>();
         try (OrtSession.RunOptions options = new OrtSession.RunOptions()) {
+            for (Map.Entry<String, String> entry : runConfig.entrySet()) {
+                options.addRunConfigEntry(entry.getKey(), entry.getValue());
+            }
             Map<String, OnnxTensorLike> feeds = new HashMap<>();
             for (Map.Entry<String, NodeInfo> input : session.getInputInfo().entrySet()) {
                 Tensor given = inputs.get(input.getKey());

@@ -20,7 +20,12 @@ public class NpuRuntimeTest {
     public void aChipIsItsPartNumberAndItsVariants() {
         assertTrue(NpuRuntime.isChip("SM8650", "SM8650"));
         assertTrue(NpuRuntime.isChip("sm8750-AC ", "SM8750"));
-        assertFalse(NpuRuntime.isChip("SM8650P", "SM8650"));
+        assertTrue(NpuRuntime.isChip("SM8650P", "SM8650"));
+        assertTrue(NpuRuntime.isChip("SM8750P", "SM8750"));
+        assertTrue(NpuRuntime.isChip("sm8550p", "SM8550"));
+        assertFalse(NpuRuntime.isChip("SM8650P", "SM8550"));
+        assertFalse("only those of the table", NpuRuntime.isChip("SM8650X", "SM8650"));
+        assertFalse(NpuRuntime.isChip("SM8635P", "SM8635"));
         assertFalse(NpuRuntime.isChip("SM8550", "SM8650"));
         assertFalse(NpuRuntime.isChip("", "SM8650"));
     }

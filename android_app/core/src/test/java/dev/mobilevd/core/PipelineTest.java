@@ -10,6 +10,7 @@ import static org.junit.Assert.assertTrue;
 import ai.onnxruntime.OrtSession;
 import java.io.IOException;
 import java.io.UncheckedIOException;
+import java.lang.management.ManagementFactory;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.ArrayList;
@@ -76,7 +77,7 @@ public class PipelineTest {
             events.add("load " + component.name() + " " + name);
             fail("load " + component.name());
             try (OrtSession.SessionOptions options = new OrtSession.SessionOptions()) {
-                Runner real = OrtRunner.load(component.name(), Backend.CPU, wrapper, scratch, options);
+                Runner real = OrtRunner.load(component.name(), Backend.CPU, wrapper, scratch, options, Map.of());
                 return new Runner() {
                     @Override
                     public Map<String, Tensor> run(Map<String, Tensor> inputs, Cancellation cancellation)
@@ -289,7 +290,7 @@ public class PipelineTest {
     public void aSessionForTheNpuThatRanOnTheCpuIsFoundOut() throws Exception {
         Path model = artifact.root().resolve("image_encoder/model.onnx");
         try (OrtSession.SessionOptions options = new OrtSession.SessionOptions();
-                Runner runner = OrtRunner.load("image_encoder", Backend.NPU, model, scratch, options);
+                Runner runner = OrtRunner.load("image_encoder", Backend.NPU, model, scratch, options, Map.of());
                 Tensor image = Tensor.of(Golden.picture(), 1, 3, 16, 24)) {
             MobileVdException error =
                     Golden.assertFails(
@@ -473,6 +474,21 @@ public class PipelineTest {
         assertEquals(5, events.stream().filter("run [image_latents, moved]"::equals).count());
         float[] once = onCpu(onCpu(), Golden.picture(), 7);
         assertTrue(Golden.sqnr(once, clip.frames()) > 100);
+    }
+
+    @Test
+    public void aValueIsCopiedOnce() {
+        float[] values = new float[1 << 20];
+        Arrays.fill(values, 0.25f);
+        try (Tensor tensor = Tensor.of(values, 1, values.length)) {
+            var threads = (com.sun.management.ThreadMXBean) ManagementFactory.getThreadMXBean();
+            tensor.toArray(); // loads classes
+            long before = threads.getCurrentThreadAllocatedBytes();
+            float[] copy = tensor.toArray();
+            long allocated = threads.getCurrentThreadAllocatedBytes() - before;
+            assertArrayEquals(values, copy, 0);
+            assertTrue(allocated + " bytes for " + 4 * values.length, allocated < 5L * values.length);
+        }
     }
 
     @Test
