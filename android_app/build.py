@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -398,7 +399,50 @@ def native_libraries(flavour: str, qnn: Mapping[str, bytes | Path]) -> dict[str,
             for name in ("libonnxruntime.so", "libonnxruntime4j_jni.so"):
                 libraries[f"lib/{abi}/{name}"] = aar.read(f"jni/{abi}/{name}")
     libraries.update({f"lib/arm64-v8a/{name}": value for name, value in qnn.items()})
+    for name, value in libraries.items():
+        check_pages(name, value if isinstance(value, bytes) else value.read_bytes())
     return libraries
+
+
+PAGE = 16384  # bytes of a memory page on newer phones
+AARCH64, X86_64 = 183, 62  # e_machine in ELF
+
+
+def check_pages(name: str, library: bytes) -> None:
+    """Raise BuildError unless a 64-bit library can be loaded on devices with pages of 16 KB.
+
+    Source: ELF-64, Elf64_Phdr: every PT_LOAD segment needs p_align >= 16384. Skeletons, which run on Hexagon,
+    and stand-ins are not checked.
+    """
+    if library[:5] != b"\x7fELF\x02" or int.from_bytes(library[18:20], "little") not in (AARCH64, X86_64):
+        return
+    start, size, count = (
+        int.from_bytes(library[i : i + n], "little") for i, n in ((32, 8), (54, 2), (56, 2))
+    )
+    for header in (library[start + i * size :] for i in range(count)):
+        align = int.from_bytes(header[48:56], "little")
+        if int.from_bytes(header[:4], "little") == 1 and align < PAGE:
+            raise BuildError(
+                f"{name}: a segment is aligned to {align} bytes; devices with 16 KB pages need {PAGE}\n"
+                "  next: use a newer version of this library"
+            )
+
+
+def check_stored(apk: Path) -> None:
+    """Raise BuildError unless every uncompressed library in an APK starts at a multiple of 16 KB.
+
+    The system extracts compressed libraries (extractNativeLibs), and maps uncompressed ones.
+    """
+    with zipfile.ZipFile(apk) as archive, apk.open("rb") as file:
+        for info in archive.infolist():
+            if info.filename.endswith(".so") and info.compress_type == zipfile.ZIP_STORED:
+                file.seek(info.header_offset + 26)
+                lengths = file.read(4)
+                extra = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+                if (offset := info.header_offset + 30 + extra) % PAGE:
+                    raise BuildError(
+                        f"{apk.name}: {info.filename} starts at {offset}, not at a multiple of {PAGE}"
+                    )
 
 
 def qnn_names() -> list[str]:
@@ -453,6 +497,37 @@ def qnn_stand_ins() -> dict[str, bytes | Path]:
     return {str(name): text.format(name).encode("ascii") for name in qnn_names()}
 
 
+SDK_VERSION = re.compile(rb"v(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.\d{12}")
+
+
+def check_qnn_versions(libraries: Mapping[str, bytes | Path], artifacts: Iterable[Path]) -> None:
+    """Raise BuildError unless all QNN libraries have one version, at least that of every artifact's binaries.
+
+    libQnnSystem.so and the plugin contain no version.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, value in libraries.items():
+        data = value if isinstance(value, bytes) else value.read_bytes()
+        if match := SDK_VERSION.search(data):
+            found[name] = tuple(int(part) for part in match.groups())
+        elif name not in (PLUGIN, "libQnnSystem.so"):
+            raise BuildError(f"{name} contains no QAIRT version\n  next: use the libraries of one QAIRT SDK")
+    versions = sorted(set(found.values()))
+    texts = {version: ".".join(map(str, version)) for version in versions}
+    if len(versions) > 1:
+        names = ", ".join(f"{name} {texts[version]}" for name, version in sorted(found.items()))
+        raise BuildError(f"QNN libraries of different versions: {names}\n  next: use those of one QAIRT SDK")
+    for folder in artifacts:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for binary in (npu for component in manifest["components"] for npu in component.get("npu", [])):
+            needed = tuple(int(part) for part in binary["sdk"].removeprefix("v").split(".")[:3])
+            if versions[0] < needed:
+                raise BuildError(
+                    f"{folder}: compiled with QAIRT {'.'.join(map(str, needed))}, the libraries have "
+                    f"{texts[versions[0]]}\n  next: use libraries that are at least as new"
+                )
+
+
 STAND_INS = "stand-ins"
 
 
@@ -496,6 +571,8 @@ def build_apk(
     """Build `output`/mobilevd-demo-FLAVOUR-VERSION.apk; without a key it is unsigned."""
     need("javac", "aapt2", "zipalign", *(["apksigner"] if key else []))
     libraries, stand_ins = qnn_libraries(qnn) if flavour == "npu" else ({}, False)
+    if libraries and not stand_ins:
+        check_qnn_versions(libraries, artifacts.values())
     name = version() + ("-stand-in" if stand_ins else "")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=f".{flavour}-") as scratch:
@@ -513,6 +590,7 @@ def build_apk(
         write_zip(work / "unaligned.apk", dict(sorted(entries.items())))
         aligned = work / "aligned.apk"
         run("zipalign", "-p", "4", work / "unaligned.apk", aligned)
+        check_stored(aligned)
         stem = f"mobilevd-demo-{flavour}-{name}"
         if key is not None:
             key.sign(aligned, work / "signed.apk")

@@ -388,6 +388,61 @@ def test_a_wrong_hash_is_refused(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def _elf(align: int, machine: int = 183) -> bytes:
+    """Return an ELF-64 header with one PT_LOAD segment; all other fields are 0."""
+    header = bytearray(64 + 56)
+    header[:5] = b"\x7fELF\x02"
+    header[18:20] = machine.to_bytes(2, "little")
+    header[32:40] = (64).to_bytes(8, "little")
+    header[54:56], header[56:58] = (56).to_bytes(2, "little"), (1).to_bytes(2, "little")
+    header[64:68] = (1).to_bytes(4, "little")
+    header[112:120] = align.to_bytes(8, "little")
+    return bytes(header)
+
+
+def test_libraries_are_ready_for_pages_of_16_kb(apks: dict[str, Apk], flavour: str) -> None:
+    libraries = {name: data for name, data in apks[flavour].entries().items() if name.endswith(".so")}
+    assert libraries
+    for name, data in libraries.items():
+        build.check_pages(name, data)
+    build.check_stored(apks[flavour].path)
+
+
+@pytest.mark.parametrize("machine", [183, 62])
+def test_a_library_for_pages_of_4_kb_is_refused(machine: int) -> None:
+    build.check_pages("libnew.so", _elf(16384, machine))
+    build.check_pages("libskel.so", _elf(4096, 164))  # Hexagon
+    with pytest.raises(build.BuildError, match=r"libold.so: a segment is aligned to 4096 bytes"):
+        build.check_pages("libold.so", _elf(4096, machine))
+
+
+def test_a_stored_library_between_pages_is_refused(tmp_path: Path) -> None:
+    build.write_zip(tmp_path / "a.apk", {"lib/arm64-v8a/libx.so": b"x"}, stored=True)
+    with pytest.raises(build.BuildError, match=r"libx.so starts at \d+, not at a multiple of 16384"):
+        build.check_stored(tmp_path / "a.apk")
+
+
+def _qnn(**other: str) -> dict[str, bytes]:
+    versions = {name.removesuffix(".so"): "v2.51.0.260929181845" for name in build.qnn_names()} | other
+    return {f"{name}.so": versions[name].encode() for name in versions}
+
+
+def test_every_qnn_librarys_version_is_checked() -> None:
+    build.check_qnn_versions(_qnn(), [TINY])
+    with pytest.raises(build.BuildError, match=r"different versions: .*libQnnHtpV75Skel.so 2.49.0"):
+        build.check_qnn_versions(_qnn(libQnnHtpV75Skel="v2.49.0.250101123456"), [])
+    with pytest.raises(build.BuildError, match=r"libQnnHtpV75Stub.so contains no QAIRT version"):
+        build.check_qnn_versions(_qnn(libQnnHtpV75Stub="?"), [])
+    old = {name: value.replace(b"v2.51", b"v1.0") for name, value in _qnn().items()}
+    with pytest.raises(build.BuildError, match=r"compiled with QAIRT \d+.\d+.\d+, the libraries have 1.0.0"):
+        build.check_qnn_versions(old, [TINY])
+
+
+def test_the_target_is_what_the_store_demands() -> None:
+    """Google Play demands API level 36 since August 2026."""
+    assert build.api_level("targetSdk") >= 36
+
+
 def test_libraries_for_another_processor_are_refused(tmp_path: Path) -> None:
     for name in build.qnn_names():
         (tmp_path / name).write_bytes(b"\x7fELF" + bytes(14) + (62).to_bytes(2, "little"))  # x86-64

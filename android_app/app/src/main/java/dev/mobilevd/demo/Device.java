@@ -34,7 +34,10 @@ class Device {
         this.context = context;
     }
 
-    /** The folder of artifacts. adb's shell may write there, other apps may not. */
+    /**
+     * The folder of artifacts. adb's shell may write there. Other apps may not, except on Android 9 and 10, where those
+     * with the storage permission may read and write it.
+     */
     ArtifactStore store() {
         return new ArtifactStore(files("artifacts"), folder -> freeBytes());
     }
@@ -62,6 +65,21 @@ class Device {
     /** Whether this app contains the NPU's libraries. */
     boolean hasNpuLibraries() {
         return Files.exists(library(PLUGIN));
+    }
+
+    /** The lowest version of the QNN libraries; null if none contains a version. All of them must fit a binary. */
+    SdkVersion oldestSdk() throws MobileVdException {
+        File[] libraries =
+                new File(context.getApplicationInfo().nativeLibraryDir)
+                        .listFiles((folder, name) -> name.matches("libQnn.*\\.so"));
+        SdkVersion oldest = null;
+        for (File file : libraries == null ? new File[0] : libraries) {
+            SdkVersion version = SdkVersion.ofLibrary(file.toPath());
+            if (version != null && (oldest == null || version.isOlderThan(oldest))) {
+                oldest = version;
+            }
+        }
+        return oldest;
     }
 
     private Path library(String name) {
@@ -93,7 +111,7 @@ class Device {
         if (!hasNpuLibraries()) {
             throw new MobileVdException(Problem.NPU_NOT_IN_APP, PLUGIN);
         }
-        SdkVersion sdk = SdkVersion.ofLibrary(library(BACKEND));
+        SdkVersion sdk = oldestSdk();
         if (sdk == null || soc() == null) {
             String missing = sdk == null ? BACKEND + " contains no version" : "the system reports no chip";
             throw new MobileVdException(Problem.NPU_LIBRARY_FAILS, missing);
