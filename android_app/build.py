@@ -162,7 +162,8 @@ class Coordinates:
         version = library["version"]
         if isinstance(version, dict):
             version = versions[version["ref"]]
-        return cls(*library["module"].split(":"), version, kind or "jar")
+        group, artifact = library["module"].split(":")
+        return cls(group, artifact, version, kind or "jar")
 
     @property
     def file(self) -> str:

@@ -400,11 +400,18 @@ def _elf(align: int, machine: int = 183) -> bytes:
     return bytes(header)
 
 
-def test_libraries_are_ready_for_pages_of_16_kb(apks: dict[str, Apk], flavour: str) -> None:
+def test_libraries_are_ready_for_pages_of_16_kb(apks: dict[str, Apk], flavour: str, tmp_path: Path) -> None:
     libraries = {name: data for name, data in apks[flavour].entries().items() if name.endswith(".so")}
     assert libraries
     for name, data in libraries.items():
         build.check_pages(name, data)
+        if data.startswith(b"\x7fELF") and shutil.which("readelf"):  # another reader of ELF must agree
+            (tmp_path / "library.so").write_bytes(data)
+            aligns = re.findall(
+                r"^ +LOAD .* (0x[0-9a-f]+)$", _run("readelf", "-lW", tmp_path / "library.so"), re.M
+            )
+            assert aligns
+            assert min(int(align, 16) for align in aligns) >= build.PAGE, name
     build.check_stored(apks[flavour].path)
 
 

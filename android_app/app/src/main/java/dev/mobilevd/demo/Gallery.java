@@ -2,11 +2,14 @@ package dev.mobilevd.demo;
 
 import android.content.ContentResolver;
 import android.content.ContentValues;
+import android.database.Cursor;
 import android.net.Uri;
 import android.os.Build;
 import android.os.Environment;
 import android.os.ParcelFileDescriptor;
 import android.provider.MediaStore;
+import dev.mobilevd.core.Cancellation;
+import dev.mobilevd.core.MobileVdException;
 import java.io.FileDescriptor;
 import java.io.IOException;
 
@@ -14,7 +17,9 @@ import java.io.IOException;
 final class Gallery {
     /** Encodes a clip into an empty, seekable file. */
     interface Encoder {
-        void write(Result clip, FileDescriptor target) throws IOException;
+        /** @throws MobileVdException {@link dev.mobilevd.core.Problem#CANCELLED} */
+        void write(Result clip, FileDescriptor target, Cancellation cancellation)
+                throws IOException, MobileVdException;
     }
 
     private final ContentResolver resolver;
@@ -25,8 +30,17 @@ final class Gallery {
         this.encoder = encoder;
     }
 
+    /** Whether a saved clip is still there. Another app may have deleted it. Slow. */
+    boolean contains(Uri uri) {
+        try (Cursor cursor = resolver.query(uri, new String[] {MediaStore.Video.Media._ID}, null, null, null)) {
+            return cursor != null && cursor.getCount() > 0;
+        } catch (RuntimeException error) { // the gallery's own, such as a lost permission
+            return false;
+        }
+    }
+
     /** Save a clip. A failure leaves no entry. Slow. */
-    Uri save(Result clip) throws IOException {
+    Uri save(Result clip, Cancellation cancellation) throws IOException, MobileVdException {
         ContentValues values = new ContentValues();
         values.put(MediaStore.Video.Media.DISPLAY_NAME, "mobilevd-" + Long.toUnsignedString(clip.seed()) + ".mp4");
         values.put(MediaStore.Video.Media.MIME_TYPE, "video/mp4");
@@ -46,7 +60,7 @@ final class Gallery {
                 if (file == null) {
                     throw new IOException("the gallery opens no file");
                 }
-                encoder.write(clip, file.getFileDescriptor());
+                encoder.write(clip, file.getFileDescriptor(), cancellation);
             }
             if (Build.VERSION.SDK_INT >= 29) {
                 ContentValues finished = new ContentValues();

@@ -79,7 +79,7 @@ public final class MainActivity extends Activity {
     protected void onStart() {
         super.onStart();
         studio.watch(this::draw);
-        studio.refreshModels();
+        studio.refresh();
         draw();
     }
 

@@ -6,9 +6,13 @@ import android.media.MediaCodec;
 import android.media.MediaCodecInfo;
 import android.media.MediaFormat;
 import android.media.MediaMuxer;
+import android.os.SystemClock;
+import dev.mobilevd.core.Cancellation;
+import dev.mobilevd.core.MobileVdException;
 import java.io.FileDescriptor;
 import java.io.IOException;
 import java.nio.ByteBuffer;
+import java.util.function.LongSupplier;
 
 /** Encodes a clip as H.264 in MP4 with the phone's encoder. */
 final class Mp4 implements Gallery.Encoder {
@@ -17,25 +21,54 @@ final class Mp4 implements Gallery.Encoder {
     private static final int LEAST_BITS_PER_SECOND = 2_000_000;
     private static final long TIMEOUT_US = 10_000;
 
+    /** Closed in a try statement, where an exception of it does not hide the first one. */
+    private interface Release extends AutoCloseable {
+        @Override
+        void close();
+    }
+
     @Override
-    public void write(Result clip, FileDescriptor target) throws IOException {
+    @SuppressWarnings("try") // resources that are only released
+    public void write(Result clip, FileDescriptor target, Cancellation cancellation)
+            throws IOException, MobileVdException {
         int width = scaled(clip, clip.width());
         int height = scaled(clip, clip.height());
         MediaCodec codec = MediaCodec.createEncoderByType(MediaFormat.MIMETYPE_VIDEO_AVC);
-        MediaMuxer muxer = null;
-        try {
+        try (Release codecRelease = codec::release) {
             codec.configure(format(width, height, clip.fps()), null, null, MediaCodec.CONFIGURE_FLAG_ENCODE);
             codec.start();
-            muxer = new MediaMuxer(target, MediaMuxer.OutputFormat.MUXER_OUTPUT_MPEG_4);
-            encode(clip, codec, muxer, width, height);
-            codec.stop();
-            muxer.stop();
+            MediaMuxer muxer = new MediaMuxer(target, MediaMuxer.OutputFormat.MUXER_OUTPUT_MPEG_4);
+            try (Release muxerRelease = muxer::release) {
+                encode(clip, codec, muxer, width, height, new Watchdog(cancellation, SystemClock::elapsedRealtime));
+                codec.stop();
+                muxer.stop();
+            }
         } catch (IllegalStateException error) { // MediaCodec.CodecException is one
             throw new IOException(error.toString(), error);
-        } finally {
-            codec.release();
-            if (muxer != null) {
-                muxer.release();
+        }
+    }
+
+    /** Ends the encoding if it is cancelled, or if the encoder neither takes nor gives anything for 10 seconds. */
+    static final class Watchdog {
+        static final long PATIENCE_MS = 10_000;
+        private final Cancellation cancellation;
+        private final LongSupplier clock;
+        private long last;
+
+        /** {@code clock} returns milliseconds. */
+        Watchdog(Cancellation cancellation, LongSupplier clock) {
+            this.cancellation = cancellation;
+            this.clock = clock;
+            last = clock.getAsLong();
+        }
+
+        /** Call it in each iteration, with whether there was progress in it. */
+        void check(boolean progress) throws IOException, MobileVdException {
+            cancellation.check();
+            if (progress) {
+                last = clock.getAsLong();
+            } else if (clock.getAsLong() - last > PATIENCE_MS) {
+                throw new IOException("the encoder does not respond");
             }
         }
     }
@@ -63,8 +96,9 @@ final class Mp4 implements Gallery.Encoder {
         return format;
     }
 
-    private static void encode(Result clip, MediaCodec codec, MediaMuxer muxer, int width, int height)
-            throws IOException {
+    private static void encode(
+            Result clip, MediaCodec codec, MediaMuxer muxer, int width, int height, Watchdog watchdog)
+            throws IOException, MobileVdException {
         MediaCodec.BufferInfo info = new MediaCodec.BufferInfo();
         int track = -1;
         int next = 0;
@@ -81,6 +115,7 @@ final class Mp4 implements Gallery.Encoder {
                 next++;
             }
             int output = codec.dequeueOutputBuffer(info, TIMEOUT_US);
+            watchdog.check(input >= 0 || output >= 0);
             if (output == MediaCodec.INFO_OUTPUT_FORMAT_CHANGED) {
                 track = muxer.addTrack(codec.getOutputFormat());
                 muxer.start();

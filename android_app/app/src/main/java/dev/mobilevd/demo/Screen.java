@@ -119,11 +119,10 @@ final class Screen {
         find(R.id.dice).setEnabled(idle);
         Button go = activity.findViewById(R.id.go);
         boolean cancelling = state.job().isCancelling();
-        boolean cancellable = !idle && state.work() != State.Work.SAVING;
-        go.setText(cancelling ? R.string.cancelling : cancellable ? R.string.cancel : R.string.go);
-        go.setBackgroundResource(cancellable ? R.drawable.button_tonal : R.drawable.button_filled);
-        go.setTextColor(activity.getColorStateList(cancellable ? R.color.on_tonal : R.color.text_filled));
-        go.setEnabled(cancellable ? !cancelling : state.canRun());
+        go.setText(cancelling ? R.string.cancelling : idle ? R.string.go : R.string.cancel);
+        go.setBackgroundResource(idle ? R.drawable.button_filled : R.drawable.button_tonal);
+        go.setTextColor(activity.getColorStateList(idle ? R.color.text_filled : R.color.on_tonal));
+        go.setEnabled(idle ? state.canRun() : !cancelling);
         show(R.id.take_away, state.clip() != null);
         find(R.id.save).setEnabled(idle && state.clip() != null && state.clip().saved() == null);
         find(R.id.share).setEnabled(idle);

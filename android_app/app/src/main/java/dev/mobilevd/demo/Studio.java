@@ -3,6 +3,7 @@ package dev.mobilevd.demo;
 import android.content.Context;
 import android.graphics.Bitmap;
 import android.net.Uri;
+import android.os.Build;
 import android.os.SystemClock;
 import dev.mobilevd.core.Artifact;
 import dev.mobilevd.core.ArtifactStore;
@@ -73,7 +74,7 @@ final class Studio {
                         List.of(), settings.model(), settings.seed(), settings.cpuOnly(), null, null, false, List.of(),
                         null, List.of(), State.Job.NONE);
         worker.run(this::restore);
-        refreshModels();
+        refresh();
         change(now -> now.withMessage(previousEnd()));
     }
 
@@ -398,8 +399,12 @@ final class Studio {
                 });
     }
 
-    /** List the models again: adb may have copied one. Install those of the APK once for each version of it. */
-    void refreshModels() {
+    /**
+     * Notice what changed while the app was not visible: adb may have copied a model, and another app may have deleted
+     * the saved clip. The models of the APK are installed once for each version of it.
+     */
+    void refresh() {
+        checkSaved();
         String version = String.valueOf(device.lastUpdate());
         if (state.isIdle() && !version.equals(settings.bundledVersion())) {
             begin(State.Work.INSTALLING, cancel -> installBundled(version, cancel));
@@ -457,35 +462,55 @@ final class Studio {
         if (clip == null || !state.isIdle()) {
             return;
         }
-        if (clip.saved() != null) {
-            then.accept(Uri.parse(clip.saved()));
-            return;
-        }
         Gallery gallery = new Gallery(context.getContentResolver(), encoder);
         begin(
                 State.Work.SAVING,
                 cancel -> {
+                    if (clip.saved() != null && gallery.contains(Uri.parse(clip.saved()))) {
+                        worker.post(() -> then.accept(Uri.parse(clip.saved())));
+                        return;
+                    }
                     requireSpace(Mp4.mostBytes(clip));
                     Uri uri;
                     try {
-                        uri = gallery.save(clip);
+                        uri = gallery.save(clip, cancel);
                     } catch (IOException | SecurityException | IllegalArgumentException error) {
                         requireSpace(Mp4.mostBytes(clip)); // the storage may have filled meanwhile
                         fail(Words.of(R.string.not_saved, Words.reason(error)));
                         return;
                     }
-                    Result saved = clip.savedAs(uri.toString());
-                    files.replaceClip(saved);
-                    worker.post(() -> showSaved(clip, saved, then));
+                    replace(clip, clip.savedAs(uri.toString()));
+                    // Up to Android 9 the system chooses the folder.
+                    boolean known = Build.VERSION.SDK_INT >= 29;
+                    Words said = Words.of(known ? R.string.saved : R.string.saved_somewhere);
+                    post(now -> now.withMessage(State.Message.notice(said)));
+                    worker.post(() -> then.accept(uri));
                 });
     }
 
-    private void showSaved(Result clip, Result saved, Consumer<Uri> then) {
-        change(
-                now ->
-                        now.withResult(now.result() == clip ? saved : now.result())
-                                .withMessage(State.Message.notice(Words.of(R.string.saved))));
-        then.accept(Uri.parse(saved.saved()));
+    /** Make a clip savable again if it was deleted in the gallery. */
+    private void checkSaved() {
+        Result clip = state.result();
+        if (clip == null || clip.saved() == null) {
+            return;
+        }
+        Gallery gallery = new Gallery(context.getContentResolver(), encoder);
+        worker.run(
+                () -> {
+                    if (!gallery.contains(Uri.parse(clip.saved()))) {
+                        try {
+                            replace(clip, clip.savedAs(null));
+                        } catch (IOException error) {
+                            fail(Words.of(R.string.failed, Words.reason(error)));
+                        }
+                    }
+                });
+    }
+
+    /** Replace the last clip by the same one with another address, unless there is a newer one. */
+    private void replace(Result clip, Result changed) throws IOException {
+        files.replaceClip(changed);
+        post(now -> now.result() == clip ? now.withResult(changed).withClipShown(now.showsClip()) : now);
     }
 
     private void requireSpace(long bytes) throws MobileVdException {

@@ -4,6 +4,7 @@ import android.content.ContentProvider;
 import android.content.ContentUris;
 import android.content.ContentValues;
 import android.database.Cursor;
+import android.database.MatrixCursor;
 import android.net.Uri;
 import android.os.ParcelFileDescriptor;
 import java.io.File;
@@ -51,7 +52,11 @@ public final class FakeGallery extends ContentProvider {
 
     @Override
     public Cursor query(Uri uri, String[] columns, String selection, String[] arguments, String order) {
-        return null;
+        MatrixCursor cursor = new MatrixCursor(columns);
+        if (ENTRIES.containsKey(uri)) {
+            cursor.addRow(new Object[columns.length]);
+        }
+        return cursor;
     }
 
     @Override

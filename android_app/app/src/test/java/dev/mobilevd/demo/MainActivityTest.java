@@ -16,6 +16,7 @@ import android.content.Intent;
 import android.content.pm.PackageManager;
 import android.graphics.drawable.AnimationDrawable;
 import android.net.Uri;
+import android.os.Build;
 import android.os.Bundle;
 import android.os.Looper;
 import android.provider.MediaStore;
@@ -288,7 +289,7 @@ public final class MainActivityTest {
         phone.restart(free::get);
         phone.studio()
                 .encodeWith(
-                        (clip, target) -> {
+                        (clip, target, cancel) -> {
                             free.set(0);
                             throw new IOException("write failed: ENOSPC");
                         });
@@ -328,7 +329,7 @@ public final class MainActivityTest {
         assertTrue(phone.message(), phone.message().startsWith("unet/model.onnx.data is damaged"));
 
         Files.write(data, new byte[10]);
-        phone.studio().refreshModels();
+        phone.studio().refresh();
         phone.until("the loss is noticed", () -> phone.state().manifest() == null);
         assertTrue(phone.text(R.id.model_name), phone.text(R.id.model_name).contains("damaged"));
         assertTrue(phone.text(R.id.explanation), phone.text(R.id.explanation).contains("has 10 bytes"));
@@ -340,7 +341,7 @@ public final class MainActivityTest {
         Phone phone = new Phone();
         phone.open();
         phone.makeNewer(phone.modelFolder());
-        phone.studio().refreshModels();
+        phone.studio().refresh();
         phone.until("the change is noticed", () -> phone.state().manifest() == null);
         assertEquals(
                 "The artifact has manifest version 2; this app reads version 1. Get a newer app.",
@@ -526,12 +527,63 @@ public final class MainActivityTest {
     }
 
     @Test
+    public void aClipThatWasDeletedInTheGalleryIsSavedAgain() throws Exception {
+        Robolectric.setupContentProvider(FakeGallery.class, MediaStore.AUTHORITY);
+        Phone phone = withClip();
+        phone.click(R.id.save);
+        phone.untilIdle();
+        assertFalse("it is there", phone.activity().findViewById(R.id.save).isEnabled());
+        FakeGallery.ENTRIES.clear();
+        phone.controller.pause().stop().start().resume();
+        phone.until("that is noticed", () -> phone.activity().findViewById(R.id.save).isEnabled());
+        phone.click(R.id.save);
+        phone.untilIdle();
+        assertEquals(1, FakeGallery.ENTRIES.size());
+        FakeGallery.ENTRIES.clear();
+        phone.click(R.id.share); // without a look at it in between
+        phone.untilIdle();
+        assertEquals(1, FakeGallery.ENTRIES.size());
+    }
+
+    @Test
+    public void savingIsCancelled() throws Exception {
+        Robolectric.setupContentProvider(FakeGallery.class, MediaStore.AUTHORITY);
+        Phone phone = withClip();
+        Door encoding = new Door();
+        phone.studio()
+                .encodeWith(
+                        (clip, target, cancel) -> {
+                            encoding.pass();
+                            cancel.check();
+                        });
+        phone.click(R.id.save);
+        phone.until("it is encoded", encoding::isReached);
+        assertEquals("Cancel", phone.text(R.id.go));
+        phone.click(R.id.go);
+        encoding.open();
+        phone.untilIdle();
+        assertEquals("", phone.message());
+        assertEquals(0, FakeGallery.ENTRIES.size());
+    }
+
+    @Test
+    @Config(sdk = {28, 34})
+    public void theFolderIsNamedWhereTheAppChoosesIt() throws Exception {
+        Robolectric.setupContentProvider(FakeGallery.class, MediaStore.AUTHORITY);
+        Phone phone = withClip();
+        phone.studio().save(uri -> {});
+        phone.untilIdle();
+        assertEquals(Build.VERSION.SDK_INT >= 29, phone.message().endsWith("under Movies."));
+        assertTrue(phone.message().startsWith("The clip is in your gallery"));
+    }
+
+    @Test
     public void aClipThatCannotBeSavedLeavesNothing() throws Exception {
         Robolectric.setupContentProvider(FakeGallery.class, MediaStore.AUTHORITY);
         Phone phone = withClip();
         phone.studio()
                 .encodeWith(
-                        (clip, target) -> {
+                        (clip, target, cancel) -> {
                             throw new IOException("the encoder is busy");
                         });
         phone.click(R.id.save);
@@ -574,7 +626,7 @@ public final class MainActivityTest {
         Phone phone = new Phone();
         phone.studio()
                 .encodeWith(
-                        (clip, target) -> {
+                        (clip, target, cancel) -> {
                             try (FileOutputStream out = new FileOutputStream(target)) {
                                 out.write(FILM);
                             }

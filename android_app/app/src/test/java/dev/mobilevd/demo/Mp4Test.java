@@ -1,8 +1,13 @@
 package dev.mobilevd.demo;
 
 import static org.junit.Assert.assertEquals;
+import static org.junit.Assert.assertThrows;
 
+import dev.mobilevd.core.Cancellation;
+import dev.mobilevd.core.MobileVdException;
+import java.io.IOException;
 import java.nio.ByteBuffer;
+import java.util.concurrent.atomic.AtomicLong;
 import org.junit.Test;
 
 /** The conversion to YUV. The JVM has no encoder. */
@@ -15,6 +20,25 @@ public final class Mp4Test {
         check(0xFFFF0000, 81, 90, 240);
         check(0xFF00FF00, 145, 54, 34);
         check(0xFF0000FF, 41, 240, 110);
+    }
+
+    @Test
+    public void anEncoderThatDoesNotRespondIsGivenUp() throws Exception {
+        AtomicLong now = new AtomicLong(5);
+        Cancellation cancellation = new Cancellation();
+        Mp4.Watchdog watchdog = new Mp4.Watchdog(cancellation, now::get);
+        for (int i = 0; i < 5; i++) {
+            now.addAndGet(Mp4.Watchdog.PATIENCE_MS);
+            watchdog.check(true); // slow, but it works
+        }
+        now.addAndGet(Mp4.Watchdog.PATIENCE_MS);
+        watchdog.check(false);
+        now.addAndGet(1);
+        assertEquals(
+                "the encoder does not respond",
+                assertThrows(IOException.class, () -> watchdog.check(false)).getMessage());
+        cancellation.cancel();
+        assertThrows(MobileVdException.class, () -> watchdog.check(true));
     }
 
     @Test

@@ -143,6 +143,27 @@ public final class OtherAppsTest {
     }
 
     @Test
+    @Config(sdk = {28, 34})
+    public void aFileManagersFileOpensWithThisApp() {
+        for (String[] file :
+                new String[][] {
+                    {"content://files/model.mvd", "video/unknown"},
+                    {"content://files/My.model.v2.mvd", "video/unknown"},
+                    {"content://files/sd.card/1.0/model.mvd", "video/unknown"},
+                    {"content://com.android.providers.downloads.documents/document/1234", "application/octet-stream"},
+                    {"content://com.android.providers.downloads.documents/document/1234", "application/zip"},
+                }) {
+            assertEquals(file[0] + " " + file[1], 1, handlers(file[0], file[1]));
+        }
+        assertEquals(0, handlers("content://files/picture.mvd.png", "image/png"));
+    }
+
+    private int handlers(String address, String type) {
+        Intent view = new Intent(Intent.ACTION_VIEW).setDataAndType(Uri.parse(address), type);
+        return phone.app.getPackageManager().queryIntentActivities(view, 0).size();
+    }
+
+    @Test
     public void aModelIsDeletedAfterAQuestion() throws Exception {
         phone.click(R.id.more);
         ShadowPopupMenu.getLatestPopupMenu().getMenu().performIdentifierAction(R.string.remove_model, 0);

@@ -178,7 +178,7 @@ public final class ScreenshotTest {
         phone.click(R.id.message_close);
 
         phone.makeNewer(demo);
-        phone.studio().refreshModels();
+        phone.studio().refresh();
         phone.until("the change is noticed", () -> phone.state().models().get(0).problem() != null);
         phone.click(R.id.model);
         Dialog dialog = ShadowDialog.getLatestDialog();
@@ -186,7 +186,7 @@ public final class ScreenshotTest {
         dialog.dismiss();
 
         Files.write(phone.modelFolder().resolve("unet/model.onnx.data"), new byte[10]);
-        phone.studio().refreshModels();
+        phone.studio().refresh();
         phone.until("the loss is noticed", () -> phone.state().manifest() == null);
         shoot("damaged-" + how, phone.activity());
         report();
