@@ -109,7 +109,7 @@ class Device {
 
     private NpuRuntime startNpu() throws MobileVdException {
         if (!hasNpuLibraries()) {
-            throw new MobileVdException(Problem.NPU_NOT_IN_APP, PLUGIN);
+            throw new MobileVdException(Problem.NPU_NOT_IN_APP);
         }
         SdkVersion sdk = oldestSdk();
         if (sdk == null || soc() == null) {

@@ -58,7 +58,9 @@ public final class MainActivity extends Activity {
         findViewById(R.id.save).setOnClickListener(view -> save(ALLOW_SAVE));
         findViewById(R.id.share).setOnClickListener(view -> save(ALLOW_SHARE));
         findViewById(R.id.message_close).setOnClickListener(view -> studio.closeMessage());
-        findViewById(R.id.message_action).setOnClickListener(view -> actOnMessage());
+        findViewById(R.id.message_action).setOnClickListener(view -> goOnWithCpu());
+        findViewById(R.id.snackbar_action).setOnClickListener(view -> studio.cancelReading());
+        findViewById(R.id.delete).setOnClickListener(view -> askToRemove(studio.state().model()));
         EditText seed = findViewById(R.id.seed);
         seed.addTextChangedListener(new SeedWatcher());
         if (state == null) {
@@ -189,14 +191,9 @@ public final class MainActivity extends Activity {
         }
     }
 
-    private void actOnMessage() {
-        State.Message message = studio.state().message();
-        if (message != null && message.action() == State.Action.CANCEL_READING) {
-            studio.cancelReading();
-        } else {
-            studio.setCpuOnly(true);
-            studio.closeMessage();
-        }
+    private void goOnWithCpu() {
+        studio.setCpuOnly(true);
+        studio.closeMessage();
     }
 
     /** Ask once for the notification of a run in the background. The run does not depend on the answer. */

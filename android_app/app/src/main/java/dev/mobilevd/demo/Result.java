@@ -19,7 +19,9 @@ import java.io.FileInputStream;
 import java.io.FileOutputStream;
 import java.io.IOException;
 import java.util.ArrayList;
+import java.util.HashMap;
 import java.util.List;
+import java.util.Map;
 
 /**
  * A clip and how it was generated. A file keeps it across processes.
@@ -30,17 +32,18 @@ import java.util.List;
  */
 record Result(
         int width, int height, int fps, long seed, List<int[]> frames, List<Row> rows, double wallMs, String saved) {
-    private static final int FORMAT = 1;
+    private static final int FORMAT = 2;
 
     /**
      * The run of one component.
      *
-     * @param ms duration without loading
+     * @param loadMs duration of loading
+     * @param ms duration of the run
      * @param whyNotNpu why it ran on the CPU; null if it ran on the NPU, or if the CPU was requested
      */
-    record Row(String component, Backend backend, double ms, MobileVdException whyNotNpu) {
+    record Row(String component, Backend backend, double loadMs, double ms, MobileVdException whyNotNpu) {
         static Row of(ComponentRun run) {
-            return new Row(run.component(), run.backend(), run.ms().get(0), run.whyNotNpu());
+            return new Row(run.component(), run.backend(), run.loadMs(), run.ms().get(0), run.whyNotNpu());
         }
     }
 
@@ -54,6 +57,18 @@ record Result(
         List<Row> rows = new ArrayList<>();
         clip.runs().forEach(run -> rows.add(Row.of(run)));
         return new Result(width, height, clip.pipeline().fps(), seed, frames, rows, wallMs, null);
+    }
+
+    /** Time outside the rows: loading, checks of the files, the picture. With them it adds up to {@link #wallMs}. */
+    double otherMs() {
+        return Math.max(wallMs - rows.stream().mapToDouble(Row::ms).sum(), 0);
+    }
+
+    /** The time of each component with its loading, in ms. */
+    Map<String, Double> times() {
+        Map<String, Double> times = new HashMap<>();
+        rows.forEach(row -> times.put(row.component(), row.loadMs() + row.ms()));
+        return times;
     }
 
     Result savedAs(String uri) {
@@ -89,6 +104,7 @@ record Result(
             for (Row row : rows) {
                 out.writeUTF(row.component);
                 out.writeUTF(row.backend.name());
+                out.writeDouble(row.loadMs);
                 out.writeDouble(row.ms);
                 out.writeUTF(row.whyNotNpu == null ? "" : row.whyNotNpu.problem().name());
                 List<Object> arguments = row.whyNotNpu == null ? List.of() : row.whyNotNpu.arguments();
@@ -142,6 +158,7 @@ record Result(
     private static Row readRow(DataInputStream in) throws IOException {
         String component = in.readUTF();
         Backend backend = Backend.valueOf(in.readUTF());
+        double loadMs = in.readDouble();
         double ms = in.readDouble();
         String problem = in.readUTF();
         Object[] arguments = new Object[in.readInt()];
@@ -150,6 +167,6 @@ record Result(
         }
         MobileVdException why =
                 problem.isEmpty() ? null : new MobileVdException(Problem.valueOf(problem), arguments);
-        return new Row(component, backend, ms, why);
+        return new Row(component, backend, loadMs, ms, why);
     }
 }

@@ -27,6 +27,7 @@ final class Screen {
     private final ImageView picture;
     private final EditText seed;
     private final LinearLayout components;
+    private final int minimumTimeWidth;
     private Object shown;
 
     /** The screen of an activity with the layout "main". */
@@ -36,6 +37,7 @@ final class Screen {
         picture = activity.findViewById(R.id.picture);
         seed = activity.findViewById(R.id.seed);
         components = activity.findViewById(R.id.components);
+        minimumTimeWidth = activity.getResources().getDimensionPixelSize(R.dimen.time_width);
     }
 
     /**
@@ -84,27 +86,18 @@ final class Screen {
         show(R.id.other_picture, now != null && state.canPick());
     }
 
+    /** Errors are part of the page and stay; notices lie above it and disappear. */
     private void drawMessage(State state) {
         State.Message message = state.message();
-        show(R.id.message, message != null);
+        boolean isNotice = message != null && !message.isError();
+        show(R.id.message, message != null && !isNotice);
+        show(R.id.snackbar, isNotice);
         if (message == null) {
             return;
         }
-        find(R.id.message)
-                .setBackgroundResource(message.isError() ? R.drawable.message_error : R.drawable.message_notice);
-        int colour = activity.getColor(message.isError() ? R.color.on_error_container : R.color.on_notice_container);
-        TextView text = activity.findViewById(R.id.message_text);
-        setText(text, message.text().in(activity));
-        text.setTextColor(colour);
-        Button action = activity.findViewById(R.id.message_action);
-        boolean offersCpu = message.action() == State.Action.USE_CPU;
-        boolean isReading = message.action() == State.Action.CANCEL_READING;
-        show(R.id.message_action, offersCpu && !state.cpuOnly() || isReading);
-        show(R.id.message_close, !isReading);
-        action.setText(isReading ? R.string.cancel : R.string.use_cpu);
-        action.setTextColor(colour);
-        Button close = activity.findViewById(R.id.message_close);
-        close.setTextColor(colour);
+        setText(isNotice ? R.id.snackbar_text : R.id.message_text, message.text().in(activity));
+        show(R.id.snackbar_action, message.action() == State.Action.CANCEL_READING);
+        show(R.id.message_action, message.action() == State.Action.USE_CPU && !state.cpuOnly());
     }
 
     private void drawChoices(State state) {
@@ -163,10 +156,14 @@ final class Screen {
         } else if (result != null) {
             said = Words.of(ranOn(result), Words.time(result.wallMs()));
             explanation = whyNot(result);
+            if (explanation == null && result.rows().stream().anyMatch(row -> row.backend() == Backend.NPU)) {
+                explanation = Words.of(R.string.first_calls);
+            }
             rows = new ArrayList<>();
             for (Result.Row row : result.rows()) {
                 rows.add(new State.Row(row.component(), State.Phase.DONE, row.backend(), 0, row.ms()));
             }
+            rows.add(new State.Row(State.Row.OTHER, State.Phase.DONE, null, 0, result.otherMs()));
         } else if (state.model() != null && state.model().problem() != null) {
             said = Words.of(R.string.model_unusable);
             explanation = Words.of(state.model().problem());
@@ -179,6 +176,7 @@ final class Screen {
         if (explanation != null) {
             setText(R.id.explanation, explanation.in(activity));
         }
+        show(R.id.delete, state.isIdle() && state.model() != null && state.model().problem() != null);
         ProgressBar progress = activity.findViewById(R.id.progress);
         show(R.id.progress, state.work() == State.Work.RUNNING || state.work() == State.Work.INSTALLING);
         progress.setProgress((int) Math.round(state.job().fraction() * PROGRESS_STEPS));
@@ -213,10 +211,20 @@ final class Screen {
         for (int i = 0; i < rows.size(); i++) {
             drawRow(components.getChildAt(i), rows.get(i));
         }
+        // All times get the width of the widest one, so that the badges beside them form a column.
+        int widest = 0;
+        for (int i = 0; i < rows.size(); i++) {
+            TextView time = components.getChildAt(i).findViewById(R.id.time);
+            widest = Math.max(widest, (int) Math.ceil(time.getPaint().measureText(time.getText().toString())));
+        }
+        for (int i = 0; i < rows.size(); i++) {
+            TextView time = components.getChildAt(i).findViewById(R.id.time);
+            time.setMinWidth(Math.max(widest, minimumTimeWidth));
+        }
     }
 
     private void drawRow(View view, State.Row row) {
-        String name = Words.component(row.component());
+        String name = Words.component(row.component()).in(activity);
         boolean npu = row.backend() == Backend.NPU;
         String backend = row.backend() == null ? "" : activity.getString(npu ? R.string.npu : R.string.cpu);
         String time = "";

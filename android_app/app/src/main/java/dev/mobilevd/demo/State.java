@@ -81,6 +81,9 @@ record State(
      * @param ms duration of the run; 0 until it is done
      */
     record Row(String component, Phase phase, Backend backend, long since, double ms) {
+        /** The pseudo-component with all time outside the components' runs. */
+        static final String OTHER = "";
+
         static Row waiting(String component) {
             return new Row(component, Phase.WAITING, null, 0, 0);
         }
@@ -93,8 +96,12 @@ record State(
         CANCEL_READING
     }
 
-    /** A message to the person. Closing it or the next job removes it. */
+    /** A message to the person. An error stays until it is closed or the next job begins; a notice disappears. */
     record Message(Words text, boolean isError, Action action) {
+        boolean disappears() {
+            return !isError && action == Action.NONE;
+        }
+
         static Message notice(Words text) {
             return new Message(text, false, Action.NONE);
         }

@@ -25,6 +25,7 @@ import java.io.InputStream;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.List;
+import java.util.Map;
 import java.util.Queue;
 import java.util.Random;
 import java.util.concurrent.RejectedExecutionException;
@@ -39,6 +40,8 @@ import java.util.function.UnaryOperator;
  */
 final class Studio {
     private static final int RANDOM_SEEDS = 1_000_000;
+    /** How long a notice is shown, ms. */
+    private static final long NOTICE_MS = 6000;
     private static final int MOST_OFFERS = 8;
     /** A picture that takes longer is worth a message, ms. */
     private static final long SLOW_MS = 1000;
@@ -93,7 +96,7 @@ final class Studio {
             return Words.of(R.string.asked_cpu);
         }
         if (!device.hasNpuLibraries()) {
-            return Words.of(new MobileVdException(Problem.NPU_NOT_IN_APP, Device.PLUGIN));
+            return Words.of(new MobileVdException(Problem.NPU_NOT_IN_APP));
         }
         Manifest manifest = state.manifest();
         if (manifest != null && manifest.components().stream().allMatch(component -> component.npu().isEmpty())) {
@@ -236,15 +239,17 @@ final class Studio {
         artifact.manifest().components().forEach(component -> planned.add(State.Row.waiting(component.name())));
         change(now -> now.withRows(planned));
         mayRunInBackground = device.startRunService();
-        begin(State.Work.RUNNING, cancel -> generate(artifact, seed, asked, cancel));
+        Map<String, Double> times = state.result() == null ? Map.of() : state.result().times();
+        begin(State.Work.RUNNING, cancel -> generate(artifact, seed, asked, times, cancel));
     }
 
-    private void generate(Artifact artifact, long seed, Runtimes.Asked asked, Cancellation cancel)
+    private void generate(
+            Artifact artifact, long seed, Runtimes.Asked asked, Map<String, Double> times, Cancellation cancel)
             throws IOException, MobileVdException {
         long begun = SystemClock.uptimeMillis();
         float[] image = Pictures.prepare(files.picture(), artifact.manifest().pipeline());
         cancel.check();
-        Pipeline pipeline = new Pipeline(artifact, device.runtimes(), device.memory(), trace);
+        Pipeline pipeline = new Pipeline(artifact, device.runtimes(), device.memory(), trace, times);
         Clip clip = pipeline.generate(image, seed, asked, new RowUpdates(), cancel);
         Result made = Result.of(clip, seed, SystemClock.uptimeMillis() - begun);
         // Show it before it is written: a full storage must not remove it from the screen.
@@ -387,6 +392,9 @@ final class Studio {
     }
 
     void remove(String name) {
+        if (state.models().stream().anyMatch(model -> model.name().equals(name) && model.problem() != null)) {
+            settings.setBundledVersion(null); // if the APK has it, the next refresh installs it again
+        }
         worker.run(
                 () -> {
                     try {
@@ -396,6 +404,7 @@ final class Studio {
                         fail(Words.of(problem));
                     }
                     listModels();
+                    worker.post(this::refresh);
                 });
     }
 
@@ -591,7 +600,18 @@ final class Studio {
 
     /** Change the state; on the main thread. */
     void change(UnaryOperator<State> change) {
+        State.Message before = state.message();
         state = change.apply(state);
+        State.Message message = state.message();
+        if (message != before && message != null && message.disappears()) {
+            worker.postLater(() -> removeNotice(message), NOTICE_MS);
+        }
         watcher.run();
+    }
+
+    private void removeNotice(State.Message notice) {
+        if (state.message() == notice) {
+            closeMessage();
+        }
     }
 }

@@ -86,8 +86,15 @@ interface Words {
         };
     }
 
-    /** The readable name of a component. */
-    static String component(String name) {
-        return name.replace('_', ' ');
+    /** The readable name of a component, or of {@link State.Row#OTHER}. */
+    static Words component(String name) {
+        return switch (name) {
+            case "image_encoder" -> of(R.string.component_image_encoder);
+            case "vae_encoder" -> of(R.string.component_vae_encoder);
+            case "unet" -> of(R.string.component_unet);
+            case "decoder" -> of(R.string.component_decoder);
+            case State.Row.OTHER -> of(R.string.component_other);
+            default -> context -> name.replace('_', ' '); // of a newer exporter
+        };
     }
 }

@@ -32,7 +32,7 @@ final class Gate implements ComponentRuntime {
     }
 
     Runtimes runtimes() {
-        return Runtimes.withoutNpu(this, new MobileVdException(Problem.NPU_NOT_IN_APP, Device.PLUGIN));
+        return Runtimes.withoutNpu(this, new MobileVdException(Problem.NPU_NOT_IN_APP));
     }
 
     @Override

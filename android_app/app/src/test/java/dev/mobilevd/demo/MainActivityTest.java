@@ -21,8 +21,10 @@ import android.os.Bundle;
 import android.os.Looper;
 import android.provider.MediaStore;
 import android.view.View;
+import android.view.ViewGroup;
 import android.widget.EditText;
 import android.widget.ImageView;
+import dev.mobilevd.core.Backend;
 import dev.mobilevd.core.MobileVdException;
 import dev.mobilevd.core.Problem;
 import dev.mobilevd.core.Runtimes;
@@ -32,6 +34,7 @@ import java.io.IOException;
 import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.util.List;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicLong;
 import java.util.zip.ZipEntry;
@@ -74,6 +77,25 @@ public final class MainActivityTest {
         assertNotSame("the clip moves", first, clip.getCurrent());
         phone.click(R.id.stage);
         assertFalse("a touch pauses it", clip(phone).isRunning());
+    }
+
+    @Test
+    @Config(sdk = 34, fontScale = 1.6f)
+    public void badgesFormAColumnInLargeLetters() {
+        Phone phone = new Phone();
+        phone.open();
+        phone.studio()
+                .change(
+                        now ->
+                                now.withRows(
+                                        List.of(
+                                                new State.Row("unet", State.Phase.DONE, Backend.CPU, 0, 9.2),
+                                                new State.Row("decoder", State.Phase.DONE, Backend.CPU, 0, 12_345))));
+        Phone.screenshot(phone.activity());
+        ViewGroup rows = phone.activity().findViewById(R.id.components);
+        int first = rows.getChildAt(0).findViewById(R.id.backend).getRight();
+        assertEquals(first, rows.getChildAt(1).findViewById(R.id.backend).getRight());
+        assertTrue(first > 0);
     }
 
     @Test
@@ -161,7 +183,7 @@ public final class MainActivityTest {
         phone.until("all is back", () -> phone.state().picture() != null && phone.state().model() != null);
         assertTrue(
                 phone.message(),
-                phone.message().contains("while unet was running on the CPU (model demo, step: load)"));
+                phone.message().contains("while UNet was running on the CPU (model demo, step: load)"));
         assertFalse("the CPU is no way out of a crash on the CPU", phone.shows(R.id.message_action));
         before.cancel();
         gate.open();
@@ -181,7 +203,7 @@ public final class MainActivityTest {
         phone.open();
         assertTrue(
                 phone.message(),
-                phone.message().contains("while vae encoder was running on the NPU (model demo, step: run)"));
+                phone.message().contains("while VAE encoder was running on the NPU (model demo, step: run)"));
         phone.click(R.id.message_action);
         assertTrue(phone.state().cpuOnly());
         assertEquals("", phone.message());
@@ -332,7 +354,7 @@ public final class MainActivityTest {
         phone.studio().refresh();
         phone.until("the loss is noticed", () -> phone.state().manifest() == null);
         assertTrue(phone.text(R.id.model_name), phone.text(R.id.model_name).contains("damaged"));
-        assertTrue(phone.text(R.id.explanation), phone.text(R.id.explanation).contains("has 10 bytes"));
+        assertTrue(phone.text(R.id.explanation), phone.text(R.id.explanation).contains("has the wrong size: 10 B instead of"));
         assertFalse(go(phone).isEnabled());
     }
 
@@ -440,6 +462,21 @@ public final class MainActivityTest {
         phone.studio().remove("My-model-2-");
         phone.until("it is gone", () -> phone.state().models().size() == 1);
         assertEquals("demo", phone.state().model().name());
+    }
+
+    @Test
+    public void aNoticeDisappearsAndAnErrorStays() throws Exception {
+        Phone phone = new Phone();
+        phone.open();
+        phone.openModel("other.mvd", phone.mvd());
+        phone.untilIdle();
+        assertFalse("it does not move the page", phone.shows(R.id.message));
+        assertEquals("other is installed.", phone.message());
+        shadowOf(Looper.getMainLooper()).idleFor(7, TimeUnit.SECONDS);
+        assertEquals("", phone.message());
+        phone.studio().say(Words.of(R.string.no_picker));
+        shadowOf(Looper.getMainLooper()).idleFor(1, TimeUnit.HOURS);
+        assertTrue(phone.shows(R.id.message));
     }
 
     @Test

@@ -101,8 +101,7 @@ public final class OtherAppsTest {
         send(stuck);
         shadowOf(Looper.getMainLooper()).idleFor(1500, TimeUnit.MILLISECONDS);
         assertEquals("Reading the picture …", phone.message());
-        assertFalse(phone.shows(R.id.message_close));
-        phone.click(R.id.message_action);
+        phone.click(R.id.snackbar_action);
         assertEquals("", phone.message());
         assertTrue("its stream is closed", stuck.closed.await(10, TimeUnit.SECONDS));
         send(new Stuck());
@@ -172,6 +171,19 @@ public final class OtherAppsTest {
         assertEquals(1, phone.state().models().size());
         phone.question().getButton(AlertDialog.BUTTON_POSITIVE).performClick();
         phone.until("it is deleted", () -> phone.state().models().isEmpty());
+    }
+
+    @Test
+    public void aDamagedModelIsDeletedAndTheApksIsInstalledAgain() throws Exception {
+        Files.write(phone.modelFolder().resolve("unet/model.onnx.data"), new byte[10]);
+        phone.studio().refresh();
+        phone.until("the loss is noticed", () -> phone.state().manifest() == null);
+        assertTrue(phone.shows(R.id.delete));
+        phone.click(R.id.delete);
+        phone.question().getButton(AlertDialog.BUTTON_POSITIVE).performClick();
+        phone.until("it is whole again", () -> phone.state().manifest() != null);
+        phone.untilIdle();
+        assertFalse(phone.shows(R.id.delete));
     }
 
     private void view(String name, byte[] bytes) {

@@ -211,7 +211,7 @@ final class Phone {
     /** The message on the screen; "" if there is none. */
     String message() {
         settle();
-        return shows(R.id.message) ? text(R.id.message_text) : "";
+        return shows(R.id.message) ? text(R.id.message_text) : shows(R.id.snackbar) ? text(R.id.snackbar_text) : "";
     }
 
     boolean shows(int id) {

@@ -175,7 +175,7 @@ public final class ScreenshotTest {
         phone.openModel("my-model.mvd", phone.mvd());
         phone.untilIdle();
         shoot("installed-" + how, phone.activity());
-        phone.click(R.id.message_close);
+        phone.studio().closeMessage();
 
         phone.makeNewer(demo);
         phone.studio().refresh();
@@ -211,7 +211,7 @@ public final class ScreenshotTest {
             double time = ms[rows.size()] / (backend == Backend.NPU ? 20 : 1);
             rows.add(
                     new Result.Row(
-                            row.component(), backend, time, backend == Backend.NPU ? null : row.whyNotNpu()));
+                            row.component(), backend, 20, time, backend == Backend.NPU ? null : row.whyNotNpu()));
         }
         new Result(
                         made.width(), made.height(), made.fps(), made.seed(), made.frames(), rows,

@@ -120,7 +120,8 @@ public record Artifact(Path root, Manifest manifest, String manifestSha256) {
                 throw new MobileVdException(Problem.FILE_MISSING, entry.path());
             }
             if (attributes.size() != entry.bytes()) {
-                throw new MobileVdException(Problem.FILE_SIZE, entry.path(), attributes.size(), entry.bytes());
+                throw new MobileVdException(
+                        Problem.FILE_SIZE, entry.path(), new ByteSize(attributes.size()), new ByteSize(entry.bytes()));
             }
         }
         if (!extra.isEmpty()) {

@@ -379,7 +379,7 @@ public final class ArtifactStore {
                     size += count;
                     if (size > entry.bytes()) {
                         throw new MobileVdException(
-                                Problem.FILE_SIZE, entry.path(), "more than " + entry.bytes(), entry.bytes());
+                                Problem.FILE_SIZE, entry.path(), new ByteSize(size), new ByteSize(entry.bytes()));
                     }
                     digest.add(buffer, count);
                     writeFully(channel, count);
@@ -389,7 +389,8 @@ public final class ArtifactStore {
                 channel.force(true);
             }
             if (size != entry.bytes()) {
-                throw new MobileVdException(Problem.FILE_SIZE, entry.path(), size, entry.bytes());
+                throw new MobileVdException(
+                        Problem.FILE_SIZE, entry.path(), new ByteSize(size), new ByteSize(entry.bytes()));
             }
             if (!digest.hex().equals(entry.sha256())) {
                 throw new MobileVdException(Problem.FILE_DAMAGED, entry.path());

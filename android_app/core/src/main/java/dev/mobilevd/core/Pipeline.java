@@ -19,6 +19,7 @@ public final class Pipeline {
     private final Runtimes runtimes;
     private final MemoryInfo memory;
     private final RunTrace trace;
+    private final Map<String, Double> measuredMs;
 
     /** Stages of a component's run. */
     public enum Stage {
@@ -47,7 +48,7 @@ public final class Pipeline {
          *
          * @param index of the component, from 0, of {@code count}
          * @param call from 1, in stages WARMUP and RUN; else 0
-         * @param fraction done of the whole run, weighted by FLOPs: in [0, 1], never decreasing
+         * @param fraction done of the whole run: in [0, 1], never decreasing
          */
         default void at(String component, int index, int count, Backend backend, Stage stage, int call,
                 double fraction) {}
@@ -58,7 +59,18 @@ public final class Pipeline {
 
     /** {@code trace} is written before each native call. */
     public Pipeline(Artifact artifact, Runtimes runtimes, MemoryInfo memory, RunTrace trace) {
+        this(artifact, runtimes, memory, trace, Map.of());
+    }
+
+    /**
+     * The same, with progress by measured times.
+     *
+     * @param measuredMs times of an earlier run by component, in ms; used if they contain every component
+     */
+    public Pipeline(
+            Artifact artifact, Runtimes runtimes, MemoryInfo memory, RunTrace trace, Map<String, Double> measuredMs) {
         this.artifact = artifact;
+        this.measuredMs = measuredMs;
         this.runtimes = runtimes;
         this.memory = memory;
         this.trace = trace;
@@ -346,7 +358,7 @@ public final class Pipeline {
                 double before = 0;
                 double total = 0;
                 for (int i = 0; i < components.size(); i++) {
-                    double weight = Math.max(components.get(i).flops(), 1);
+                    double weight = weight(components.get(i));
                     total += weight;
                     before += i < index ? weight : i == index ? weight * ofComponent : 0;
                 }
@@ -404,6 +416,16 @@ public final class Pipeline {
                 return List.copyOf(values);
             }
         }
+    }
+
+    /** The share of a component in the run's time. Without times it is half by FLOPs, half equal, for the loading. */
+    private double weight(Manifest.Component component) {
+        List<Manifest.Component> all = artifact.manifest().components();
+        if (all.stream().allMatch(each -> measuredMs.getOrDefault(each.name(), 0.0) > 0)) {
+            return measuredMs.get(component.name());
+        }
+        double flops = all.stream().mapToDouble(each -> Math.max(each.flops(), 1)).sum();
+        return Math.max(component.flops(), 1) / flops + 1.0 / all.size();
     }
 
     private static double since(long begun) {

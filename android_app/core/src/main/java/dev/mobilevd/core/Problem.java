@@ -15,7 +15,7 @@ public enum Problem {
 
     // The artifact's folder.
     FILE_MISSING("%1$s is missing. Copy the artifact again."),
-    FILE_SIZE("%1$s has %2$s bytes; the manifest says %3$s. Copy the artifact again."),
+    FILE_SIZE("%1$s has the wrong size: %2$s instead of %3$s. Copy the artifact again."),
     FILE_DAMAGED("%1$s is damaged: its SHA-256 differs from the manifest. Copy the artifact again."),
     FILE_EXTRA("%1$s is not in the manifest. Remove it, or copy the artifact again."),
     FILE_NOT_PLAIN("%1$s is not a regular file. Copy the artifact again."),
@@ -46,7 +46,7 @@ public enum Problem {
     CANCELLED("Cancelled."),
 
     // The NPU.
-    NPU_NOT_IN_APP("This version of the app has no libraries for the NPU (%1$s)."),
+    NPU_NOT_IN_APP("This version of the app has no libraries for the NPU."),
     NPU_LIBRARY_FAILS("The NPU's libraries do not start: %1$s"),
     NPU_NOT_FOUND("The runtime finds no NPU in this device."),
     NPU_NO_BINARY("%1$s has no binary for any NPU."),

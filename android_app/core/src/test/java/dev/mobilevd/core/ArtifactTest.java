@@ -68,7 +68,9 @@ public class ArtifactTest {
         }
         MobileVdException error = assertNotOpened(Problem.FILE_SIZE);
         assertEquals("unet/model.onnx", error.arguments().get(0));
-        assertEquals(1L, (Long) error.arguments().get(2) - (Long) error.arguments().get(1));
+        ByteSize found = (ByteSize) error.arguments().get(1);
+        ByteSize expected = (ByteSize) error.arguments().get(2);
+        assertEquals(1L, expected.bytes() - found.bytes());
     }
 
     @Test

@@ -34,7 +34,7 @@ public class BenchmarkTest {
         runtimes =
                 Runtimes.withoutNpu(
                         new CpuRuntime(temporary.newFolder("scratch").toPath()),
-                        new MobileVdException(Problem.NPU_NOT_IN_APP, "cpu"));
+                        new MobileVdException(Problem.NPU_NOT_IN_APP));
     }
 
     private static Benchmark.Request request(String runId, String artifact, int samples, Set<String> components) {

@@ -20,7 +20,7 @@ public class DemoTest {
         Runtimes runtimes =
                 Runtimes.withoutNpu(
                         new CpuRuntime(temporary.newFolder("scratch").toPath()),
-                        new MobileVdException(Problem.NPU_NOT_IN_APP, "cpu"));
+                        new MobileVdException(Problem.NPU_NOT_IN_APP));
         RunTrace trace = new RunTrace(temporary.getRoot().toPath().resolve("trace.json"));
         pipeline = new Pipeline(artifact, runtimes, Golden.PLENTY, trace);
     }

@@ -126,7 +126,7 @@ public class PipelineTest {
     }
 
     private Pipeline onCpu() {
-        return pipeline(Runtimes.withoutNpu(cpu, new MobileVdException(Problem.NPU_NOT_IN_APP, "cpu")));
+        return pipeline(Runtimes.withoutNpu(cpu, new MobileVdException(Problem.NPU_NOT_IN_APP)));
     }
 
     private Clip generate(Pipeline pipeline, Runtimes.Asked asked) throws Exception {
@@ -260,7 +260,7 @@ public class PipelineTest {
                     }
                 };
         failingCpu.failures.put("run unet", Problem.RUN_FAILED);
-        Runtimes onlyCpu = Runtimes.withoutNpu(failingCpu, new MobileVdException(Problem.NPU_NOT_IN_APP, "cpu"));
+        Runtimes onlyCpu = Runtimes.withoutNpu(failingCpu, new MobileVdException(Problem.NPU_NOT_IN_APP));
         Golden.assertFails(Problem.RUN_FAILED, () -> generate(pipeline(onlyCpu), Runtimes.Asked.AUTO));
         assertEquals("close", events.get(events.size() - 1));
     }
@@ -343,7 +343,7 @@ public class PipelineTest {
                         throw new OutOfMemoryError("by the test");
                     }
                 };
-        Runtimes runtimes = Runtimes.withoutNpu(greedy, new MobileVdException(Problem.NPU_NOT_IN_APP, "cpu"));
+        Runtimes runtimes = Runtimes.withoutNpu(greedy, new MobileVdException(Problem.NPU_NOT_IN_APP));
         MobileVdException error =
                 Golden.assertFails(
                         Problem.MEMORY_RAN_OUT, () -> generate(pipeline(runtimes), Runtimes.Asked.CPU));
@@ -415,6 +415,34 @@ public class PipelineTest {
         assertEquals(0, fractions.get(0), 0);
         assertEquals(1, fractions.get(fractions.size() - 1), 1e-9);
         assertEquals(NAMES, finished);
+    }
+
+    @Test
+    public void progressIsByTheTimesOfAnEarlierRun() throws Exception {
+        Map<String, Double> ms = Map.of("image_encoder", 10.0, "vae_encoder", 20.0, "unet", 30.0, "decoder", 40.0);
+        assertEquals(List.of(0.0, 0.1, 0.3, 0.6), loads(ms));
+        List<Double> first = loads(Map.of("unet", 5.0));
+        assertTrue("two of four are a quarter or more: " + first, first.get(2) >= 0.25 && first.get(2) < 0.75);
+    }
+
+    /** Progress at the load of each component. */
+    private List<Double> loads(Map<String, Double> measuredMs) throws Exception {
+        List<Double> found = new ArrayList<>();
+        Runtimes runtimes = Runtimes.withoutNpu(cpu, new MobileVdException(Problem.NPU_NOT_IN_APP));
+        new Pipeline(artifact, runtimes, Golden.PLENTY, new RunTrace(traceFile), measuredMs)
+                .generate(
+                        Golden.picture(), 7, Runtimes.Asked.CPU,
+                        new Pipeline.Listener() {
+                            @Override
+                            public void at(String component, int index, int count, Backend backend,
+                                    Pipeline.Stage stage, int call, double fraction) {
+                                if (stage == Pipeline.Stage.LOAD) {
+                                    found.add(Math.round(fraction * 1000) / 1000.0);
+                                }
+                            }
+                        },
+                        Golden.NEVER);
+        return found;
     }
 
     @Test

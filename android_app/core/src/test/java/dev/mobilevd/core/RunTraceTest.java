@@ -80,7 +80,7 @@ public class RunTraceTest {
 
     private static Pipeline pipeline(Path file, Path scratch) throws MobileVdException {
         Runtimes runtimes =
-                Runtimes.withoutNpu(new CpuRuntime(scratch), new MobileVdException(Problem.NPU_NOT_IN_APP, "cpu"));
+                Runtimes.withoutNpu(new CpuRuntime(scratch), new MobileVdException(Problem.NPU_NOT_IN_APP));
         return new Pipeline(Artifact.open(Golden.ARTIFACT), runtimes, Golden.PLENTY, new RunTrace(file));
     }
 
