@@ -9,7 +9,7 @@ import java.nio.file.Paths;
 import java.util.List;
 import java.util.Map;
 
-/** An exported artifact, and the clips that Python generated with it (tests/clip_reference.py). */
+/** An exported artifact, and the clips that Python generated with it (tests.support.clip_reference). */
 final class Reference {
     /** Minimum agreement in dB. Rounding differs between the runtimes. */
     static final double FLOOR_DB = 60;
