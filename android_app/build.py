@@ -6,9 +6,9 @@
     python3 android_app/build.py test-core
     python3 android_app/build.py test-app
 
-It needs JDK 17, Maven, npm and, from Debian, the packages `aapt zipalign apksigner`. Everything else is named
-in dependencies.toml with its hash and fetched at the first need into a cache outside the repository
-(MOBILEVD_CACHE, else ~/.cache/mobilevd-deploy). Exit codes: 0 done, 1 failed, 2 wrong usage.
+It needs JDK 17, Maven, npm and the Debian packages `aapt zipalign apksigner`. It fetches everything else on
+first use into a cache outside the repository (MOBILEVD_CACHE, default ~/.cache/mobilevd-deploy): versions are
+in gradle/libs.versions.toml, hashes in dependencies.toml. Exit codes: 0 done, 1 failed, 2 usage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,8 +33,10 @@ from typing import Any
 
 APP = Path(__file__).resolve().parent
 ROOT = APP.parent
+MAIN = APP / "app" / "src" / "main"
+CORE = APP / "core" / "src"
 PLUGIN = "libonnxruntime_providers_qnn.so"
-# Debian package by program; what a message says is missing.
+# Debian package of each program, for error messages.
 PACKAGES = {
     "javac": "openjdk-17-jdk-headless",
     "mvn": "maven",
@@ -41,33 +45,43 @@ PACKAGES = {
     "zipalign": "zipalign",
     "apksigner": "apksigner",
 }
-# Zip's first day: entries carry no time of their own.
+# The earliest time that zip can store, for every entry: builds are reproducible.
 EPOCH = (1980, 1, 1, 0, 0, 0)
-# A resource table must lie in the APK as it is from target 30 on; Java and the system map it.
+# From target 30 on Android requires an uncompressed resource table.
 STORED = {"resources.arsc"}
-# Programs here end before the second compiler and parallel collectors have paid: a third less CPU time.
+# The C2 compiler and parallel GC do not pay for programs this short: a third less CPU time without them.
 JVM = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
-DEBUG_PASSWORD = "android"  # as Android's own debug keys have it
+DEBUG_PASSWORD = "android"  # the password of Android's debug keys
 
 
 class BuildError(Exception):
-    """What is wrong, where, and what to do next."""
+    """The message says what is wrong, where, and what to do next."""
 
 
 class NotFetchedError(BuildError):
-    """No repository that Maven asks has a file, or none answers."""
+    """No Maven repository served a file."""
 
 
-# 1. What has to be there, and what is fetched.
+# 1. Requirements and downloads.
 
 
 def dependencies() -> dict[str, Any]:
-    """Read dependencies.toml."""
+    """Read dependencies.toml: hashes, and what only this script needs."""
     return tomllib.loads((APP / "dependencies.toml").read_text(encoding="utf-8"))
 
 
+def catalogue() -> dict[str, Any]:
+    """Read Gradle's version catalogue."""
+    return tomllib.loads((APP / "gradle" / "libs.versions.toml").read_text(encoding="utf-8"))
+
+
+def api_level(name: str) -> int:
+    """Return an API level of the catalogue: "targetSdk", "minSdk-cpu" or "minSdk-npu"."""
+    return int(catalogue()["versions"][f"android-{name}"])
+
+
 def cache() -> Path:
-    """Return the folder that outlives builds: libraries, and the debug key."""
+    """Return the folder that survives builds. It holds libraries and the debug key."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(os.environ.get("MOBILEVD_CACHE") or Path(base) / "mobilevd-deploy") / "android"
     path.mkdir(parents=True, exist_ok=True)
@@ -75,7 +89,7 @@ def cache() -> Path:
 
 
 def need(*programs: str) -> None:
-    """Raise BuildError unless all programs are installed; the message says which packages bring them."""
+    """Raise BuildError unless all programs are installed; the message names their packages."""
     if missing := [program for program in programs if shutil.which(program) is None]:
         packages = " ".join(dict.fromkeys(PACKAGES[program] for program in missing))
         raise BuildError(f"not installed: {', '.join(missing)}\n  next: apt-get install {packages}")
@@ -87,7 +101,7 @@ def run(
     quiet: bool = True,
     env: Mapping[str, str] | None = None,
 ) -> str:
-    """Run a program; return its output, or raise BuildError with it. Not quiet: it goes to the terminal."""
+    """Run a program and return its output; raise BuildError if it fails. Not quiet: print to the terminal."""
     words = [str(word) for word in command]
     result = subprocess.run(
         words,
@@ -110,7 +124,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def alone(name: str) -> Iterator[None]:
-    """Keep other builds out of a place in the cache meanwhile."""
+    """Hold the lock NAME of the cache, so that one build at a time writes there."""
     with (cache() / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -123,25 +137,33 @@ def sha256(path: Path) -> str:
 
 
 def check_hash(path: Path, expected: str, what: str) -> None:
-    """Raise BuildError, and remove the file, unless it has this SHA-256."""
+    """Remove the file and raise BuildError unless it has this SHA-256."""
     if (found := sha256(path)) != expected:
         path.unlink()
-        raise BuildError(f"{what}: SHA-256 is {found}, dependencies.toml says {expected}; it was thrown away")
+        raise BuildError(
+            f"{what}: SHA-256 is {found}, dependencies.toml says {expected}; the file was removed"
+        )
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where Maven finds a file: "group:artifact:version", or with ":aar"."""
+    """A file in a Maven repository."""
 
     group: str
     artifact: str
     version: str
-    type: str = "jar"
+    type: str
 
     @classmethod
-    def of(cls, text: str) -> Coordinates:
-        """Read them from their text."""
-        return cls(*text.split(":"))
+    def of(cls, name: str) -> Coordinates:
+        """Look up a library of the catalogue by its name; "NAME@aar" is its AAR instead of its jar."""
+        alias, _, kind = name.partition("@")
+        library, versions = catalogue()["libraries"][alias], catalogue()["versions"]
+        version = library["version"]
+        if isinstance(version, dict):
+            version = versions[version["ref"]]
+        group, artifact = library["module"].split(":")
+        return cls(group, artifact, version, kind or "jar")
 
     @property
     def file(self) -> str:
@@ -150,12 +172,12 @@ class Coordinates:
 
 
 def fetch(name: str) -> list[Path]:
-    """Return the files of set `maven.NAME`, in its order, fetched by Maven and checked."""
+    """Fetch the set `maven.NAME` with Maven, check its hashes, and return its files in order."""
     return _fetch_all(name, dependencies()["maven"][name])
 
 
 def _fetch_all(what: str, digests: Mapping[str, str]) -> list[Path]:
-    wanted = {Coordinates.of(text): digest for text, digest in digests.items()}
+    wanted = {Coordinates.of(library): digest for library, digest in digests.items()}
     folder = cache() / "maven"
     with alone("maven"):
         missing = {item: digest for item, digest in wanted.items() if not (folder / item.file).exists()}
@@ -166,14 +188,14 @@ def _fetch_all(what: str, digests: Mapping[str, str]) -> list[Path]:
 
 
 def _maven(items: Mapping[Coordinates, str], folder: Path) -> None:
-    """Copy files out of Maven's repositories into `folder`; only those whose hash is right get there."""
+    """Copy files from Maven repositories into `folder` after a check of their hashes."""
     need("mvn")
     listed = "".join(
         f"<artifactItem><groupId>{i.group}</groupId><artifactId>{i.artifact}</artifactId>"
         f"<version>{i.version}</version><type>{i.type}</type></artifactItem>"
         for i in items
     )
-    # R8 and androidx lie in Google's repository, which a Maven without settings does not ask.
+    # R8 and androidx are in Google's repository, which Maven does not know by default.
     repositories = "".join(
         f"<repository><id>extra{n}</id><url>{url}</url></repository>"
         for n, url in enumerate(os.environ.get("MAVEN_REPOSITORIES", "").split())
@@ -196,7 +218,7 @@ def _maven(items: Mapping[Coordinates, str], folder: Path) -> None:
         except BuildError as error:
             raise NotFetchedError(
                 f"Maven cannot fetch everything of {', '.join(i.file for i in items)}\n{error}\n"
-                "  next: name further repositories, such as Google's, in MAVEN_REPOSITORIES"
+                "  next: list more repositories, such as Google's, in MAVEN_REPOSITORIES"
             ) from error
         for item, digest in items.items():
             path = Path(scratch) / "out" / item.file
@@ -205,13 +227,14 @@ def _maven(items: Mapping[Coordinates, str], folder: Path) -> None:
 
 
 def onnxruntime_aar() -> Path:
-    """Return ONNX Runtime for Android, fetched by npm and checked."""
+    """Fetch ONNX Runtime for Android with npm, check its hash, and return the AAR."""
     entry = dependencies()["npm"]["onnxruntime"]
-    path = cache() / f"onnxruntime-{entry['version']}.aar"
+    version = catalogue()["versions"]["onnxruntime"]
+    path = cache() / f"onnxruntime-{version}.aar"
     with alone("npm"):
         if not path.exists():
             need("npm")
-            say(f"fetching ONNX Runtime {entry['version']} for Android (150 MB) ...")
+            say(f"fetching ONNX Runtime {version} for Android (150 MB) ...")
             with tempfile.TemporaryDirectory(dir=cache()) as scratch:
                 run("npm", "pack", entry["package"], "--silent", cwd=Path(scratch))
                 (package,) = Path(scratch).glob("*.tgz")
@@ -223,7 +246,7 @@ def onnxruntime_aar() -> Path:
 
 
 def derived(name: str, make: Callable[[Path], None]) -> Path:
-    """Return a file of the cache that is made out of fetched ones; `make` writes it once."""
+    """Return a cached file that is derived from fetched ones; `make` writes it on first use."""
     path = cache() / name
     with alone(name):
         if not path.exists():
@@ -234,18 +257,18 @@ def derived(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def framework() -> tuple[Path, Path]:
-    """Return Android's framework: for aapt2 its resources, for javac and D8 its classes."""
+    """Return Android's framework: its resources for aapt2, and its classes for javac and D8."""
     (source,) = [path for path in fetch("build") if path.name.startswith("android-all")]
 
     def resources(target: Path) -> None:
         with zipfile.ZipFile(source) as jar:
-            # aapt2 maps the table and cannot when it is compressed.
+            # aapt2 maps the table into memory, so it must not be compressed.
             names = ("AndroidManifest.xml", "resources.arsc")
             write_zip(target, {name: jar.read(name) for name in names}, stored=True)
 
     def classes(target: Path) -> None:
         with zipfile.ZipFile(source) as jar:
-            # What stands below com/ is not for apps, but javac looks up the annotations.
+            # Apps cannot use com/, but javac resolves the annotations there.
             kept = ("android/", "dalvik/", "org/", "javax/", "com/android/internal/annotations/")
             names = [n for n in jar.namelist() if n.endswith(".class") and n.startswith(kept)]
             write_zip(target, {name: jar.read(name) for name in names})
@@ -255,7 +278,7 @@ def framework() -> tuple[Path, Path]:
 
 
 def android_onnxruntime_classes() -> Path:
-    """Return ONNX Runtime's Java API as a jar, without the part that reports usage."""
+    """Return ONNX Runtime's Java API as a jar, without its telemetry."""
     aar = onnxruntime_aar()
 
     def classes(target: Path) -> None:
@@ -268,14 +291,14 @@ def android_onnxruntime_classes() -> Path:
 
 
 def write_zip(path: Path, entries: Mapping[str, bytes | Path], *, stored: bool = False) -> None:
-    """Write a zip that depends on names, contents and their order alone: without times or owners."""
+    """Write a reproducible zip: it depends only on the names, contents and order of the entries."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, value in entries.items():
             info = zipfile.ZipInfo(name, EPOCH)
             info.create_system, info.external_attr = 3, 0o644 << 16
             plain = stored or name in STORED
             info.compress_type = zipfile.ZIP_STORED if plain else zipfile.ZIP_DEFLATED
-            # Level 9 takes half as long again and saves a thousandth.
+            # Level 9 takes 50 % longer and saves 0.1 %.
             archive.writestr(info, value if isinstance(value, bytes) else value.read_bytes(), compresslevel=7)
 
 
@@ -289,7 +312,7 @@ def version() -> str:
 
 
 def version_code(name: str) -> int:
-    """Return the number by which Android orders versions: 1.2.3 is 10203."""
+    """Return Android's version code of a version: 1.2.3 has 10203."""
     major, minor, patch = (int(part) for part in name.split("."))
     return major * 10000 + minor * 100 + patch
 
@@ -300,7 +323,7 @@ def java_files(*folders: Path) -> list[Path]:
 
 
 def javac(sources: Iterable[Path], classpath: Iterable[Path], target: Path, *options: str) -> None:
-    """Compile Java 17; every warning is an error."""
+    """Compile Java 17 with all warnings as errors."""
     need("javac")
     target.mkdir(parents=True, exist_ok=True)
     checks = ["-Xlint:all,-processing,-classfile", "-Werror", "-proc:none"]
@@ -310,53 +333,53 @@ def javac(sources: Iterable[Path], classpath: Iterable[Path], target: Path, *opt
 
 
 def link_resources(target: Path, flavour: str, version_name: str, java: Path) -> None:
-    """Compile resources and manifest into an APK without code; R.java goes below `java`."""
+    """Compile resources and manifest into an APK without code; write R.java below `java`."""
     need("aapt2")
     resources, _ = framework()
     compiled = target.with_suffix(".zip")
-    run("aapt2", "compile", "--dir", APP / "app" / "res", "-o", compiled)
+    run("aapt2", "compile", "--dir", MAIN / "res", "-o", compiled)
     manifest = complete_manifest(flavour, target.with_name("AndroidManifest.xml"))
     run(
         "aapt2", "link", "-o", target, "-I", resources, "--manifest", manifest, "--java", java,
         "--version-name", version_name, "--version-code", str(version_code(version())),
-        # aapt2 of Debian does not know <uses-native-library> yet.
+        # Debian's aapt2 does not know <uses-native-library>.
         "--warn-manifest-validation",
         compiled,
     )  # fmt: skip
 
 
 def complete_manifest(flavour: str, target: Path) -> Path:
-    """Write the manifest with what Gradle takes from its own script: the package, and the levels."""
-    app = dependencies()["app"]
+    """Write the manifest with package and API levels, which Gradle would add from its script."""
     levels = (
-        f'android:minSdkVersion="{app["min_sdk"][flavour]}" android:targetSdkVersion="{app["target_sdk"]}"'
+        f'android:minSdkVersion="{api_level(f"minSdk-{flavour}")}" '
+        f'android:targetSdkVersion="{api_level("targetSdk")}"'
     )
-    text = (APP / "app" / "AndroidManifest.xml").read_text(encoding="utf-8")
-    text = text.replace("<manifest ", f'<manifest package="{app["package"]}" ', 1)
+    text = (MAIN / "AndroidManifest.xml").read_text(encoding="utf-8")
+    text = text.replace("<manifest ", f'<manifest package="{dependencies()["app"]["package"]}" ', 1)
     target.write_text(text.replace("<application", f"<uses-sdk {levels} /><application", 1), encoding="utf-8")
     return target
 
 
 def compile_app(work: Path, flavour: str, version_name: str) -> tuple[Path, Path]:
-    """Compile everything but native code; return the APK with resources, and the folder of classes."""
+    """Compile resources and Java; return the APK with resources, and the folder of classes."""
     base, java, classes = work / "base.apk", work / "java", work / "classes"
     java.mkdir(parents=True)
     link_resources(base, flavour, version_name, java)
     _, android = framework()
-    sources = java_files(APP / "core" / "src", APP / "app" / "src", java)
+    sources = java_files(CORE / "main", MAIN / "java", java)
     libraries = [*fetch("app"), android_onnxruntime_classes()]
     javac(sources, [*libraries, android], classes, "--release", "17")
     return base, classes
 
 
 def dex(classes: Path, target: Path) -> None:
-    """Turn classes and ONNX Runtime's into `target`/classes.dex.
+    """Compile the app's and ONNX Runtime's classes into `target`/classes.dex.
 
-    The level is the lowest of all flavours, so that one dex is checked and serves every one.
+    All flavours use the lowest of their API levels, so they have the same dex and one check covers it.
     """
     (d8,) = [path for path in fetch("build") if path.name.startswith("r8-")]
     _, android = framework()
-    level = min(dependencies()["app"]["min_sdk"].values())
+    level = min(api_level("minSdk-cpu"), api_level("minSdk-npu"))
     java_home = Path(shutil.which("javac") or "").resolve().parent.parent
     run(
         "java", *JVM, "-cp", d8, "com.android.tools.r8.D8", "--release", "--min-api", str(level),
@@ -369,7 +392,7 @@ def dex(classes: Path, target: Path) -> None:
 
 
 def native_libraries(flavour: str, qnn: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
-    """Return the native code of a flavour by its name in the APK."""
+    """Return a flavour's native libraries by their names in the APK."""
     libraries: dict[str, bytes | Path] = {}
     abis = dependencies()["app"]["abis"][flavour]
     with zipfile.ZipFile(onnxruntime_aar()) as aar:
@@ -377,11 +400,54 @@ def native_libraries(flavour: str, qnn: Mapping[str, bytes | Path]) -> dict[str,
             for name in ("libonnxruntime.so", "libonnxruntime4j_jni.so"):
                 libraries[f"lib/{abi}/{name}"] = aar.read(f"jni/{abi}/{name}")
     libraries.update({f"lib/arm64-v8a/{name}": value for name, value in qnn.items()})
+    for name, value in libraries.items():
+        check_pages(name, value if isinstance(value, bytes) else value.read_bytes())
     return libraries
 
 
+PAGE = 16384  # bytes of a memory page on newer phones
+AARCH64, X86_64 = 183, 62  # e_machine in ELF
+
+
+def check_pages(name: str, library: bytes) -> None:
+    """Raise BuildError unless a 64-bit library can be loaded on devices with pages of 16 KB.
+
+    Source: ELF-64, Elf64_Phdr: every PT_LOAD segment needs p_align >= 16384. Skeletons, which run on Hexagon,
+    and stand-ins are not checked.
+    """
+    if library[:5] != b"\x7fELF\x02" or int.from_bytes(library[18:20], "little") not in (AARCH64, X86_64):
+        return
+    start, size, count = (
+        int.from_bytes(library[i : i + n], "little") for i, n in ((32, 8), (54, 2), (56, 2))
+    )
+    for header in (library[start + i * size :] for i in range(count)):
+        align = int.from_bytes(header[48:56], "little")
+        if int.from_bytes(header[:4], "little") == 1 and align < PAGE:
+            raise BuildError(
+                f"{name}: a segment is aligned to {align} bytes; devices with 16 KB pages need {PAGE}\n"
+                "  next: use a newer version of this library"
+            )
+
+
+def check_stored(apk: Path) -> None:
+    """Raise BuildError unless every uncompressed library in an APK starts at a multiple of 16 KB.
+
+    The system extracts compressed libraries (extractNativeLibs), and maps uncompressed ones.
+    """
+    with zipfile.ZipFile(apk) as archive, apk.open("rb") as file:
+        for info in archive.infolist():
+            if info.filename.endswith(".so") and info.compress_type == zipfile.ZIP_STORED:
+                file.seek(info.header_offset + 26)
+                lengths = file.read(4)
+                extra = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+                if (offset := info.header_offset + 30 + extra) % PAGE:
+                    raise BuildError(
+                        f"{apk.name}: {info.filename} starts at {offset}, not at a multiple of {PAGE}"
+                    )
+
+
 def qnn_names() -> list[str]:
-    """Return Qualcomm's libraries of the npu flavour: plugin, runtime, and stub and skeleton per Hexagon."""
+    """Return the names of Qualcomm's libraries: plugin, runtime, stub and skeleton per Hexagon version."""
     parts = [
         f"libQnnHtpV{arch}{kind}.so" for arch in dependencies()["qnn"]["archs"] for kind in ("Stub", "Skel")
     ]
@@ -391,7 +457,7 @@ def qnn_names() -> list[str]:
 def qnn_from_folder(folder: Path) -> dict[str, bytes | Path]:
     """Find the libraries anywhere below a folder, such as an unpacked QAIRT SDK's `lib`.
 
-    A name that occurs more than once is taken from the Android build, or, for skeletons, wherever it lies.
+    If a name occurs more than once, the file below a folder named like "android" is taken.
     """
     found: dict[str, bytes | Path] = {}
     for name in qnn_names():
@@ -406,14 +472,14 @@ def qnn_from_folder(folder: Path) -> dict[str, bytes | Path]:
 
 
 def for_arm64(path: Path) -> bool:
-    """Whether an ELF file is for arm64. Skeletons are Hexagon's."""
+    """Whether a file is an ELF file for arm64. Skeletons are for Hexagon."""
     with path.open("rb") as file:
         head = file.read(20)
     return head[:4] == b"\x7fELF" and int.from_bytes(head[18:20], "little") == 183
 
 
 def qnn_from_maven() -> dict[str, bytes | Path]:
-    """Take the libraries from Qualcomm's AARs."""
+    """Read the libraries from Qualcomm's AARs."""
     libraries: dict[str, bytes | Path] = {}
     for path in _fetch_all("Qualcomm", dependencies()["qnn"]["aars"]):
         with zipfile.ZipFile(path) as aar:
@@ -427,9 +493,40 @@ def qnn_from_maven() -> dict[str, bytes | Path]:
 
 
 def qnn_stand_ins() -> dict[str, bytes | Path]:
-    """Return files that are named like the libraries and say what they are; no phone can load them."""
+    """Return placeholder files with the libraries' names, to test the packaging. No phone can load them."""
     text = "Stand-in for {}: it proves the packaging and is not a library.\n"
     return {str(name): text.format(name).encode("ascii") for name in qnn_names()}
+
+
+SDK_VERSION = re.compile(rb"v(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.\d{12}")
+
+
+def check_qnn_versions(libraries: Mapping[str, bytes | Path], artifacts: Iterable[Path]) -> None:
+    """Raise BuildError unless all QNN libraries have one version, at least that of every artifact's binaries.
+
+    libQnnSystem.so and the plugin contain no version.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, value in libraries.items():
+        data = value if isinstance(value, bytes) else value.read_bytes()
+        if match := SDK_VERSION.search(data):
+            found[name] = tuple(int(part) for part in match.groups())
+        elif name not in (PLUGIN, "libQnnSystem.so"):
+            raise BuildError(f"{name} contains no QAIRT version\n  next: use the libraries of one QAIRT SDK")
+    versions = sorted(set(found.values()))
+    texts = {version: ".".join(map(str, version)) for version in versions}
+    if len(versions) > 1:
+        names = ", ".join(f"{name} {texts[version]}" for name, version in sorted(found.items()))
+        raise BuildError(f"QNN libraries of different versions: {names}\n  next: use those of one QAIRT SDK")
+    for folder in artifacts:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for binary in (npu for component in manifest["components"] for npu in component.get("npu", [])):
+            needed = tuple(int(part) for part in binary["sdk"].removeprefix("v").split(".")[:3])
+            if versions[0] < needed:
+                raise BuildError(
+                    f"{folder}: compiled with QAIRT {'.'.join(map(str, needed))}, the libraries have "
+                    f"{texts[versions[0]]}\n  next: use libraries that are at least as new"
+                )
 
 
 STAND_INS = "stand-ins"
@@ -438,8 +535,8 @@ STAND_INS = "stand-ins"
 def qnn_libraries(choice: str | None) -> tuple[Mapping[str, bytes | Path], bool]:
     """Return Qualcomm's libraries, and whether they are only stand-ins.
 
-    `choice`: a folder, "stand-ins", or None for the AARs, and stand-ins where these cannot be had.
-    Raises BuildError for AARs that are not what they should be.
+    `choice`: a folder, "stand-ins", or None for the AARs, with stand-ins if no repository serves them.
+    Raises BuildError for an AAR with a wrong hash or without the libraries.
     """
     if choice == STAND_INS:
         return qnn_stand_ins(), True
@@ -453,14 +550,14 @@ def qnn_libraries(choice: str | None) -> tuple[Mapping[str, bytes | Path], bool]
         except NotFetchedError as error:
             why = str(error)
     say(
-        f"{why}\n  so the npu APK gets stand-ins and runs on the CPU\n"
+        f"{why}\n  the npu APK contains stand-ins and runs on the CPU\n"
         "  next: QNN_LIBS=FOLDER make apk, with the SDK's Android libraries and the plugin"
     )
     return qnn_stand_ins(), True
 
 
 def mvd(folder: Path, target: Path) -> Path:
-    """Write an artifact as an .mvd file, manifest first; nothing in it is compressed, the APK does that."""
+    """Write an artifact as an .mvd file: manifest first, not compressed, because the APK compresses it."""
     if not (folder / "manifest.json").is_file():
         raise BuildError(f"{folder} is not an artifact\n  next: make demo")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -472,9 +569,11 @@ def mvd(folder: Path, target: Path) -> Path:
 def build_apk(
     flavour: str, artifacts: Mapping[str, Path], output: Path, qnn: str | None, key: Key | None
 ) -> Path:
-    """Build `output`/mobilevd-demo-FLAVOUR-VERSION.apk; without a key it stays unsigned."""
+    """Build `output`/mobilevd-demo-FLAVOUR-VERSION.apk; without a key it is unsigned."""
     need("javac", "aapt2", "zipalign", *(["apksigner"] if key else []))
     libraries, stand_ins = qnn_libraries(qnn) if flavour == "npu" else ({}, False)
+    if libraries and not stand_ins:
+        check_qnn_versions(libraries, artifacts.values())
     name = version() + ("-stand-in" if stand_ins else "")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=f".{flavour}-") as scratch:
@@ -492,6 +591,7 @@ def build_apk(
         write_zip(work / "unaligned.apk", dict(sorted(entries.items())))
         aligned = work / "aligned.apk"
         run("zipalign", "-p", "4", work / "unaligned.apk", aligned)
+        check_stored(aligned)
         stem = f"mobilevd-demo-{flavour}-{name}"
         if key is not None:
             key.sign(aligned, work / "signed.apk")
@@ -506,7 +606,7 @@ def build_apk(
 
 @dataclass(frozen=True)
 class Key:
-    """A key store to sign with; its password is in the environment variable named here."""
+    """A key store for signing; the environment variable `password_variable` holds its password."""
 
     store: Path
     alias: str
@@ -514,7 +614,7 @@ class Key:
 
     @classmethod
     def debug(cls) -> Key:
-        """Return the debug key of this machine, made at the first need."""
+        """Return the debug key of this machine; it is created on first use."""
         store = cache() / "debug.keystore"
         with alone("debug-key"):
             if not store.exists():
@@ -526,7 +626,7 @@ class Key:
         return cls(store, "debug")
 
     def sign(self, source: Path, target: Path) -> None:
-        """Sign an aligned APK, schemes v2 and v3."""
+        """Sign an aligned APK with schemes v2 and v3."""
         source_of_password = (
             f"env:{self.password_variable}" if self.password_variable else f"pass:{DEBUG_PASSWORD}"
         )
@@ -541,18 +641,18 @@ class Key:
 
 
 def demo_artifact() -> Path:
-    """Return the float artifact that the tests run: what `make demo` made, or what MOBILEVD_ARTIFACT says."""
+    """Return the float artifact that the tests run: MOBILEVD_ARTIFACT, or the one of `make demo`."""
     return Path(os.environ.get("MOBILEVD_ARTIFACT") or ROOT / "build" / "demo" / "artifact")
 
 
 def test_properties() -> list[str]:
-    """Return what Java's tests are told, as -D options: where the repository, artifacts and QNN are."""
+    """Return the -D options of the Java tests: the paths of the repository, artifacts and QNN."""
     values = {
         "mobilevd.root": ROOT,
         "mobilevd.artifact": demo_artifact(),
         "mobilevd.npu": os.environ.get("MOBILEVD_NPU") or ROOT / "build" / "demo" / "npu",
         "mobilevd.qnn": os.environ.get("MOBILEVD_QNN") or _qnn_wheel() or "",
-        # Clips by Python (tests/clip_reference.py), and where results go that Python reads.
+        # Clips that Python generated (tests.support.clip_reference), and the folder for results that Python reads.
         "mobilevd.reference": os.environ.get("MOBILEVD_REFERENCE", ""),
         "mobilevd.npuReference": os.environ.get("MOBILEVD_NPU_REFERENCE", ""),
         "mobilevd.results": os.environ.get("MOBILEVD_RESULTS", ""),
@@ -561,13 +661,13 @@ def test_properties() -> list[str]:
 
 
 def _qnn_wheel() -> Path | None:
-    """Return the folder of the Linux wheel's libraries in the project's environment, if it is there."""
+    """Return the folder of the onnxruntime-qnn wheel in the project's environment, if it is installed."""
     places = sorted((ROOT / ".venv" / "lib").glob("python3*/site-packages/onnxruntime_qnn"))
     return places[-1] if places else None
 
 
 def junit(classes: Path, classpath: Sequence[Path], only: Sequence[str], *options: str) -> None:
-    """Run all classes *Test below `classes`, or those named; their report goes to the terminal."""
+    """Run all classes *Test below `classes`, or only those named `only`; print JUnit's report."""
     tests = (path.relative_to(classes).with_suffix("") for path in classes.rglob("*Test.class"))
     names = sorted(".".join(path.parts) for path in tests)
     chosen = [name for name in names if not only or name.rpartition(".")[2] in only]
@@ -586,14 +686,13 @@ def test_core(only: Sequence[str]) -> None:
     libraries = [*fetch("app"), *fetch("jvm")]
     with tempfile.TemporaryDirectory(prefix="mobilevd-core-") as scratch:
         main, tests = Path(scratch) / "main", Path(scratch) / "test"
-        javac(java_files(APP / "core" / "src"), libraries, main, "--release", "17")
-        javac(java_files(APP / "core" / "test"), [main, *libraries], tests, "--release", "17")
-        resources = APP / "core" / "test" / "resources"
-        junit(tests, [tests, main, *([resources] if resources.is_dir() else []), *libraries], only)
+        javac(java_files(CORE / "main"), libraries, main, "--release", "17")
+        javac(java_files(CORE / "test"), [main, *libraries], tests, "--release", "17")
+        junit(tests, [tests, main, *libraries], only)
 
 
 def aar_classes(path: Path) -> Path:
-    """Return the classes of an AAR as a jar; other files as they are."""
+    """Return the classes of an AAR as a jar; return any other file unchanged."""
     if path.suffix != ".aar":
         return path
 
@@ -605,7 +704,7 @@ def aar_classes(path: Path) -> Path:
 
 
 def test_app(only: Sequence[str], record: bool) -> None:
-    """Compile the app and its tests, and run them in Robolectric; `record` writes the golden pictures."""
+    """Compile the app and its tests, and run them in Robolectric; `record` overwrites the golden pictures."""
     need("javac", "aapt2")
     _, android = framework()
     robolectric = [aar_classes(path) for path in fetch("robolectric")]
@@ -617,7 +716,7 @@ def test_app(only: Sequence[str], record: bool) -> None:
             apk.write(mvd(demo_artifact(), work / "demo.mvd"), "assets/artifacts/demo.mvd")
         tests = work / "test"
         libraries = [*fetch("app"), *fetch("jvm"), *robolectric]
-        javac(java_files(APP / "app" / "test"), [main, *libraries, android], tests, "--release", "17")
+        javac(java_files(APP / "app" / "src" / "test"), [main, *libraries, android], tests, "--release", "17")
         config = tests / "com" / "android" / "tools" / "test_config.properties"
         config.parent.mkdir(parents=True)
         config.write_text(
@@ -636,31 +735,71 @@ def test_app(only: Sequence[str], record: bool) -> None:
         )  # fmt: skip
 
 
-def check_gradle() -> None:
-    """Check the types of build.gradle.kts' `android` block with Kotlin's compiler; Gradle itself is not run.
+# The Gradle files, and what their statements act on.
+GRADLE_FILES = {"settings": "Settings", "build": "Project", "core/build": "Project", "app/build": "Project"}
+# Packages that Gradle imports into every script, as far as ours need them.
+GRADLE_PACKAGES = ("", ".file", ".initialization", ".initialization.resolve", ".tasks", ".tasks.testing")
+GRADLE_IMPORTS = "".join(f"import org.gradle.api{package}.*\n" for package in GRADLE_PACKAGES)
 
-    Raises BuildError with the compiler's messages.
+
+def check_gradle() -> None:
+    """Type-check the Gradle files with Kotlin's compiler against the APIs of Gradle and its Android plugin.
+
+    Gradle itself does not run: no registry that CI reaches serves it. Raises BuildError with the compiler's
+    messages, or for a plugin that the catalogue does not name.
     """
     need("javac")
     files = fetch("kotlin")
     jars = os.pathsep.join(str(path) for path in files)
-    # Gradle compiles its scripts with this plugin: inside the braces of an action, `this` is what it acts on.
+    # Gradle compiles scripts with this plugin: inside an action's braces, `this` is the action's argument.
     (receiver,) = [path for path in files if "sam-with-receiver" in path.name]
-    text = (APP / "build.gradle.kts").read_text(encoding="utf-8")
-    block = text.partition("\nandroid {\n")[2].partition("\n}\n")[0]
     with tempfile.TemporaryDirectory(prefix="mobilevd-gradle-") as scratch:
-        source = Path(scratch) / "Android.kt"
-        source.write_text(
-            "import com.android.build.api.dsl.ApplicationExtension\nimport org.gradle.api.JavaVersion\n\n"
-            f"fun ApplicationExtension.configure() {{\n{block}\n}}\n",
-            encoding="utf-8",
-        )
+        sources = [APP / "gradle" / "Accessors.kt", Path(scratch) / "Catalogue.kt"]
+        sources[-1].write_text(catalogue_accessors(), encoding="utf-8")
+        for name, receiver_type in GRADLE_FILES.items():
+            text = (APP / f"{name}.gradle.kts").read_text(encoding="utf-8")
+            sources.append(Path(scratch) / f"{name.replace('/', '_')}.kt")
+            sources[-1].write_text(gradle_source(text, receiver_type, sources[-1].stem), encoding="utf-8")
         run(
             "java", *JVM, "-Xmx600m", "-cp", jars, "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-no-stdlib",
             "-no-reflect", "-cp", jars, "-d", Path(scratch) / "out", f"-Xplugin={receiver}", "-P",
             "plugin:org.jetbrains.kotlin.samWithReceiver:annotation=org.gradle.api.HasImplicitReceiver",
-            source,
+            *sources,
         )  # fmt: skip
+
+
+def gradle_source(script: str, receiver: str, name: str) -> str:
+    """Return a Gradle script as Kotlin source: its classes, and a function of `receiver` with the rest."""
+    for plugin in re.findall(r"alias\(libs\.plugins\.([\w.]+)\)", script):
+        if plugin.replace(".", "-") not in catalogue()["plugins"]:
+            raise BuildError(f"{name}: the catalogue has no plugin {plugin}")
+    script = re.sub(r"^plugins \{.*?^\}\n", "", script, flags=re.MULTILINE | re.DOTALL)
+    imports = re.findall(r"^import .*$", script, re.MULTILINE)
+    script = re.sub(r"^import .*$", "", script, flags=re.MULTILINE)
+    classes = re.findall(r"^abstract class .*?^\}$", script, re.MULTILINE | re.DOTALL)
+    for text in classes:
+        script = script.replace(text, "")
+    head = GRADLE_IMPORTS + "\n".join(imports)
+    return f"{head}\n{''.join(classes)}\nfun {receiver}.{name}() {{\n{script}\n}}\n"
+
+
+def catalogue_accessors() -> str:
+    """Return Kotlin source of the object `libs` that Gradle generates from the catalogue."""
+    tree: dict[str, Any] = {}
+    versions = {f"versions-{name}": "Version" for name in catalogue()["versions"]}
+    for name, kind in {**dict.fromkeys(catalogue()["libraries"], "Library"), **versions}.items():
+        node = tree
+        for part in name.split("-"):
+            node = node.setdefault(part, {})
+        node[""] = kind
+
+    def source(name: str, node: dict[str, Any]) -> str:
+        body = "".join(source(child, value) for child, value in node.items() if child)
+        if node.get("") == "Version":
+            body += "override fun get(): String = TODO()\n"
+        return f"object {name}{' : ' + node[''] if '' in node else ''} {{\n{body}}}\n"
+
+    return source("libs", tree)
 
 
 # 5. The command line.
@@ -703,24 +842,28 @@ def _parser() -> argparse.ArgumentParser:
         prog="build.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    fetching = commands.add_parser("fetch", help="fetch what the other commands need")
-    fetching.add_argument("sets", nargs="*", metavar="SET", help="sets of dependencies.toml; all by default")
+    fetching = commands.add_parser("fetch", help="fetch all dependencies")
+    fetching.add_argument("sets", nargs="*", metavar="SET", help="sets of dependencies.toml (default: all)")
     apk = commands.add_parser("apk", help="build one APK")
     apk.add_argument("--flavour", choices=["cpu", "npu"], default="cpu")
     apk.add_argument(
-        "--artifact", action="append", default=[], metavar="[NAME=]FOLDER", help="to bundle; may be repeated"
+        "--artifact",
+        action="append",
+        default=[],
+        metavar="[NAME=]FOLDER",
+        help="artifact to bundle; may be repeated",
     )
     apk.add_argument("--output", type=Path, default=ROOT / "build" / "apk", help="default: build/apk")
     apk.add_argument("--qnn-libs", metavar="FOLDER", help=f"Qualcomm's libraries, or '{STAND_INS}'")
-    apk.add_argument("--unsigned", action="store_true", help="leave it unsigned")
-    apk.add_argument("--keystore", type=Path, help="your own; its password is in KEYSTORE_PASSWORD")
+    apk.add_argument("--unsigned", action="store_true", help="do not sign")
+    apk.add_argument("--keystore", type=Path, help="key store; KEYSTORE_PASSWORD holds its password")
     apk.add_argument("--key-alias", default="release")
-    commands.add_parser("check-gradle", help="check the types of build.gradle.kts")
-    for name, what in (("test-core", "the plain Java part"), ("test-app", "the screens, in Robolectric")):
+    commands.add_parser("check-gradle", help="type-check the Gradle files")
+    for name, what in (("test-core", "core, on the JVM"), ("test-app", "app, in Robolectric")):
         test = commands.add_parser(name, help=f"test {what}")
-        test.add_argument("only", nargs="*", metavar="CLASS", help="test classes; all by default")
+        test.add_argument("only", nargs="*", metavar="CLASS", help="test classes (default: all)")
         if name == "test-app":
-            test.add_argument("--record", action="store_true", help="write the golden pictures anew")
+            test.add_argument("--record", action="store_true", help="overwrite the golden pictures")
     return parser
 
 

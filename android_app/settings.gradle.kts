@@ -7,6 +7,7 @@ pluginManagement {
 }
 
 dependencyResolutionManagement {
+    repositoriesMode.set(RepositoriesMode.FAIL_ON_PROJECT_REPOS)
     repositories {
         google()
         mavenCentral()
@@ -14,3 +15,4 @@ dependencyResolutionManagement {
 }
 
 rootProject.name = "mobilevd-demo"
+include(":core", ":app")

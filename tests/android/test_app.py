@@ -127,7 +127,7 @@ def _settings() -> Mapping[str, Any]:
 
 
 def test_it_is_signed_and_aligned(apks: dict[str, Apk], flavour: str) -> None:
-    level = str(_settings()["app"]["min_sdk"][flavour])
+    level = str(build.api_level(f"minSdk-{flavour}"))
     shown = _run("apksigner", "verify", "--verbose", "--min-sdk-version", level, apks[flavour].path)
     assert "Verified using v3 scheme (APK Signature Scheme v3): true" in shown
     _run("zipalign", "-c", "-p", "4", apks[flavour].path)
@@ -146,9 +146,9 @@ def test_badging(apks: dict[str, Apk], flavour: str) -> None:
     suffix = "" if flavour == "cpu" else "-stand-in"
     code, name = build.version_code(build.version()), build.version() + suffix
     assert f"name='{app['package']}' versionCode='{code}' versionName='{name}'" in badging
-    assert f"sdkVersion:'{app['min_sdk'][flavour]}'" in badging
-    assert f"targetSdkVersion:'{app['target_sdk']}'" in badging
-    assert f"compileSdkVersion='{app['compile_sdk']['script']}'" in badging
+    assert f"sdkVersion:'{build.api_level(f'minSdk-{flavour}')}'" in badging
+    assert f"targetSdkVersion:'{build.api_level('targetSdk')}'" in badging
+    assert f"compileSdkVersion='{app['compile_sdk']}'" in badging
     assert f"native-code: {' '.join(repr(abi) for abi in app['abis'][flavour])}" in badging
     assert "application-debuggable" not in badging
     assert "launchable-activity: name='dev.mobilevd.demo.MainActivity'" in badging
@@ -157,15 +157,20 @@ def test_badging(apks: dict[str, Apk], flavour: str) -> None:
 
 def test_permissions_and_parts(apks: dict[str, Apk], flavour: str) -> None:
     asked = re.findall(r"^uses-permission: name='([^']*)'(.*)$", apks[flavour].badging, re.MULTILINE)
-    # The second is implied by the first; both end with Android 9.
-    assert {name for name, _ in asked} == {
-        "android.permission.WRITE_EXTERNAL_STORAGE",
-        "android.permission.READ_EXTERNAL_STORAGE",
+    # READ_ is implied by WRITE_; both end with Android 9. The others are for runs in the background.
+    assert {name.removeprefix("android.permission."): limit.strip() for name, limit in asked} == {
+        "WRITE_EXTERNAL_STORAGE": "maxSdkVersion='28'",
+        "READ_EXTERNAL_STORAGE": "maxSdkVersion='28'",
+        "FOREGROUND_SERVICE": "",
+        "POST_NOTIFICATIONS": "",
     }
-    assert all(limit.strip() == "maxSdkVersion='28'" for _, limit in asked)
     tree = _run("aapt2", "dump", "xmltree", "--file", "AndroidManifest.xml", apks[flavour].path)
     elements = re.findall(r"^ *E: ([a-z-]+)", tree, re.MULTILINE)
-    assert not {"provider", "service", "receiver"} & set(elements)
+    assert not {"provider", "receiver"} & set(elements)
+    service = tree.partition("E: service")[2].partition("E: ")[0]
+    assert 'name(0x01010003)=".RunService"' in service
+    assert re.search(r"exported\(0x[0-9a-f]+\)=false", service)
+    assert elements.count("service") == 1
     assert elements.count("activity") == 2
     assert re.search(r'permission\(0x[0-9a-f]+\)="android.permission.DUMP"', tree)
 
@@ -287,44 +292,92 @@ def test_the_build_is_reproducible(
     assert again.read_bytes() == unsigned[flavour].read_bytes()
 
 
-def test_gradle_says_the_same() -> None:
-    settings, text = _settings(), (APP / "build.gradle.kts").read_text()
-    app = settings["app"]
+GRADLE_FILES = [APP / f"{name}.gradle.kts" for name in build.GRADLE_FILES]
+
+
+def test_gradle_builds_the_same_app() -> None:
+    app = _settings()["app"]
+    text = (APP / "app" / "build.gradle.kts").read_text()
     assert re.findall(r'(?:namespace|applicationId) = "(.*)"', text) == [app["package"]] * 2
-    assert re.findall(r"targetSdk = (\d+)", text) == [str(app["target_sdk"])]
-    assert re.findall(r"compileSdk = (\d+)", text) == [str(app["compile_sdk"]["gradle"])]
-    # Its types are checked against the interfaces of the plugin that it names.
-    (plugin,) = re.findall(r'id\("com.android.application"\) version "(.*)"', text)
-    assert f"com.android.tools.build:gradle-api:{plugin}" in settings["maven"]["kotlin"]
-    assert re.findall(r'versionName = "(.*)"', text) == [build.version()]
-    assert re.findall(r"versionCode = (\d+)", text) == [str(build.version_code(build.version()))]
+    assert re.findall(r"include\((.*)\)", (APP / "settings.gradle.kts").read_text()) == ['":core", ":app"']
     for flavour in FLAVOURS:
         block = text.partition(f'create("{flavour}") {{')[2].partition("}")[0]
-        assert f"minSdk = {app['min_sdk'][flavour]}\n" in block
         abis = ", ".join(f'"{abi}"' for abi in app["abis"][flavour])
         assert f"abiFilters += listOf({abis})" in block
-    libraries = {
-        *settings["maven"]["app"],
-        f"com.microsoft.onnxruntime:onnxruntime-android:{settings['npm']['onnxruntime']['version']}",
-        *(aar.removesuffix(":aar") for aar in settings["qnn"]["aars"]),
+
+
+def test_no_version_stands_twice() -> None:
+    """The catalogue holds every version; scripts and hashes refer to it by name."""
+    catalogue = build.catalogue()
+    libraries = catalogue["libraries"].values()
+    versions = {library["version"] for library in libraries if isinstance(library["version"], str)}
+    versions |= {
+        version for name, version in catalogue["versions"].items() if not name.startswith("android-")
     }
-    assert set(re.findall(r'mplementation"?\)?\("(.*)"\)', text)) == libraries
+    assert len(versions) > 20
+    for path in [*GRADLE_FILES, APP / "dependencies.toml", APP / "build.py"]:
+        strings = set(re.findall(r'"([^"]*)"', path.read_text()))
+        assert not strings & (versions | {build.version()}) - {"1"}, path  # javax.inject has the version 1
+        assert not re.findall(r'"[\w.-]+:[\w.-]+:[\w.-]+"', path.read_text()), path
+    levels = re.findall(r"(\w+Sdk) = (.*)", (APP / "app" / "build.gradle.kts").read_text())
+    assert len(levels) == 4
+    assert all(value.startswith("libs.versions.android.") for _, value in levels)
 
 
-def test_gradle_has_the_right_types(tools: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    build.check_gradle()
-    text = (APP / "build.gradle.kts").read_text()
-    (tmp_path / "build.gradle.kts").write_text(text.replace("compileSdk = 35", 'compileSdk = "35"'))
-    shutil.copy(APP / "dependencies.toml", tmp_path)
-    monkeypatch.setattr(build, "APP", tmp_path)
-    with pytest.raises(build.BuildError, match="type mismatch"):
-        build.check_gradle()
-
-
-def test_the_desktop_runs_the_same_onnxruntime() -> None:
+def test_every_hash_has_a_version_and_every_version_a_hash() -> None:
     settings = _settings()
-    version = settings["npm"]["onnxruntime"]["version"]
-    assert f"com.microsoft.onnxruntime:onnxruntime:{version}" in settings["maven"]["jvm"]
+    hashed = {name.partition("@")[0] for names in settings["maven"].values() for name in names}
+    hashed |= {name.partition("@")[0] for name in settings["qnn"]["aars"]}
+    hashed |= {"onnxruntime-android"}  # from npm
+    assert hashed == set(build.catalogue()["libraries"])
+
+
+def test_the_wrapper_checks_its_distribution() -> None:
+    """The jar of the wrapper is not in the repository: `gradle wrapper` writes it."""
+    text = (APP / "gradle" / "wrapper" / "gradle-wrapper.properties").read_text()
+    assert re.search(
+        r"^distributionUrl=https\\://services\.gradle\.org/distributions/gradle-[\d.]+-bin\.zip$", text, re.M
+    )
+    assert re.search(r"^distributionSha256Sum=[0-9a-f]{64}$", text, re.M)
+    assert not [path for path in APP.rglob("*.jar") if "build" not in path.relative_to(APP).parts]
+
+
+def test_gradle_files_compile(tools: None) -> None:
+    build.check_gradle()
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "message"),
+    [
+        (
+            "app/build.gradle.kts",
+            "android.compileSdk.get().toInt()",
+            "android.compileSdk.get()",
+            "type mismatch",
+        ),
+        ("app/build.gradle.kts", "libs.qnn.plugin", "libs.qnn.plugins", "unresolved reference 'plugins'"),
+        ("core/build.gradle.kts", "libs.nanojson", "libs.onnxruntime", "type mismatch"),
+        ("settings.gradle.kts", "mavenCentral()", "mavenCentre()", "unresolved reference 'mavenCentre'"),
+        ("build.gradle.kts", "libs.plugins.android.application", "libs.plugins.android.app", "has no plugin"),
+    ],
+)
+def test_gradle_has_the_right_types(
+    tools: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    file: str,
+    right: str,
+    wrong: str,
+    message: str,
+) -> None:
+    copy = tmp_path / "android_app"
+    shutil.copytree(APP, copy)
+    text = (copy / file).read_text()
+    assert right in text
+    (copy / file).write_text(text.replace(right, wrong))
+    monkeypatch.setattr(build, "APP", copy)
+    with pytest.raises(build.BuildError, match=message):
+        build.check_gradle()
 
 
 def test_a_wrong_hash_is_refused(tmp_path: Path) -> None:
@@ -333,6 +386,68 @@ def test_a_wrong_hash_is_refused(tmp_path: Path) -> None:
     with pytest.raises(build.BuildError, match=r"SHA-256 is [0-9a-f]{64}, dependencies.toml says 00"):
         build.check_hash(path, "00", "library")
     assert not path.exists()
+
+
+def _elf(align: int, machine: int = 183) -> bytes:
+    """Return an ELF-64 header with one PT_LOAD segment; all other fields are 0."""
+    header = bytearray(64 + 56)
+    header[:5] = b"\x7fELF\x02"
+    header[18:20] = machine.to_bytes(2, "little")
+    header[32:40] = (64).to_bytes(8, "little")
+    header[54:56], header[56:58] = (56).to_bytes(2, "little"), (1).to_bytes(2, "little")
+    header[64:68] = (1).to_bytes(4, "little")
+    header[112:120] = align.to_bytes(8, "little")
+    return bytes(header)
+
+
+def test_libraries_are_ready_for_pages_of_16_kb(apks: dict[str, Apk], flavour: str, tmp_path: Path) -> None:
+    libraries = {name: data for name, data in apks[flavour].entries().items() if name.endswith(".so")}
+    assert libraries
+    for name, data in libraries.items():
+        build.check_pages(name, data)
+        if data.startswith(b"\x7fELF") and shutil.which("readelf"):  # another reader of ELF must agree
+            (tmp_path / "library.so").write_bytes(data)
+            aligns = re.findall(
+                r"^ +LOAD .* (0x[0-9a-f]+)$", _run("readelf", "-lW", tmp_path / "library.so"), re.M
+            )
+            assert aligns
+            assert min(int(align, 16) for align in aligns) >= build.PAGE, name
+    build.check_stored(apks[flavour].path)
+
+
+@pytest.mark.parametrize("machine", [183, 62])
+def test_a_library_for_pages_of_4_kb_is_refused(machine: int) -> None:
+    build.check_pages("libnew.so", _elf(16384, machine))
+    build.check_pages("libskel.so", _elf(4096, 164))  # Hexagon
+    with pytest.raises(build.BuildError, match=r"libold.so: a segment is aligned to 4096 bytes"):
+        build.check_pages("libold.so", _elf(4096, machine))
+
+
+def test_a_stored_library_between_pages_is_refused(tmp_path: Path) -> None:
+    build.write_zip(tmp_path / "a.apk", {"lib/arm64-v8a/libx.so": b"x"}, stored=True)
+    with pytest.raises(build.BuildError, match=r"libx.so starts at \d+, not at a multiple of 16384"):
+        build.check_stored(tmp_path / "a.apk")
+
+
+def _qnn(**other: str) -> dict[str, bytes]:
+    versions = {name.removesuffix(".so"): "v2.51.0.260929181845" for name in build.qnn_names()} | other
+    return {f"{name}.so": versions[name].encode() for name in versions}
+
+
+def test_every_qnn_librarys_version_is_checked() -> None:
+    build.check_qnn_versions(_qnn(), [TINY])
+    with pytest.raises(build.BuildError, match=r"different versions: .*libQnnHtpV75Skel.so 2.49.0"):
+        build.check_qnn_versions(_qnn(libQnnHtpV75Skel="v2.49.0.250101123456"), [])
+    with pytest.raises(build.BuildError, match=r"libQnnHtpV75Stub.so contains no QAIRT version"):
+        build.check_qnn_versions(_qnn(libQnnHtpV75Stub="?"), [])
+    old = {name: value.replace(b"v2.51", b"v1.0") for name, value in _qnn().items()}
+    with pytest.raises(build.BuildError, match=r"compiled with QAIRT \d+.\d+.\d+, the libraries have 1.0.0"):
+        build.check_qnn_versions(old, [TINY])
+
+
+def test_the_target_is_what_the_store_demands() -> None:
+    """Google Play demands API level 36 since August 2026."""
+    assert build.api_level("targetSdk") >= 36
 
 
 def test_libraries_for_another_processor_are_refused(tmp_path: Path) -> None:
@@ -352,8 +467,8 @@ def test_libraries_for_another_processor_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def aars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
-    """AARs as Qualcomm's should be, in place of what Maven would find, and their hashes."""
-    plugin, runtime = (build.Coordinates.of(text) for text in _settings()["qnn"]["aars"])
+    """AARs with the structure of Qualcomm's, which replace Maven's, and their hashes."""
+    plugin, runtime = (build.Coordinates.of(name) for name in _settings()["qnn"]["aars"])
     files = {"plugin": tmp_path / plugin.file, "runtime": tmp_path / runtime.file}
     names = {"plugin": [build.PLUGIN], "runtime": [n for n in build.qnn_names() if n != build.PLUGIN]}
     for kind, path in files.items():
