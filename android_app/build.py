@@ -652,7 +652,7 @@ def test_properties() -> list[str]:
         "mobilevd.artifact": demo_artifact(),
         "mobilevd.npu": os.environ.get("MOBILEVD_NPU") or ROOT / "build" / "demo" / "npu",
         "mobilevd.qnn": os.environ.get("MOBILEVD_QNN") or _qnn_wheel() or "",
-        # Clips that Python generated (tests.support.clip_reference), and the folder for results that Python reads.
+        # Clips by Python (tests.support.clip_reference), and the folder for results that Python reads.
         "mobilevd.reference": os.environ.get("MOBILEVD_REFERENCE", ""),
         "mobilevd.npuReference": os.environ.get("MOBILEVD_NPU_REFERENCE", ""),
         "mobilevd.results": os.environ.get("MOBILEVD_RESULTS", ""),
