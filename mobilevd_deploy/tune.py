@@ -175,7 +175,10 @@ def tune(
         quant=scheme,
         floors=floors,
     )
-    write_durably(output, to_toml(found))
+    heading = (
+        f"# Written by mobilevd-deploy tune. To use it: mobilevd-deploy export CHECKPOINT -r {output.name}"
+    )
+    write_durably(output, f"{heading}\n\n{to_toml(found)}")
     return Tuned(found, price, reached, choice, tuple(steps))
 
 

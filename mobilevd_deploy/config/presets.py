@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.config.strict import from_dict, read_named_toml, shipped_names
 from mobilevd_deploy.errors import SpecError
@@ -25,7 +27,7 @@ class LadderRow:
     fvd: tuple[int, ...]
     gpu_ms: float
     phone_ms: float = -1.0
-    rewrites: tuple[str, ...] = ()
+    rewrites: tuple[PassName, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Preset:
 
     model: ModelSpec
     ladder: LadderRow | None = None
+
+    @property
+    def rewrites(self) -> tuple[PassName, ...]:
+        """Passes that the preset's counts include: the row's own, else `structural_rewrites`."""
+        return self.ladder.rewrites if self.ladder else structural_rewrites()
 
 
 def preset_names() -> list[str]:
@@ -51,6 +58,14 @@ def load_preset(name_or_path: str | Path) -> Preset:
     ladder = values.pop("ladder", None)
     model = from_dict(ModelSpec, {"name": Path(name_or_path).stem} | values)
     return Preset(model, from_dict(LadderRow, ladder, "ladder") if ladder else None)
+
+
+@cache
+def structural_rewrites() -> tuple[PassName, ...]:
+    """Passes of the published ablation's last row: MobileVD's own; all other passes fold constants."""
+    ladder = load_preset("mobilevd").ladder
+    assert ladder is not None  # a test holds the table
+    return ladder.rewrites
 
 
 def _read_preset(name_or_path: str | Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -12,12 +12,13 @@ Recipe                 one TOML file of export/, or of the user's
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import tomli_w
 
 from mobilevd_deploy.config.spec import ComponentName
 from mobilevd_deploy.config.strict import from_dict, read_named_toml, shipped_names
@@ -246,20 +247,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Return the text of the file that `load_recipe` reads; the name is left to the file's."""
-    values = {key: value for key, value in recipe.to_dict().items() if key != "name"}
-    return "\n".join((*_toml_lines(values), ""))
-
-
-def _toml_lines(table: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """Yield the plain values of a table first, as TOML wants it; JSON writes those as TOML does."""
-    below: list[tuple[str, Mapping[str, Any]]] = []
-    for key, value in table.items():
-        if isinstance(value, dict):
-            below.append((f"[{where}{key}]", value))
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
-            below += [(f"[[{where}{key}]]", item) for item in value]
-        elif value is not None:
-            yield f"{key} = {json.dumps(value, ensure_ascii=False)}"
-    for heading, values in below:
-        yield from ("", heading, *_toml_lines(values, f"{heading.strip('[]')}."))
+    """Return the recipe as TOML that `load_recipe` reads. The name is left out: the file's name gives it."""
+    # TOML has no null; a key that is absent reads as None.
+    values = dataclasses.asdict(recipe, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+    del values["name"]
+    return tomli_w.dumps(values)

@@ -100,6 +100,19 @@ class UNetSpec:
         """Latent height and width must be multiples of this."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
+    def frames_at(self, level: int, frames: int) -> int:
+        """Return how many of the clip's `frames` a level works on: half below level 0 if multiscaled."""
+        return frames // 2 if level > 0 and self.temporal_multiscaling != "none" else frames
+
+    def level_of(self, path: str) -> int:
+        """Return the level of a module path such as "up_blocks.0.resnets.1" (diffusers' names)."""
+        lowest = len(self.block_out_channels) - 1
+        side, _, rest = path.partition(".")
+        if side == "mid_block":
+            return lowest
+        index = int(rest.partition(".")[0])
+        return index if side == "down_blocks" else lowest - index
+
 
 @dataclass(frozen=True)
 class StepSpec:

@@ -10,7 +10,9 @@ from mobilevd_deploy.model.unet import MobileVDUNet
 class Pass(Protocol):
     """One rewrite, which keeps the outputs up to rounding."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name that recipes and reports use: a `PassName` if a recipe may list the pass."""
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Raise RewriteError, naming the module, where the condition for exactness fails."""

@@ -7,6 +7,7 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor, nn
 
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.errors import RewriteError
 from mobilevd_deploy.model.funnels import WidenedConv
 from mobilevd_deploy.model.unet import GatedBlender, MobileVDUNet
@@ -86,7 +87,7 @@ class DropTemporalBlocks:
     Source: MobileVD, temporal block pruning; x_t = x_s + r_t in SVD's blend.
     """
 
-    name = "drop-temporal-blocks"
+    name: PassName = "drop-temporal-blocks"
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Refuse a gate that is neither 0 nor 1, and a resblock funnel that still stands before conv2."""

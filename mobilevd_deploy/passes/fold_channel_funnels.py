@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.errors import RewriteError
 from mobilevd_deploy.model.funnels import SqueezedConv, SqueezedLinear, WidenedConv, WidenedLinear
 from mobilevd_deploy.model.unet import MobileVDUNet
@@ -18,7 +19,7 @@ class FoldChannelFunnels:
     Source: MobileVD, channel funnels.
     """
 
-    name = "fold-channel-funnels"
+    name: PassName = "fold-channel-funnels"
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Refuse a widen bias that meets zero padding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.model.unet import MobileVDUNet, Preconditioning
 
 
@@ -15,7 +16,7 @@ class FoldPreconditioning:
     Source: Karras et al. 2022, table 1; facts in StepSpec.
     """
 
-    name = "fold-preconditioning"
+    name: PassName = "fold-preconditioning"
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Nothing: conv_out is affine."""

@@ -8,6 +8,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.errors import RewriteError
 from mobilevd_deploy.model.funnels import SqueezedConv
 from mobilevd_deploy.model.unet import MobileVDUNet
@@ -39,7 +40,7 @@ class FoldSingleStep:
     Source: our own derivation; exact because a convolution's bias reaches every pixel.
     """
 
-    name = "fold-single-step"
+    name: PassName = "fold-single-step"
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Refuse a resblock funnel that still stands between conv1 and the embedding."""

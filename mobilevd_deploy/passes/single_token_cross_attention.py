@@ -6,6 +6,7 @@ from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTrans
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.errors import RewriteError
 from mobilevd_deploy.model.funnels import linear_from
 from mobilevd_deploy.model.unet import MobileVDUNet
@@ -36,7 +37,7 @@ class StripCrossAttention:
     Source: MobileVD, optimised cross-attention; merging W_out W_v is exact up to rounding.
     """
 
-    name = "single-token-cross-attention"
+    name: PassName = "single-token-cross-attention"
 
     def requires(self, unet: MobileVDUNet) -> None:
         """Refuse cross-attention with normalised context or values that this algebra does not cover."""

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
+import typing
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevd_deploy.artifact.manifest import PassReport
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.config.spec import FunnelSpec, UNetSpec
 from mobilevd_deploy.errors import RewriteError, UsageError
 from mobilevd_deploy.model.funnels import SqueezedConv, WidenedConv, funnel_width
@@ -69,6 +71,11 @@ def folded() -> MobileVDUNet:
     unet = build_unet(FULL)
     apply_passes(unet, [FUNNELS])
     return unet
+
+
+def test_recipes_name_every_pass_in_running_order() -> None:
+    """Except sub-pixel upsampling, which a recipe chooses by `graph.upsample`."""
+    assert (*typing.get_args(PassName), SUBPIXEL) == NAMES
 
 
 # What each pass keeps, and what it reports.
