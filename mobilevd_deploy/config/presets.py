@@ -1,4 +1,4 @@
-"""Presets in models/: a model's architecture by name, and its row in the paper's ablation."""
+"""Presets of models/: architectures by name, and their rows in the paper's ablation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from mobilevd_deploy.errors import SpecError
 
 @dataclass(frozen=True)
 class LadderRow:
-    """A row of the paper's ablation, as published; -1 where the paper gives none (out of memory).
+    """A row of the paper's ablation, as published. `phone_ms` is -1 if the paper gives none (out of memory).
 
-    `rewrites` are the passes that the row's count includes. Source: arXiv 2412.07583.
+    `tflops`: one UNet evaluation at batch 1. `nfe`: evaluations per clip. `gpu_ms`, `phone_ms`: latency of
+    one evaluation. `rewrites`: the passes that these numbers include. Source: arXiv 2412.07583.
     """
 
     order: int
@@ -32,7 +33,7 @@ class LadderRow:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named architecture of models/, with its row of the published ladder if it has one."""
+    """An architecture of models/, and its row of the published ablation if it has one."""
 
     model: ModelSpec
     ladder: LadderRow | None = None
@@ -44,15 +45,15 @@ class Preset:
 
 
 def preset_names() -> list[str]:
-    """Names of the shipped presets."""
+    """Return the names of the shipped presets."""
     return shipped_names("models")
 
 
 def load_preset(name_or_path: str | Path) -> Preset:
-    """Read a preset by name or by TOML file.
+    """Read a preset by its name or by the path of a TOML file.
 
-    A preset may name another as `base`; its tables are merged over the base's.
-    Raises SpecError for an unknown name, unreadable TOML, or a key that does not fit.
+    If it names another preset as `base`, its tables are merged over the base's tables.
+    Raises SpecError for an unknown name, unreadable TOML, an unknown key or an invalid value.
     """
     values = _read_preset(name_or_path)
     ladder = values.pop("ladder", None)

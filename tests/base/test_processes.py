@@ -123,9 +123,11 @@ def test_errors_come_through() -> None:
 
 def test_a_death_is_named() -> None:
     steps = Steps(True, Progress())
-    with pytest.raises(ResourceError, match=r"fold: its process was killed, .* runs out of memory"):
+    with pytest.raises(ResourceError, match=r"fold: the child process was killed; .* ran out of memory"):
         steps.run("fold", die, int(signal.SIGKILL))
-    with pytest.raises(ExportError, match=f"fold: its process ended with status -{int(signal.SIGSEGV)}"):
+    with pytest.raises(
+        ExportError, match=f"fold: the child process ended with status -{int(signal.SIGSEGV)}"
+    ):
         steps.run("fold", die, int(signal.SIGSEGV))
 
 
@@ -134,7 +136,7 @@ def test_a_death_is_named() -> None:
 def test_a_step_does_not_outlive_its_parent(tmp_path: Path, killed: str) -> None:
     begun = tmp_path / "begun"
     code = (
-        "from pathlib import Path\nfrom tests.test_apart import sleep\n"
+        f"from pathlib import Path\nfrom {__name__} import sleep\n"
         "from mobilevd_deploy.base.processes import Steps\n"
         "from mobilevd_deploy.base.progress import Progress\n"
         f"Steps(True, Progress()).run('sleep', sleep, Path({str(begun)!r}))"

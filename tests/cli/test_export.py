@@ -173,8 +173,8 @@ def test_the_spec_of_the_fixture_has_what_the_tests_assume() -> None:
 
 def test_tune_refuses_what_does_not_fit_together(run: Run) -> None:
     for options, message in (
-        ((), "one goal is needed"),
-        (("--budget", 1, "--target-sqnr", 30), "one goal is needed"),
+        ((), "exactly one goal is needed"),
+        (("--budget", 1, "--target-sqnr", 30), "exactly one goal is needed"),
         (("--budget", 1, "--recipe", "onnx"), "quantises nothing"),
         (("--budget", 1, "-o", "my.json"), "not a TOML file"),
     ):

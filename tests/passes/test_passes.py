@@ -1,4 +1,4 @@
-"""Every rewrite keeps the outputs, reports, and refuses what it cannot do; the runner catches the broken."""
+"""Every rewrite keeps the outputs, reports its changes and refuses other networks; the runner proves it."""
 
 from __future__ import annotations
 
@@ -418,7 +418,7 @@ def test_phase_kernels_keep_the_sum_of_the_taps() -> None:
 
 
 class Broken:
-    """A real pass, then damage: what a mistake in it would amount to."""
+    """Run a real pass, then damage its result as a mistake in the pass would."""
 
     def __init__(self, name: str, damage: Callable[[MobileVDUNet], None]) -> None:
         self.name, self.damage = name, damage
@@ -530,7 +530,7 @@ def test_a_mistake_in_a_pass_fails_the_runner(case: str) -> None:
 
 
 class Nudge:
-    """Does nothing but multiply the weight of largest magnitude in one tensor by 1.01."""
+    """Multiply the weight of largest magnitude in one tensor by 1.01."""
 
     name = "nudge"
 
