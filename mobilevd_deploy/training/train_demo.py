@@ -375,8 +375,8 @@ class _Run:
     ) -> None:
         """Train `modules` for `steps` steps, or load the result from the work folder.
 
-        The learning rate rises linearly over 50 steps and follows a cosine down to 1% of its peak. At so low a
-        rate, averaging the weights over time gives no further gain.
+        The learning rate rises linearly over 50 steps and follows a cosine down to 1% of its peak. At such a
+        low rate, averaging the weights over time gives no further gain.
         """
         done, unfinished = self.work / f"{stage}.pt", self.work / f"{stage}.part.pt"
         if done.exists():

@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def rewrite_manifest(root: Path, change) -> None:
-    """Change the manifest as a careful hand would: with a digest that fits."""
+    """Change the manifest and update its digest."""
     values = json.loads((root / MANIFEST).read_text())
     text = change(values) or json.dumps(values)
     (root / MANIFEST).write_text(text)
@@ -279,12 +279,12 @@ def test_schema_lists_the_choices(cls):
 
 def test_schema_and_dataclasses_refuse_the_same(manifest):
     original = json.loads(manifest.to_json())
-    # One component is enough; alone it must make the frames.
+    # One component is enough; its output must be the frames.
     component = original["components"][1]
     del component["inputs"][1]
     component["outputs"][0]["shape"] = [2, 3, 16, 24]
     original["components"] = [component]
-    # What a schema cannot say: files twice, wiring, order of numbers.
+    # A JSON Schema cannot express repeated files, wiring and the order of numbers.
     beyond = ("listed twice", "no earlier component", "not the frames", "the image is", "does not name",
               "has no source", "no earlier part provides", "has a source", "range")  # fmt: skip
     accepted, refused = same_verdicts(
@@ -568,7 +568,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 
 
 def test_threads_that_race_for_the_output(tmp_path):
-    """Whoever gets the lock finishes; the others are told; nothing is left over."""
+    """The thread with the lock finishes, the others raise UsageError, and no temporary file remains."""
     outcomes: list[str] = []
 
     def run():
@@ -584,7 +584,7 @@ def test_threads_that_race_for_the_output(tmp_path):
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # between any two steps of one, all of another's
+    sys.setswitchinterval(1e-6)  # switch threads between any two steps
     try:
         for thread in threads:
             thread.start()
@@ -601,7 +601,7 @@ CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "ope
 
 
 def killed_at_event(number: int, output: Path) -> bool:
-    """Write in a child that is killed before its n-th change to the disk; False if it got through."""
+    """Write in a child that is killed before its n-th change to the disk; False if it was not killed."""
     child = os.fork()
     if child == 0:
         seen, armed = 0, True
@@ -642,7 +642,7 @@ def test_kill_before_any_change_to_the_disk(tmp_path, replace):
         if replace:
             write_artifact(output)
         killed = killed_at_event(number, output)
-        # Whatever has the name is whole.
+        # An output that exists is complete.
         if output.exists():
             found = Artifact.open(output)
             found.verify()

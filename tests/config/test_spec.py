@@ -1,4 +1,4 @@
-"""Reading a specification: strict about keys and types, clear about what does not fit."""
+"""Model specifications: strict readers, errors that name the key, and levels of the real network."""
 
 from __future__ import annotations
 
