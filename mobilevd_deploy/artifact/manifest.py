@@ -187,11 +187,12 @@ class Component:
 class Quality:
     """Loss by quantisation, measured on pictures that did not calibrate.
 
-    `calibration`: source of the calibration pictures; `samples`: their number; `sha256`: of each one's bytes.
-    `clip_psnr_db`: PSNR of the quantised clip relative to the float clip, frames in [-1, 1].
-    `conditioning`: component -> input -> change of the quantised output, relative to float, when this input
-    alone is replaced by another picture's. 1: the same change; 0: the input has no effect.
-    `sensitivity`: component -> block -> SQNR in dB if only this block is quantised; None: no change.
+    - `calibration`: source of the calibration pictures; `samples`: their number; `sha256`: of each one's
+      bytes.
+    - `clip_psnr_db`: PSNR of the quantised clip relative to the float clip, frames in [-1, 1].
+    - `conditioning`: component -> input -> change of the quantised output, relative to float, when this
+      input alone is replaced by another picture's. 1: the same change; 0: the input has no effect.
+    - `sensitivity`: component -> block -> SQNR in dB if only this block is quantised; None: no change.
     """
 
     calibration: str
@@ -211,13 +212,13 @@ class Quality:
 class PipelineSpec:
     """How a runner makes the components' inputs, and frames from the last output.
 
-    Picture: `resize` "cover" scales it, with the filter `resample`, to the smallest size that covers
-    width x height; `crop` "centre" cuts the rest off. An 8-bit value v becomes v / 127.5 - 1, so
-    `image_range` is [-1, 1]; `image_layout` is (1, 3, height, width), RGB.
-    Noise: `noise` names the generator (runtime/noise.py specifies it). An input "noise:<stream>" takes the
-    stream's values in row-major order.
-    Frames: the last component's output, (frames, 3, height, width) in the same range. An 8-bit value is
-    (x + 1) * 127.5, clamped and rounded half to even. `fps`: frames per second of the clip.
+    - Picture: `resize` "cover" scales it, with the filter `resample`, to the smallest size that covers
+      width x height; `crop` "centre" cuts the rest off. An 8-bit value v becomes v / 127.5 - 1, so
+      `image_range` is [-1, 1]; `image_layout` is (1, 3, height, width), RGB.
+    - Noise: `noise` names the generator (runtime/noise.py specifies it). An input "noise:<stream>" takes
+      the stream's values in row-major order.
+    - Frames: the last component's output, (frames, 3, height, width) in the same range. An 8-bit value is
+      (x + 1) * 127.5, clamped and rounded half to even. `fps`: frames per second of the clip.
     """
 
     frames: int

@@ -53,7 +53,7 @@ class PartialArtifact:
         except OSError as error:
             self._release()
             raise UsageError(
-                f"cannot write beside {self.output}: {error}", next_step="choose another -o"
+                f"cannot write into {self.output.parent}: {error}", next_step="choose another -o"
             ) from error
         except MobileVDError:
             self._release()

@@ -139,7 +139,7 @@ def side_by_side(
     budget: float,
     workers: int,
 ) -> list[T]:
-    """Run tasks in threads, each of which waits for a child process; return the results in order.
+    """Run tasks, which wait for child processes, in threads; return their results in order.
 
     Args:
         tasks: called with an event that is set when the task must end at once. Errors after that are dropped.

@@ -38,17 +38,17 @@ PassName = Literal[
 class GraphForms:
     """Equivalent forms of the deploy network: the outputs are equal up to rounding, the speed differs.
 
-    `attention`: computes the scores of all heads at once ("whole"), of all heads and `query_tile` queries at
-    a time ("tiles"), or of one head and `query_tile` queries at a time ("heads"). Maps of at most
-    `whole_up_to` tokens always use "whole".
-    `frames`: frames are the batch axis ("batch"), or run one after the other ("sequential").
-    `linear`: linear layers are matrix products ("matmul") or 1x1 convolutions ("conv").
-    `group_norm`: group norm ("group"), or instance norm over the reshaped map and a per-channel affine
-    ("instance").
-    `upsample`: nearest neighbour and a 3x3 convolution ("nearest"), or four 2x2 convolutions on the small map
-    ("subpixel").
-    `temporal_conv`: in temporal resblocks, frames are the rows of (1, C, T, H W) ("rows") or the columns of
-    (1, C, H W, T) ("columns").
+    - `attention`: computes the scores of all heads at once ("whole"), of all heads and `query_tile`
+      queries at a time ("tiles"), or of one head and `query_tile` queries at a time ("heads").
+    - `whole_up_to`: maps of at most so many tokens always use "whole".
+    - `frames`: frames are the batch axis ("batch"), or run one after the other ("sequential").
+    - `linear`: linear layers are matrix products ("matmul") or 1x1 convolutions ("conv").
+    - `group_norm`: group norm ("group"), or instance norm over the reshaped map and a per-channel affine
+      ("instance").
+    - `upsample`: nearest neighbour and a 3x3 convolution ("nearest"), or four 2x2 convolutions on the
+      small map ("subpixel").
+    - `temporal_conv`: in temporal resblocks, frames are the rows of (1, C, T, H W) ("rows") or the
+      columns of (1, C, H W, T) ("columns").
     """
 
     attention: Literal["whole", "tiles", "heads"] = "whole"
@@ -136,14 +136,15 @@ class QuantScheme:
 class NpuOptions:
     """Options of the Hexagon compiler.
 
-    `targets`: part numbers of devices.toml ("SM8650").
-    `optimization_mode`: QNN's htp_graph_finalization_optimization_mode. `vtcm_mb`: QNN's vtcm_mb.
-    `parts`: number of parts that the UNet is split into. 0, and always for the other components: the fewest
-    parts of which each has less than 2 GiB and needs less than 6.5 GB to compile.
-    `allow`: name patterns (shell wildcards) of operations that may run in float32 although the graph asks for
-    integers, and of tensors that may have fewer bits than the graph asks for. Others fail the export.
-    `compiler_memory_gb`: memory limit of a compilation; 0 means the memory that is free when it starts.
-    `compiler_hours`: time limit of a compilation.
+    - `targets`: part numbers of devices.toml ("SM8650").
+    - `optimization_mode`: QNN's htp_graph_finalization_optimization_mode. `vtcm_mb`: QNN's vtcm_mb.
+    - `parts`: number of parts that the UNet is split into. 0, and always for the other components: as few
+      as possible, so that each part is smaller than 2 GiB and takes less than 6.5 GB to compile.
+    - `allow`: name patterns (shell wildcards) of operations that may run in float32 although the graph
+      asks for integers, and of tensors that may have fewer bits than the graph asks for. Others fail the
+      export.
+    - `compiler_memory_gb`: memory limit of a compilation; 0 means the memory that is free when it starts.
+    - `compiler_hours`: time limit of a compilation.
     """
 
     targets: tuple[str, ...] = ("SM8650",)
@@ -179,15 +180,15 @@ class NpuOptions:
 class Floors:
     """The export fails below these values. SQNR is in dB, relative to the trained network in float32.
 
-    `rewrite_sqnr_db`: minimum SQNR after the rewrites.
-    `onnx_sqnr_db`: minimum SQNR of the float ONNX models.
-    `quantised_sqnr_db`: minimum SQNR of each quantised component, on pictures that did not calibrate.
-    `clip_psnr_db`: minimum PSNR of the quantised clip, relative to the float clip.
-    `conditioning`: minimum change of the quantised output, relative to float, when one input changes; the
-    maximum is 1 / `conditioning`.
-    `simulator_db`: minimum SQNR of a binary on the HTP simulator, relative to AIMET's simulation, with 16-bit
-    activations.
-    `float16_sqnr_db`: minimum SQNR of a float16 binary on the HTP simulator, relative to the float run.
+    - `rewrite_sqnr_db`: minimum SQNR after the rewrites.
+    - `onnx_sqnr_db`: minimum SQNR of the float ONNX models.
+    - `quantised_sqnr_db`: minimum SQNR of each quantised component, on pictures that did not calibrate.
+    - `clip_psnr_db`: minimum PSNR of the quantised clip, relative to the float clip.
+    - `conditioning`: minimum change of the quantised output, relative to float, when one input changes;
+      the maximum is 1 / `conditioning`.
+    - `simulator_db`: minimum SQNR of a binary on the HTP simulator, relative to AIMET's simulation, with
+      16-bit activations.
+    - `float16_sqnr_db`: minimum SQNR of a float16 binary on the HTP simulator, relative to the float run.
     """
 
     rewrite_sqnr_db: float = 90.0

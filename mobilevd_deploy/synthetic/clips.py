@@ -174,13 +174,13 @@ def locate(
     background colour (0) and body colour (1), if the pixel is near the line between the two colours in RGB.
     Returns None if the area is less than 8 px.
     """
-    below = background / 255.0
-    towards = colour - below
-    gone = frame / 255.0 - below
+    base = background / 255.0
+    towards = colour - base
+    change = frame / 255.0 - base
     length = np.square(towards).sum(-1)
-    along = (gone * towards).sum(-1) / length
-    beside = np.square(gone - along[..., None] * towards).sum(-1)
-    weight = np.clip(along, 0, 1) * (along > 0.5) * (beside < 0.15 * length)
+    along = (change * towards).sum(-1) / length
+    off_line = np.square(change - along[..., None] * towards).sum(-1)
+    weight = np.clip(along, 0, 1) * (along > 0.5) * (off_line < 0.15 * length)
     area = weight.sum()
     if area < 8:
         return None

@@ -35,7 +35,7 @@ def inclusion_probabilities(importance: Tensor, n: int) -> Tensor:
 
 
 def sample_gates(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw gates with these inclusion probabilities, of which exactly sum(p) are 1: systematic sampling.
+    """Draw gates in {0, 1} with these inclusion probabilities, exactly sum(p) ones: systematic sampling.
 
     Intervals of lengths p_i lie end to end on a line, in random order. Gate i is 1 if one of the points
     u, u + 1, u + 2, ... lies in interval i. The gradient of the gates passes straight through to p.
