@@ -189,6 +189,7 @@ def test_a_target_is_reached_for_less(tuned: Tuned, checkpoint: Path, work: Path
 def test_the_recipe_is_complete_and_means_what_was_found(tuned: Tuned, checkpoint: Path, work: Path) -> None:
     path = work / "target.toml"
     found = tune(checkpoint, RECIPE, path, target_sqnr=middle(tuned))
+    assert path.read_text().startswith("# Written by mobilevd-deploy tune. To use it: ")
     recipe = load_recipe(path)
     assert recipe == found.recipe
     assert (recipe.graph, recipe.npu, recipe.passes) == (RECIPE.graph, RECIPE.npu, RECIPE.passes)
