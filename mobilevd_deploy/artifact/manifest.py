@@ -316,7 +316,7 @@ class Manifest:
                 if source.startswith("component:"):
                     provider = before.get(source.partition(":")[2])
                     if provider is None:
-                        raise SpecError(f"{where}: no earlier component is {source!r}")
+                        raise SpecError(f"{where}: no earlier component provides {source!r}")
                     (given,) = provider.outputs
                     if (given.shape, given.dtype) != (tensor.shape, tensor.dtype):
                         raise SpecError(f"{where}: shape or dtype does not match the output of {source!r}")

@@ -34,7 +34,7 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevd_deploy.base.files import written_aside
+from mobilevd_deploy.base.files import write_durably, written_aside
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.spec import ComponentName, FunnelSpec, ModelSpec
 from mobilevd_deploy.errors import UsageError
@@ -163,7 +163,7 @@ class _Run:
         text = json.dumps(settings, indent=1)
         path = self.work / "settings.json"
         if not path.exists():
-            path.write_text(text, encoding="utf-8")
+            write_durably(path, text)
         elif path.read_text(encoding="utf-8") != text:
             raise UsageError(
                 f"{self.work} holds a training run with other settings",

@@ -143,7 +143,7 @@ def test_components_must_be_wired(manifest):
             dataclasses.replace(manifest, components=components)
 
     refused((), "components: the list is empty")
-    refused((encoder, unet, vae, decoder), "image_latents: no earlier component is")
+    refused((encoder, unet, vae, decoder), "image_latents: no earlier component provides")
     refused((encoder, vae, unet), "not the frames")
     other = dataclasses.replace(vae.outputs[0], shape=(1, 4, 2, 2))
     refused((encoder, dataclasses.replace(vae, outputs=(other,)), unet, decoder), "does not match the output")
