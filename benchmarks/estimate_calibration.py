@@ -37,7 +37,6 @@ from mobilevd_deploy.profiling.estimate import (
     count_module,
     count_operations,
     estimate_counts,
-    preset_rewrites,
 )
 from mobilevd_deploy.qnn.compiled import DramBytes
 
@@ -116,7 +115,7 @@ def _row(name: str) -> Row:
     if name == counted["preset"]:
         blocks = counted["blocks"]["w8a16"]["ours"].values()
         moved = sum((DramBytes(block["read"], block["written"]) for block in blocks), DramBytes())
-    return Row(name, preset.ladder.phone_ms, count_operations(preset.model, preset_rewrites(preset)), moved)
+    return Row(name, preset.ladder.phone_ms, count_operations(preset.model, preset.rewrites), moved)
 
 
 def _result(name: str) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def _unseen(calibration: Calibration) -> list[dict[str, Any]]:
     chip = next(c for c in table().chip if c.name == calibration.chip)
     result = []
     for title, spec in _unseen_specs().items():
-        counts = count_operations(spec, preset_rewrites(load_preset("mobilevd")))
+        counts = count_operations(spec, load_preset("mobilevd").rewrites)
         found = estimate_counts(counts, chip, calibration)
         result.append(
             {

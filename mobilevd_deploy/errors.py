@@ -1,10 +1,10 @@
-"""Every error that the toolkit raises on purpose.
+"""All errors that the toolkit raises on purpose.
 
-MobileVDError                 exit 1   says what is wrong, where, and what to do next
-├── SpecError                 exit 2   a preset, recipe or embedded configuration that does not fit
-├── UsageError                exit 2   arguments that do not fit together, or a path that is not ours
+MobileVDError                 exit 1   base class: says what is wrong, where, and what to do next
+├── SpecError                 exit 2   an invalid preset, recipe or embedded configuration
+├── UsageError                exit 2   invalid arguments, or an output path that the toolkit did not create
 ├── CheckpointError           exit 1   a checkpoint that cannot be read, or does not match its configuration
-├── RewriteError              exit 1   a rewrite whose condition fails, or that changed the outputs
+├── RewriteError              exit 1   a rewrite whose condition is not met, or that changed the outputs
 ├── ExportError               exit 1   a graph that cannot be exported, checked or simplified
 ├── ParityError               exit 1   outputs that differ more than the recipe's floor allows
 ├── ArtifactError             exit 1   an artifact that is damaged, incomplete or of another version
@@ -22,7 +22,7 @@ _SHOWN = 8
 
 
 def listed(faults: Collection[str]) -> str:
-    """Return the first faults below each other, indented, and how many more there are."""
+    """Return the first 8 faults as indented lines, and the number of the others."""
     lines = [*islice(faults, _SHOWN)]
     if rest := len(faults) - len(lines):
         lines.append(f"and {rest} more")
@@ -30,7 +30,7 @@ def listed(faults: Collection[str]) -> str:
 
 
 class MobileVDError(Exception):
-    """Base of all errors here: `what` is wrong (with its place), `next_step` is what to do."""
+    """Base class: `what` says what is wrong and where, `next_step` what to do about it."""
 
     exit_code = 1
 
@@ -44,13 +44,13 @@ class MobileVDError(Exception):
 
 
 class SpecError(MobileVDError):
-    """A preset, recipe or embedded configuration that does not fit."""
+    """An invalid preset, recipe or embedded configuration."""
 
     exit_code = 2
 
 
 class UsageError(MobileVDError):
-    """Arguments that do not fit together, or a path that is not ours."""
+    """Invalid arguments, or an output path that the toolkit did not create."""
 
     exit_code = 2
 
@@ -60,7 +60,7 @@ class CheckpointError(MobileVDError):
 
 
 class RewriteError(MobileVDError):
-    """A rewrite whose condition fails, or that changed the outputs."""
+    """A rewrite whose condition is not met, or that changed the outputs."""
 
 
 class ExportError(MobileVDError):

@@ -19,7 +19,7 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import MANIFEST
 from mobilevd_deploy.base.progress import Progress
-from mobilevd_deploy.config.presets import LadderRow, Preset, load_preset, preset_names
+from mobilevd_deploy.config.presets import LadderRow, Preset, load_preset, preset_names, structural_rewrites
 from mobilevd_deploy.config.spec import ComponentName, ModelSpec
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
@@ -29,9 +29,6 @@ from mobilevd_deploy.model.flops import Convention, count_flops_by_module
 from mobilevd_deploy.model.interface import COMPONENTS
 from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.npu.skeleton import rewritten_skeleton
-
-# What the paper's last row includes; the count of a network that is no row of it assumes them too.
-STRUCTURAL_REWRITES = ("single-token-cross-attention", "drop-temporal-blocks", "fold-channel-funnels")
 
 LADDER_NOTES = (
     "TFLOPs are those of one UNet evaluation at batch 1: 2 per multiply-accumulate of convolutions, linear "
@@ -66,10 +63,9 @@ def inspect(what: str | Path | Checkpoint | Preset | Artifact) -> dict[str, Any]
     if isinstance(what, (str, Path)):
         what = _resolve(what)
     if isinstance(what, Preset):
-        rewrites = what.ladder.rewrites if what.ladder else STRUCTURAL_REWRITES
-        return {"kind": "preset", **_describe(what.model, rewrites)}
+        return {"kind": "preset", **_describe(what.model, what.rewrites)}
     if isinstance(what, Checkpoint):
-        described = _describe(what.spec, STRUCTURAL_REWRITES, what.importance())
+        described = _describe(what.spec, structural_rewrites(), what.importance())
         return {"kind": "checkpoint", "file": what.path.name, "sha256": what.sha256, **described}
     manifest = what.manifest
     described = _describe(from_dict(ModelSpec, manifest.model), [report.name for report in manifest.passes])
@@ -197,20 +193,13 @@ def _temporal_blocks(
             {
                 "path": path,
                 "kind": "resnet" if resnet else "transformer",
-                "level": _level(path, len(spec.unet.block_out_channels)),
+                "level": spec.unet.level_of(path),
                 "kept": kept is None or path in kept,
                 "importance": importance.get(path),
                 "tflops": sum(counted.tflops("honest", f"{path}.{part}") for part in temporal),
             }
         )
     return described
-
-
-def _level(path: str, levels: int) -> int:
-    side, index, *_ = path.split(".")
-    if side == "mid_block":
-        return levels - 1
-    return int(index) if side == "down_blocks" else levels - 1 - int(index)
 
 
 def _structure(spec: ModelSpec) -> dict[str, Any]:
@@ -222,7 +211,7 @@ def _structure(spec: ModelSpec) -> dict[str, Any]:
             "channels": channels,
             "heads": heads if attends else 0,
             "latent": [height >> level, width >> level],
-            "frames": spec.frames // (1 if level == 0 or unet.temporal_multiscaling == "none" else 2),
+            "frames": unet.frames_at(level, spec.frames),
         }
         for level, (channels, heads, attends) in enumerate(
             zip(unet.block_out_channels, unet.num_attention_heads, unet.attention, strict=True)

@@ -1,12 +1,13 @@
-"""Bits for each block of the UNet: the cheapest that still keep a wanted SQNR, or the best for a price.
+"""Search bit widths for each block of the UNet: the cheapest for a target SQNR, or the best for a budget.
 
-    tune            checkpoint, recipe and a goal -> Tuned: the recipe with its rules, and the way there
-    Mixture         one simulation whose modules take their quantisers from several calibrated ones
-    bit_operations  the price
+    tune            checkpoint, recipe and a goal -> Tuned: the recipe with its rules, and the search's steps
+    Mixture         one simulation whose modules take their quantisers from several calibrated simulations
+    bit_operations  the cost of a choice of bits
 
-Each block begins with 8-bit weights and activations. How much noise it makes alone is measured once for every
-candidate, and noise powers add up. So the next block to get more bits is the one that promises to lose most
-noise for its price; the outcome is simulated as it really would be, and at the end calibrated anew.
+All blocks start with 8-bit weights and activations. The noise of each block alone is measured once per
+candidate, and noise powers are assumed to add up. Each step gives more bits to the block with the largest
+predicted reduction of noise per cost, and simulates the whole choice. The final choice is calibrated again,
+as an export would do it.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ Bits = tuple[int, int]
 """Bits of weights and of activations."""
 
 UNIT: Bits = (8, 16)
-"""Prices are relative to a UNet of which every block has these."""
+"""Costs are relative to a UNet whose blocks all have these bits."""
 
 CANDIDATES: tuple[Bits, ...] = ((8, 8), UNIT, (16, 16))
-"""What a block may have, cheapest first. 16-bit weights with 8-bit activations cost as much as `UNIT`."""
+"""Choices for a block, cheapest first. 16-bit weights with 8-bit activations would cost as much as `UNIT`."""
 
 _IN_FLOAT: Bits = (FLOAT, FLOAT)
 _MEASURED = "measured.json"
@@ -68,10 +69,11 @@ _MEASURED = "measured.json"
 
 @dataclass(frozen=True)
 class Step:
-    """A choice of bits that was simulated: what changed since the step before, the price, and the outcome.
+    """One simulated choice of bits: the block that changed, its new bits, and the choice's cost and SQNR.
 
-    `block` is empty for the first one, all at 8 bits. `predicted_db` and `measured_db`: SQNR of the UNet's
-    output on the first judging picture, by adding up noise and by simulation; None: nothing is lost.
+    `block` is empty for the first step, in which all blocks have 8 bits. `bit_operations`: cost relative to
+    `UNIT`. `predicted_db`, `measured_db`: SQNR of the UNet's output on the first judging picture, by the sum
+    of noise powers and by simulation; None: identical outputs.
     """
 
     block: str
@@ -84,10 +86,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The outcome of a search; `recipe` holds the rules.
+    """Result of a search; `recipe` holds the rules.
 
-    `bit_operations`: relative to 8-bit weights and 16-bit activations throughout. `sqnr_db`: of the UNet,
-    calibrated anew by the rules, on the worst of the judging pictures.
+    `bit_operations`: cost relative to 8-bit weights and 16-bit activations in all blocks. `sqnr_db`: SQNR of
+    the UNet on the worst judging picture, after calibration with the rules. `bits`: block -> bits.
     """
 
     recipe: Recipe
@@ -97,7 +99,7 @@ class Tuned:
     steps: tuple[Step, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; they go through JSON."""
+        """Return plain values that JSON can hold."""
         return dataclasses.asdict(self)
 
 
@@ -111,25 +113,32 @@ def tune(
     budget: float | None = None,
     calibration: Sequence[str | Path] = (),
 ) -> Tuned:
-    """Search, and write `output`, a recipe file with one rule for each block that differs from the scheme.
+    """Search bit widths, and write a recipe with one rule per block whose bits differ from the scheme's.
 
-    Either `target_sqnr`, in dB, is reached as cheaply as the search finds, or the best is taken that costs at
-    most `budget`, bit operations relative to W8A16. What is measured is kept in the folder <output>.work, so
-    that a search that was stopped goes on, and one with another goal begins with what is known. Rules that
-    the recipe has already stay, and stay first. `calibration` as for `deploy`.
+    Measurements are stored in the folder <output>.work: an interrupted search resumes, and a search with
+    another goal reuses them.
+
+    Args:
+        checkpoint_path: as for `deploy`.
+        recipe: must quantise. Its own rules are kept and stay in front of the new ones.
+        output: the recipe file to write, NAME.toml.
+        progress: receives the stages.
+        target_sqnr: goal in dB; the search takes the cheapest choice that it finds. Excludes `budget`.
+        budget: limit of the bit operations relative to W8A16; the search takes the best choice that it finds.
+        calibration: pictures or clips, as for `deploy`.
 
     Raises:
-        UsageError: the recipe quantises nothing, or `output` is not a TOML file.
-        ParityError: the goal is out of reach; the error says what was reached.
-        CheckpointError, RewriteError, ExportError: as `deploy`.
+        UsageError: the recipe quantises nothing, there is no goal or two, or `output` is not a TOML file.
+        ParityError: the goal cannot be reached; the error gives the best SQNR, or the lowest cost.
+        CheckpointError, RewriteError, ExportError: as for `deploy`.
     """
     progress = progress or Progress()
     if recipe.quant is None:
         raise UsageError(f"recipe {recipe.name} quantises nothing", next_step="choose a recipe with [quant]")
     if (target_sqnr is None) == (budget is None):
-        raise UsageError("one goal is needed", next_step="name --target-sqnr or --budget, not both")
+        raise UsageError("exactly one goal is needed", next_step="give either --target-sqnr or --budget")
     if output.suffix != ".toml":
-        raise UsageError(f"{output} is not a TOML file", next_step="name it like my.toml")
+        raise UsageError(f"{output} is not a TOML file", next_step="choose a name such as my.toml")
     checkpoint = open_checkpoint(checkpoint_path)
     pictures = choose_pictures(checkpoint.spec, recipe, calibration)
     assert pictures is not None
@@ -152,38 +161,39 @@ def tune(
         recipe.quant.of("unet"),
         feeds[:-JUDGES],
         feeds[-JUDGES:],
-        _Notes(work / _MEASURED, key),
+        _Measurements(work / _MEASURED, key),
         work,
         progress,
     )
     if target_sqnr is not None:
         choice, steps, reached = search.reach(target_sqnr)
     else:
-        assert budget is not None  # there is one goal
+        assert budget is not None  # checked above
         choice, steps, reached = search.best(budget)
-    price = search.price(choice)
+    cost = search.cost(choice)
     scheme = dataclasses.replace(recipe.quant, rules=(*recipe.quant.rules, *search.rules(choice)))
     floors = recipe.floors
-    # The export measures it again; another machine rounds otherwise.
+    # The export measures the SQNR again, and another machine may round differently: allow 1 dB.
     if reached < floors.quantised_sqnr_db + 1:
         floors = dataclasses.replace(floors, quantised_sqnr_db=float(math.floor(reached - 1)))
     found = dataclasses.replace(
         recipe,
         name=output.stem,
         description=f"{recipe.description}; bits of the UNet's blocks by `tune`: {reached:.1f} dB SQNR at "
-        f"{price:.2f} of W8A16's bit operations",
+        f"{cost:.2f} of W8A16's bit operations",
         quant=scheme,
         floors=floors,
     )
-    write_durably(output, to_toml(found))
-    return Tuned(found, price, reached, choice, tuple(steps))
+    use = f"mobilevd-deploy export CHECKPOINT --recipe {output.name}"
+    write_durably(output, f"# Written by mobilevd-deploy tune. To use it: {use}\n\n{to_toml(found)}")
+    return Tuned(found, cost, reached, choice, tuple(steps))
 
 
 class Mixture:
-    """One simulation whose modules take their quantisers from several, each calibrated with other bits.
+    """One simulation whose modules take their quantisers from several simulations, one per choice of bits.
 
-    `quantised` is the one that runs. `palettes` holds the quantisers of each, calibrated `apart`, by their
-    bits. `sources` says for each leaf module where its inputs come from.
+    `quantised` is the simulation that runs. `palettes`: bits -> the quantisers of a simulation that was
+    calibrated with `apart`. `sources`: leaf module -> the modules that its inputs come from.
     """
 
     def __init__(
@@ -197,9 +207,9 @@ class Mixture:
         self._joint: dict[tuple[Bits, tuple[str, ...]], Any] = {}
 
     def run(self, bits: Callable[[str], Bits], inputs: Tensors) -> npt.NDArray[Any]:
-        """Return the output with the bits that `bits` gives to each module's path, 32 and 32 for float.
+        """Return the output if each module has the bits that `bits` returns for its path; (32, 32) is float.
 
-        An input that comes with other bits is converted to the module's own, as `quantise` would do it.
+        An input with other bits is converted to the module's bits, as `quantise` does it.
         """
         for path, module in self._modules.items():
             chosen = bits(path)
@@ -217,7 +227,7 @@ class Mixture:
         return self.quantised.run(inputs)
 
     def _palette(self, bits: Bits) -> Palette:
-        # Other bits than a palette's are those of a rule that holds in all of them.
+        # Bits without a palette come from a rule of the recipe, which all palettes contain.
         return self._palettes.get(bits) or next(iter(self._palettes.values()))
 
     def _joint_range(self, bits: Bits, paths: tuple[str, ...]) -> Any:
@@ -235,7 +245,7 @@ class Mixture:
         while source is not None:
             if source in palette and (quantiser := palette[source][1][0]) is not None:
                 return quantiser
-            source = self.sources[source][0]  # it only moves values
+            source = self.sources[source][0]  # a module without quantiser only moves values
         return None
 
 
@@ -243,6 +253,7 @@ Slots = tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]
 """Quantisers of a module's inputs, outputs and parameters, by position or name."""
 
 Palette = Mapping[str, Slots]
+"""Quantisers of all modules of a simulation, by module path."""
 
 
 def palette_of(quantised: Quantised) -> Palette:
@@ -259,31 +270,32 @@ def _containers(module: Any) -> tuple[Any, Any, Any]:
 
 
 def bit_operations(network: nn.Module, inputs: Tensors) -> dict[str, Callable[[Bits], int]]:
-    """Return the price of each convolution, linear layer and matrix product by path, for given bits.
+    """Return, by path, the cost function of each convolution, linear layer and matrix product.
 
-    Multiply-accumulates x the bits of both factors, counted in a run on `inputs`. A product of two
-    activations has the bits of activations twice.
+    Cost = multiply-accumulates x bits of one factor x bits of the other, counted in a run on `inputs`. Both
+    factors of a matrix product are activations.
     """
     counts = count_flops_by_module(network, network, *as_arguments(inputs))["honest"]
 
-    def price(macs: int, of_activations: bool, bits: Bits) -> int:
+    def cost(macs: int, of_activations: bool, bits: Bits) -> int:
         weights, activations = bits
         return macs * activations * (activations if of_activations else weights)
 
     return {
-        path: partial(price, counts[path] // 2, isinstance(module, ops.MatMul))
+        path: partial(cost, counts[path] // 2, isinstance(module, ops.MatMul))
         for path, module in network.named_modules()
         if counts.get(path) and not [*module.children()]
     }
 
 
-def group_blocks(sources: Mapping[str, Sequence[str | None]], priced: Sequence[str]) -> dict[str, str]:
-    """Return for each leaf module the block that decides over its bits.
+def group_blocks(sources: Mapping[str, Sequence[str | None]], products: Sequence[str]) -> dict[str, str]:
+    """Return for each leaf module the block whose bits it gets.
 
-    That is `block_of` it where the block has a product, one of `priced`. Else it is the block that reads it,
-    or, behind the last product, the block of that. `sources` is in running order.
+    It is the module's own block (`block_of`) if that contains one of `products`, the modules that multiply.
+    Otherwise it is the block that reads the module; after the last product, it is that product's block.
+    `sources` is in running order.
     """
-    own = {block_of(path) for path in priced}
+    own = {block_of(path) for path in products}
     readers: dict[str, str] = {}
     for path, before in sources.items():
         for source in before:
@@ -303,8 +315,8 @@ def group_blocks(sources: Mapping[str, Sequence[str | None]], priced: Sequence[s
     return {path: group(block_of(path)) for path in sources}
 
 
-class _Notes:
-    """Numbers by name, in a file that is replaced whenever one is added; begun anew for another key."""
+class _Measurements:
+    """Numbers by name in a JSON file. Each new number rewrites the file; another key discards it."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
@@ -315,7 +327,7 @@ class _Notes:
             self._values = {}
 
     def get(self, name: str, measure: Callable[[], float]) -> float:
-        """Return what is known under `name`, or measure and keep it."""
+        """Return the stored number, or measure and store it."""
         if name not in self._values:
             self._values[name] = measure()
             write_durably(self._path, json.dumps({"key": self._key, "values": self._values}, indent=1))
@@ -323,11 +335,11 @@ class _Notes:
 
 
 Choice = dict[str, Bits]
-"""Bits by group."""
+"""Block -> bits."""
 
 
 class _Search:
-    """All that is measured, and the order in which blocks get more bits."""
+    """The measurements, and the order in which blocks get more bits."""
 
     def __init__(
         self,
@@ -335,26 +347,26 @@ class _Search:
         scheme: QuantScheme,
         samples: Sequence[Tensors],
         judges: Sequence[Tensors],
-        notes: _Notes,
+        measurements: _Measurements,
         work: Path,
         progress: Progress,
     ) -> None:
         self._build, self._scheme, self._samples, self._judges = build, scheme, samples, judges
-        self._notes, self._work, self._progress = notes, work, progress
+        self._measurements, self._work, self._progress = measurements, work, progress
         network = build()
-        self._prices = bit_operations(network, judges[0])
+        self._costs = bit_operations(network, judges[0])
         self.sources = input_sources(network, judges[0])
-        # What a rule of the recipe has decided is decided.
+        # The recipe's own rules are kept: the search leaves the modules that they match alone.
         free = [
             path for path in self.sources if not any(fnmatchcase(path, rule.modules) for rule in scheme.rules)
         ]
-        priced = [path for path in free if path in self._prices]
-        if not priced:
-            raise UsageError("the recipe's rules decide over every block", next_step="remove some")
-        groups = group_blocks(self.sources, priced)
+        products = [path for path in free if path in self._costs]
+        if not products:
+            raise UsageError("the recipe's rules match every block", next_step="remove some of its rules")
+        groups = group_blocks(self.sources, products)
         self._group = {path: groups[path] for path in free}
-        self._groups = list(dict.fromkeys(groups[path] for path in priced))
-        self._unit = sum(price(UNIT) for price in self._prices.values())
+        self._groups = list(dict.fromkeys(groups[path] for path in products))
+        self._unit = sum(cost(UNIT) for cost in self._costs.values())
 
     @cached_property
     def _mixture(self) -> Mixture:
@@ -367,15 +379,15 @@ class _Search:
         return Mixture(mixed, palettes, self.sources)
 
     @cached_property
-    def _exact(self) -> npt.NDArray[Any]:
+    def _float_output(self) -> npt.NDArray[Any]:
         return self._mixture.run(lambda _: _IN_FLOAT, self._judges[0])
 
-    def price(self, choice: Choice) -> float:
+    def cost(self, choice: Choice) -> float:
         """Bit operations relative to `UNIT` throughout."""
-        return sum(price(self.bits_of(choice, path)) for path, price in self._prices.items()) / self._unit
+        return sum(cost(self.bits_of(choice, path)) for path, cost in self._costs.items()) / self._unit
 
     def rules(self, choice: Choice) -> Iterator[QuantRule]:
-        """Yield what makes `choice` of the scheme: a rule for each block that differs from it."""
+        """Yield a rule for each block whose bits differ from the scheme's."""
         blocks = defaultdict(list)
         for path, group in self._group.items():
             if choice[group] != (self._scheme.weights, self._scheme.activations):
@@ -385,37 +397,37 @@ class _Search:
             yield QuantRule(pattern, weights, activations, "unet")  # type: ignore[arg-type]
 
     def reach(self, target: float) -> tuple[Choice, list[Step], float]:
-        """Give blocks more bits until the UNet, calibrated anew, is within `target` dB."""
+        """Give blocks more bits until the UNet, calibrated with the rules, has `target` dB SQNR."""
         noise = self._measure_blocks()
         steps: list[Step] = []
         goal, checked = target, list[float]()
         self._progress.begin("search")
         for choice, step in self._steps(noise, None):
             steps.append(step)
-            if (measured := _plain(step.measured_db)) >= goal:
+            if (measured := _or_inf(step.measured_db)) >= goal:
                 checked.append(self._check(choice))
                 if checked[-1] >= target:
                     self._progress.end()
                     return choice, steps, checked[-1]
                 goal = measured + (target - checked[-1])
-        best = max(checked or [_plain(step.measured_db) for step in steps])
+        best = max(checked or [_or_inf(step.measured_db) for step in steps])
         raise ParityError(
-            f"{target:g} dB is out of reach: the best choice of bits has {best:.1f} dB",
-            next_step="ask for less, or calibrate with more pictures",
+            f"{target:g} dB cannot be reached: the best choice of bits has {best:.1f} dB",
+            next_step="choose a lower target, or calibrate with more pictures",
         )
 
     def best(self, budget: float) -> tuple[Choice, list[Step], float]:
-        """Give blocks more bits as long as the price is at most `budget`; return the best of all steps."""
-        cheapest = self.price(dict.fromkeys(self._groups, CANDIDATES[0]))
+        """Give blocks more bits while the cost is at most `budget`; return the best choice of all steps."""
+        cheapest = self.cost(dict.fromkeys(self._groups, CANDIDATES[0]))
         if cheapest > budget:
             raise ParityError(
-                f"a budget of {budget:g} is too small: 8 bits throughout cost {cheapest:.3f}",
-                next_step="allow more",
+                f"a budget of {budget:g} is too small: 8 bits in all blocks cost {cheapest:.3f}",
+                next_step=f"choose a budget of at least {math.ceil(1000 * cheapest) / 1000:g}",
             )
         noise = self._measure_blocks()
         self._progress.begin("search")
         found = list(self._steps(noise, budget))
-        choice, _ = max(found, key=lambda item: _plain(item[1].measured_db))
+        choice, _ = max(found, key=lambda item: _or_inf(item[1].measured_db))
         reached = self._check(choice)
         self._progress.end()
         return choice, [step for _, step in found], reached
@@ -423,19 +435,19 @@ class _Search:
     def _steps(
         self, noise: Mapping[tuple[str, Bits], float], budget: float | None
     ) -> Iterator[tuple[Choice, Step]]:
-        """Yield all blocks at 8 bits, and then one block after the other with more, as far as it helps."""
+        """Yield 8 bits in all blocks, then choices in which one block at a time gets more bits."""
         choice: Choice = dict.fromkeys(self._groups, CANDIDATES[0])
         changed, bits = "", CANDIDATES[0]
         while True:
-            price = self.price(choice)
+            cost = self.cost(choice)
             predicted = sum(noise[group, chosen] for group, chosen in choice.items())
-            measured = self._noise(f"mixed {_say(choice)}", partial(self.bits_of, dict(choice)))
-            yield dict(choice), Step(changed, *bits, price, _decibels(predicted), _decibels(measured))
+            measured = self._noise(f"mixed {_digest(choice)}", partial(self.bits_of, dict(choice)))
+            yield dict(choice), Step(changed, *bits, cost, _decibels(predicted), _decibels(measured))
             options = {}
             for group, chosen in choice.items():
                 for more in CANDIDATES[CANDIDATES.index(chosen) + 1 :]:
                     gain, extra = noise[group, chosen] - noise[group, more], self._extra(group, chosen, more)
-                    if gain > 0 and (budget is None or price + extra <= budget):
+                    if gain > 0 and (budget is None or cost + extra <= budget):
                         options[group, more] = gain / extra
             if not options:
                 return
@@ -443,11 +455,11 @@ class _Search:
             choice[changed] = bits
 
     def _extra(self, group: str, before: Bits, after: Bits) -> float:
-        paths = [path for path in self._prices if self._group.get(path) == group]
-        return sum(self._prices[path](after) - self._prices[path](before) for path in paths) / self._unit
+        paths = [path for path in self._costs if self._group.get(path) == group]
+        return sum(self._costs[path](after) - self._costs[path](before) for path in paths) / self._unit
 
     def _measure_blocks(self) -> dict[tuple[str, Bits], float]:
-        """Return the noise power of each group alone, over the power of the signal, for every candidate."""
+        """Return noise power / signal power for each block and candidate, with all other blocks in float."""
         self._progress.begin("measure blocks")
         noise = {}
         for number, group in enumerate(self._groups, start=1):
@@ -463,22 +475,21 @@ class _Search:
 
     def _noise(self, name: str, bits: Callable[[str], Bits]) -> float:
         def measure() -> float:
-            return 10 ** (-sqnr_db(self._exact, self._mixture.run(bits, self._judges[0])) / 10)
+            return 10 ** (-sqnr_db(self._float_output, self._mixture.run(bits, self._judges[0])) / 10)
 
-        return self._notes.get(name, measure)
+        return self._measurements.get(name, measure)
 
     def _check(self, choice: Choice) -> float:
-        """Return the SQNR of the worst judge as an export by these rules would have it."""
+        """Return the SQNR of the worst judging picture, calibrated as an export with these rules would."""
 
         def measure() -> float:
             self._progress.say(
-                f"calibrating the choice, at {self.price(choice):.3f} of W8A16's bit operations"
+                f"calibrating the choice with {self.cost(choice):.3f} of W8A16's bit operations"
             )
             quantised = self._quantise(tuple(self.rules(choice)), "chosen.pt")
-            pairs = ((quantised.run_float(judge), quantised.run(judge)) for judge in self._judges)
-            return min(sqnr_db(exact, given) for exact, given in pairs)
+            return min(sqnr_db(quantised.run_float(judge), quantised.run(judge)) for judge in self._judges)
 
-        return self._notes.get(f"calibrated anew {_say(choice)}", measure)
+        return self._measurements.get(f"calibrated {_digest(choice)}", measure)
 
     def _quantise(self, rules: tuple[QuantRule, ...], state: str, *, apart: bool = False) -> Quantised:
         scheme = dataclasses.replace(self._scheme, rules=(*self._scheme.rules, *rules))
@@ -490,7 +501,7 @@ class _Search:
 
 
 def _unet_inputs(checkpoint: Checkpoint, jobs: Sequence[ClipJob]) -> list[Tensors]:
-    """Run what stands before the UNet, as it was trained, and return what the UNet gets for each job."""
+    """Run the components before the UNet in training form; return the UNet's inputs for each job."""
     before: tuple[ComponentName, ...] = ("image_encoder", "vae_encoder")
     for name in before:
         inputs, (output,) = component_tensors(name, checkpoint.spec)
@@ -505,7 +516,7 @@ def _name(bits: Bits) -> str:
     return f"w{bits[0]}a{bits[1]}"
 
 
-def _say(choice: Choice) -> str:
+def _digest(choice: Choice) -> str:
     return digest({group: _name(bits) for group, bits in choice.items()})[:16]
 
 
@@ -513,5 +524,5 @@ def _decibels(noise: float) -> float | None:
     return -10 * math.log10(noise) if noise else None
 
 
-def _plain(decibels: float | None) -> float:
+def _or_inf(decibels: float | None) -> float:
     return math.inf if decibels is None else decibels

@@ -1,4 +1,4 @@
-"""The search for bits: what it believes must be what `quantise` makes of the rules, and it must resume."""
+"""The search for bits: its simulation must agree with what `quantise` makes of the rules, and it resumes."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_one_palette_is_one_scheme(mixture: Mixture, bits: Bits) -> None:
 
 @pytest.mark.parametrize("chosen", [*itertools.product(((8, 8), (8, 16)), repeat=2)], ids=str)
 def test_a_mixture_is_what_rules_make(mixture: Mixture, chosen: tuple[Bits, Bits]) -> None:
-    """Whatever the neighbours have, edges included: the noise of both is nearly all the same noise."""
+    """Also at the borders between blocks of different bits: both have nearly the same noise."""
     rules = tuple(QuantRule(f"blocks.{i}.*", *bits) for i, bits in enumerate(chosen))  # type: ignore[arg-type]
     scheme = QuantScheme(rules=rules)
     anew = quantise(net(), map(sample, range(2)), scheme)
@@ -174,7 +174,7 @@ def test_every_step_costs_more_and_the_best_is_taken(tuned: Tuned) -> None:
     assert prices[0] < 0.6
     assert tuned.bit_operations in prices
     best = max(step.measured_db or 0 for step in tuned.steps)
-    assert tuned.sqnr_db == pytest.approx(best, abs=3), "of another picture, calibrated anew"
+    assert tuned.sqnr_db == pytest.approx(best, abs=3), "of another picture, after calibration with the rules"
     assert set(tuned.bits.values()) <= set(CANDIDATES)
 
 
@@ -189,6 +189,7 @@ def test_a_target_is_reached_for_less(tuned: Tuned, checkpoint: Path, work: Path
 def test_the_recipe_is_complete_and_means_what_was_found(tuned: Tuned, checkpoint: Path, work: Path) -> None:
     path = work / "target.toml"
     found = tune(checkpoint, RECIPE, path, target_sqnr=middle(tuned))
+    assert path.read_text().startswith("# Written by mobilevd-deploy tune. To use it: ")
     recipe = load_recipe(path)
     assert recipe == found.recipe
     assert (recipe.graph, recipe.npu, recipe.passes) == (RECIPE.graph, RECIPE.npu, RECIPE.passes)
@@ -207,10 +208,10 @@ def test_with_a_budget_nothing_costs_more(checkpoint: Path, work: Path, tuned: T
     assert 0.6 < found.bit_operations <= 0.8
 
 
-def test_goals_out_of_reach_say_what_was_reached(tuned: Tuned, checkpoint: Path, work: Path) -> None:
-    with pytest.raises(ParityError, match=r"200 dB is out of reach: .* has \d+\.\d dB"):
+def test_goals_that_cannot_be_reached_name_the_best(tuned: Tuned, checkpoint: Path, work: Path) -> None:
+    with pytest.raises(ParityError, match=r"200 dB cannot be reached: .* has \d+\.\d dB"):
         tune(checkpoint, RECIPE, work / "my.toml", target_sqnr=200)
-    with pytest.raises(ParityError, match=r"0\.1 is too small: 8 bits throughout cost 0\.[45]"):
+    with pytest.raises(ParityError, match=r"0\.1 is too small: 8 bits in all blocks cost 0\.[45]"):
         tune(checkpoint, RECIPE, work / "my.toml", budget=0.1)
 
 
@@ -237,8 +238,8 @@ def test_a_killed_search_goes_on(
     assert found.steps == tuned.steps
     first = runs
     assert tune(checkpoint, RECIPE, output, budget=2.5).steps == tuned.steps
-    assert runs == first, "all is known"
-    # Notes of another recipe are not believed.
+    assert runs == first, "everything is stored"
+    # Measurements of another recipe are not reused.
     other = dataclasses.replace(RECIPE, quant=dataclasses.replace(RECIPE.quant, headroom=1.5))
     tune(checkpoint, other, output, budget=0.6)
     assert runs > first + 10

@@ -1,1 +1,1 @@
-"""The artifact: manifest, reader, builder, comparison, packing. Imports no torch."""
+"""Artifacts: manifest, reader, builder, comparison and packing. Imports no torch."""

@@ -1,4 +1,4 @@
-"""The finished artifact: read, verified, found."""
+"""Read, verify and find finished artifacts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mobilevd_deploy.artifact.manifest import MANIFEST, MANIFEST_DIGEST, Compone
 from mobilevd_deploy.base.files import file_sha256
 from mobilevd_deploy.errors import ArtifactError, UsageError
 
-# Written by file browsers wherever they look; not worth refusing an artifact for.
-_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
+# File managers write these into folders that they show; they do not make an artifact invalid.
+_IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Artifact:
     def open(cls, root: str | Path) -> Artifact:
         """Read the artifact in folder `root`; check its structure and its files' sizes.
 
-        Raises ArtifactError for anything missing, extra, truncated or not plain, and for a manifest that was
-        changed or has another schema version. The contents of the other files are checked by `verify`.
+        Raises ArtifactError for a file that is missing, extra, truncated or a link, and for a manifest that
+        was changed or has another schema version. `verify` checks the contents of the other files.
         """
         root = Path(root)
         if not root.is_dir():
@@ -54,14 +54,17 @@ class Artifact:
             if found:
                 raise ArtifactError(f"{min(found)} is not in the manifest", next_step="remove it")
         except ArtifactError as error:
-            next_step = error.next_step or "export it again, or copy it again from where it came"
+            next_step = error.next_step or "export it again, or copy it again from its source"
             raise ArtifactError(f"{root}: {error.what}", next_step=next_step) from error
         except OSError as error:
             raise ArtifactError(f"{root} cannot be read: {error}") from error
         return cls(root, manifest)
 
     def verify(self, component: Component | None = None) -> None:
-        """Compare the sha256 of every file, or of `component`'s; ArtifactError names the one that differs."""
+        """Compare the sha256 of every file, or of one component's files, with the manifest.
+
+        Raises ArtifactError naming the first file that differs.
+        """
         entries = self.manifest.all_files() if component is None else component.all_files()
         for entry in entries:
             path = self.root / entry.path
@@ -72,28 +75,28 @@ class Artifact:
             if not intact:
                 raise ArtifactError(
                     f"{path} is damaged: its sha256 is not the manifest's",
-                    next_step="export it again, or copy it again from where it came",
+                    next_step="export it again, or copy it again from its source",
                 )
 
     def path(self, component: Component, role: str) -> Path:
-        """Return where `component`'s file of that role lies."""
+        """Return the path of a component's file by its role."""
         return self.root / component.files[role].path
 
     @property
     def bytes(self) -> int:
-        """Size of all listed files."""
+        """Total size of the files that the manifest lists."""
         return sum(entry.bytes for entry in self.manifest.all_files())
 
     @property
     def digest(self) -> str:
-        """The sha256 of manifest.json in hex, and so of everything that it lists."""
+        """The sha256 of manifest.json in hex. The manifest holds the digests of all other files."""
         return (self.root / MANIFEST_DIGEST).read_text(encoding="ascii").split()[0]
 
 
 def find_newest(folder: Path, depth: int = 3, *, advice: str = "name one as the argument") -> Artifact:
-    """Return the artifact that was written last in `folder` or up to `depth` levels below; none hidden.
+    """Return the newest artifact in `folder` or up to `depth` levels below; hidden folders are skipped.
 
-    Raises UsageError with `advice` if there is none, ArtifactError if the newest is damaged.
+    Raises UsageError, with `advice` as the next step, if there is none; ArtifactError if it is damaged.
     """
     found: list[Path] = []
     level = [folder]
@@ -109,18 +112,18 @@ def find_newest(folder: Path, depth: int = 3, *, advice: str = "name one as the 
 
 
 def plain_files(root: Path) -> Iterator[Path]:
-    """Yield the files below `root` except file managers' litter. Raises ArtifactError for links."""
+    """Yield the files below `root`, without those of file managers. Raises ArtifactError for links."""
     for path in root.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ArtifactError(f"{path.relative_to(root)} is not a plain file")
-        if path.is_file() and path.name not in _LITTER:
+        if path.is_file() and path.name not in _IGNORED:
             yield path
 
 
 def _holds_manifest(folder: Path) -> bool:
     try:
         return (folder / MANIFEST).is_file() and (folder / MANIFEST_DIGEST).is_file()
-    except OSError:  # somebody else's folder, which we may not look into
+    except OSError:  # no permission to read the folder
         return False
 
 
@@ -137,5 +140,5 @@ def _subfolders(folder: Path) -> Iterable[Path]:
 
 
 def digest_line(manifest: bytes) -> bytes:
-    """Return the content of manifest.sha256 for a manifest's bytes."""
+    """Return the content of manifest.sha256 for the bytes of manifest.json."""
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()

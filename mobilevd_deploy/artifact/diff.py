@@ -1,4 +1,4 @@
-"""Two artifacts side by side."""
+"""Comparison of two artifacts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mobilevd_deploy.artifact.artifact import Artifact
 
 @dataclass(frozen=True)
 class DiffRow:
-    """One quantity of two artifacts, of a component or, where that is None, of the whole.
+    """One quantity of two artifacts `a` and `b`; `component` None means the whole artifact.
 
     `quantity` is "bytes", "parameters", "flops", "ops.<type>", "drift_db.<stage>" or "ms.<source>.<device>".
-    None means that the side does not have it; a drift of inf means identical outputs. The errors are those of
-    estimates.
+    A value is None if the artifact does not have the quantity; a drift of inf means identical outputs.
+    `a_error_percent` and `b_error_percent` are given for estimates only.
     """
 
     component: str | None
@@ -26,7 +26,7 @@ class DiffRow:
 
 
 def diff(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:
-    """Put two artifacts side by side: totals first, then component by component, equal rows included."""
+    """Compare two artifacts: totals first, then each component. Equal rows are included."""
     before, after = _quantities(a), _quantities(b)
     keys = dict.fromkeys([*before, *after])
     components = dict.fromkeys(component for component, _ in keys)

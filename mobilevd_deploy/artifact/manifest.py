@@ -1,13 +1,13 @@
-"""The artifact: a folder that holds everything a runner needs, and nothing that it must guess.
+"""The manifest of an artifact. An artifact is a folder that holds everything that a runner needs.
 
     NAME/
-    ├── manifest.json        `Manifest`; JSON Schema in manifest.schema.json of this package
-    ├── manifest.sha256      its digest, in the format of `sha256sum`
+    ├── manifest.json        `Manifest`; manifest.schema.json of this package is its JSON Schema
+    ├── manifest.sha256      digest of manifest.json, in the format of `sha256sum`
     ├── report.html          and other files of `Manifest.files`
     └── <component>/...      the files of each `Component`
 
-It is immutable. While it is built it lies in `.NAME.partial/artifact` (`PartialArtifact`) and gets its name
-by one rename; reading is strict: a missing, extra, truncated or changed file is an ArtifactError.
+An artifact is immutable. It is built in `.NAME.partial/artifact` (`PartialArtifact`) and renamed once it is
+complete. Readers are strict: a missing, extra, truncated or changed file raises ArtifactError.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of the artifact: `path` relative to its folder with forward slashes, sha256 in hex, size."""
+    """A file: `path` relative to the artifact, with forward slashes; sha256 in hex; size in bytes."""
 
     path: str
     sha256: str
     bytes: int
 
     def __post_init__(self) -> None:
-        # No segment may start with a dot, so neither ".." nor a hidden file can be named.
+        # No segment may start with a dot; this excludes ".." and hidden files.
         require_match(_PATH, self.path, "file path")
         require_match(_SHA256, self.sha256, f"sha256 of {self.path}")
         if self.path in (MANIFEST, MANIFEST_DIGEST):
@@ -55,18 +55,18 @@ class FileEntry:
 
     @classmethod
     def of(cls, root: Path, path: Path) -> FileEntry:
-        """Describe the file `path`, which lies below `root`."""
+        """Describe the file `path` of the artifact in `root`."""
         relative = path.relative_to(root).as_posix()
         return cls(relative, file_sha256(path), path.stat().st_size)
 
 
 @dataclass(frozen=True)
 class NpuPart:
-    """A context binary and the ONNX wrapper that loads it: a whole component, or a part of one.
+    """A context binary and the ONNX wrapper that loads it: a whole component, or one part of it.
 
-    Files by role: "wrapper", "context". `inputs` and `outputs` name values in the order of the wrapper's, all
-    float32; their shapes stand in the wrapper. `dram_read` and `dram_written` are the bytes that a run moves
-    from and to DRAM by the compiler's plan, None where it did not say.
+    `files` by role: "wrapper", "context". `inputs` and `outputs` name the wrapper's inputs and outputs in its
+    order; all are float32, and the wrapper gives their shapes. `dram_read` and `dram_written` are the bytes
+    that one run moves from and to DRAM by the compiler's plan; None if the compiler did not report them.
     """
 
     files: dict[str, FileEntry]
@@ -86,11 +86,11 @@ class NpuPart:
 class NpuBinary:
     """A component compiled for one chip.
 
-    `target` is the part number and `arch` the Hexagon version, both read back from the binary. `precision`
-    is "float16" or like "w8a16". `qnn_api` is the version of QNN's interface and `sdk` that of the SDK
-    (QAIRT) that wrote it; an older runtime cannot load it. `parts` run in order, each on inputs of the
-    component or outputs of parts before it; the last one gives the component's output. A value may be dropped
-    after its last reader.
+    `target` (part number) and `arch` (Hexagon version) are read back from the binary. `precision` is
+    "float16", or "w8a16" and the like for integers. `qnn_api` is the version of QNN's interface and `sdk` the
+    version of the SDK (QAIRT) that wrote the binary; an older runtime cannot load it. `parts` run in order. A
+    part reads inputs of the component and outputs of earlier parts; the last part gives the component's
+    output. A value may be freed after its last reader.
     """
 
     target: str
@@ -102,31 +102,31 @@ class NpuBinary:
 
     @property
     def bytes(self) -> int:
-        """Size of wrappers and contexts."""
+        """Total size of wrappers and context binaries."""
         return sum(entry.bytes for entry in self.all_files())
 
     @property
     def dram_bytes(self) -> int | None:
-        """Bytes that one run moves from and to DRAM, by the compiler's plan; None if it did not say."""
+        """Bytes that one run moves from and to DRAM by the compiler's plan; None if not reported."""
         moved = [value for part in self.parts for value in (part.dram_read, part.dram_written)]
         return None if None in moved else sum(value for value in moved if value is not None)
 
     def all_files(self) -> Iterator[FileEntry]:
-        """Every file, part by part."""
+        """Yield every file, part by part."""
         for part in self.parts:
             yield from part.files.values()
 
     def check_wiring(self, inputs: Iterable[str], output: str) -> None:
-        """Raise SpecError unless the parts get from `inputs` to `output`."""
+        """Raise SpecError unless the parts compute `output` from `inputs`."""
         known = set(inputs)
         for part in self.parts:
             if missing := [name for name in part.inputs if name not in known]:
-                raise SpecError(f"npu {self.target}: nobody provides {missing[0]}")
+                raise SpecError(f"npu {self.target}: no earlier part provides {missing[0]}")
             if again := [name for name in part.outputs if name in known]:
-                raise SpecError(f"npu {self.target}: {again[0]} is given twice")
+                raise SpecError(f"npu {self.target}: {again[0]} is provided twice")
             known |= set(part.outputs)
         if not self.parts or output not in self.parts[-1].outputs:
-            raise SpecError(f"npu {self.target}: its last part does not give {output}")
+            raise SpecError(f"npu {self.target}: its last part does not provide {output}")
 
     def __post_init__(self) -> None:
         require_match(NAME, self.target, "npu target")
@@ -134,12 +134,11 @@ class NpuBinary:
 
 @dataclass(frozen=True)
 class Component:
-    """One network of the pipeline.
+    """One network of the pipeline. It has one output.
 
-    `kind` says how to run it anywhere: "onnx" with the files "model" and, if the weights lie outside,
-    "data". The quantised graph, where there is one, has the roles "quantised" and "quantised_data"; `npu`
-    holds what was compiled for chips. It has one output. `flops` are 2 x MAC for one call; `ops` counts the
-    graph's nodes by type.
+    `kind` "onnx": `files` has the role "model" (the ONNX graph) and, if the weights are in a separate file,
+    "data". A quantised graph has the roles "quantised" and "quantised_data". `npu` lists the binaries, one
+    per chip. `flops`: 2 x MAC for one call. `ops`: number of the graph's nodes by type.
     """
 
     name: str
@@ -158,11 +157,11 @@ class Component:
         if "model" not in self.files:
             raise SpecError(f"component {self.name}: no file has the role 'model'")
         if not self.inputs or len(self.outputs) != 1:
-            raise SpecError(f"component {self.name}: it needs inputs, and one output")
+            raise SpecError(f"component {self.name}: it needs inputs and exactly one output")
         require_unique((t.name for t in self.inputs), f"component {self.name}: input")
         for tensor in self.inputs:
             if tensor.source is None:
-                raise SpecError(f"component {self.name}: nobody provides input {tensor.name}")
+                raise SpecError(f"component {self.name}: input {tensor.name} has no source")
         for tensor in self.outputs:
             if tensor.source is not None:
                 raise SpecError(f"component {self.name}: output {tensor.name} has a source")
@@ -174,11 +173,11 @@ class Component:
 
     @property
     def bytes(self) -> int:
-        """Size of the component's files."""
+        """Total size of the component's files."""
         return sum(entry.bytes for entry in self.all_files())
 
     def all_files(self) -> Iterator[FileEntry]:
-        """Every file of the component."""
+        """Yield every file of the component."""
         yield from self.files.values()
         for binary in self.npu:
             yield from binary.all_files()
@@ -186,13 +185,14 @@ class Component:
 
 @dataclass(frozen=True)
 class Quality:
-    """What quantisation cost, on pictures that did not calibrate.
+    """Loss by quantisation, measured on pictures that did not calibrate.
 
-    `calibration`: where the pictures came from, how many, and the sha256 of each picture's bytes.
-    `clip_psnr_db`: of the quantised clip against the float clip, frames in [-1, 1].
-    `conditioning`: component, then input: how far the output moves when this input alone becomes another
-    picture's, quantised over float; 1 is perfect, 0 a dead input.
-    `sensitivity`: component, then block: SQNR in dB with nothing but this block quantised; None: no change.
+    - `calibration`: source of the calibration pictures; `samples`: their number; `sha256`: of each one's
+      bytes.
+    - `clip_psnr_db`: PSNR of the quantised clip relative to the float clip, frames in [-1, 1].
+    - `conditioning`: component -> input -> change of the quantised output, relative to float, when this
+      input alone is replaced by another picture's. 1: the same change; 0: the input has no effect.
+    - `sensitivity`: component -> block -> SQNR in dB if only this block is quantised; None: no change.
     """
 
     calibration: str
@@ -210,14 +210,15 @@ class Quality:
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """How picture, noise and frames look outside the components.
+    """How a runner makes the components' inputs, and frames from the last output.
 
-    The picture: `resize` "cover" scales it so that it just covers width x height, `crop` "centre" cuts what
-    stands out, `resample` names the filter; 8-bit values v become v / 127.5 - 1, so `image_range` is [-1, 1],
-    in `image_layout` (1, 3, height, width), RGB. `noise` names the generator (noise.py holds its
-    specification); a "noise:<stream>" input takes its elements in row-major order. The last component's
-    output are the frames (frames, 3, height, width) in the same range; clamp, then round half to even:
-    v = (x + 1) * 127.5. `fps` is the speed at which they are shown.
+    - Picture: `resize` "cover" scales it, with the filter `resample`, to the smallest size that covers
+      width x height; `crop` "centre" cuts the rest off. An 8-bit value v becomes v / 127.5 - 1, so
+      `image_range` is [-1, 1]; `image_layout` is (1, 3, height, width), RGB.
+    - Noise: `noise` names the generator (runtime/noise.py specifies it). An input "noise:<stream>" takes
+      the stream's values in row-major order.
+    - Frames: the last component's output, (frames, 3, height, width) in the same range. An 8-bit value is
+      (x + 1) * 127.5, clamped and rounded half to even. `fps`: frames per second of the clip.
     """
 
     frames: int
@@ -251,7 +252,7 @@ class PipelineSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint that the artifact was made from: its name without folders, and its sha256."""
+    """The checkpoint that the artifact was made from: file name without folders, and sha256."""
 
     name: str
     sha256: str
@@ -264,13 +265,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in an artifact, how it was made, and how to run it.
+    """Content of an artifact, how it was made, and how to run it.
 
-    `created` is UTC, "2025-01-31T12:00:00Z". `recipe` and `model` are the resolved Recipe and the ModelSpec
-    as plain values. `drift` holds, per stage and component, the SQNR in dB against the trained network, None
-    where the outputs are identical (inf is turned into None): "onnx", then "quantised" as AIMET simulates it,
-    then "npu.<target>" on the HTP simulator. `components` stand in running order. `files` are those that
-    belong to no component. Raises SpecError where the parts do not fit together.
+    `created`: UTC, "2025-01-31T12:00:00Z". `recipe`, `model`: the Recipe and the ModelSpec as plain values,
+    with defaults. `drift`: stage -> component -> SQNR in dB relative to the trained network; None if the
+    outputs are identical (inf becomes None). Its stages are "onnx", "quantised" (AIMET's simulation) and
+    "npu.<target>" (HTP simulator). `components`: in running order. `files`: by role, those of no component.
+
+    Raises SpecError if the values contradict each other.
     """
 
     schema_version: Literal[1]
@@ -296,7 +298,7 @@ class Manifest:
         }
         object.__setattr__(self, "drift", drift)
         if not self.components:
-            raise SpecError("components: there is none")
+            raise SpecError("components: the list is empty")
         # Case is ignored, because some file systems ignore it.
         require_unique((entry.path.lower() for entry in self.all_files()), "file")
         require_unique((c.name for c in self.components), "component")
@@ -309,24 +311,24 @@ class Manifest:
                 where, source = f"component {component.name}: input {tensor.name}", tensor.source or ""
                 if source == "image" and tensor.shape != self.pipeline.image_shape:
                     raise SpecError(
-                        f"{where}: {list(tensor.shape)}, the image is {self.pipeline.image_shape}"
+                        f"{where}: shape {list(tensor.shape)}, but the image is {self.pipeline.image_shape}"
                     )
                 if source.startswith("component:"):
                     provider = before.get(source.partition(":")[2])
                     if provider is None:
-                        raise SpecError(f"{where}: no component before it is the {source!r}")
+                        raise SpecError(f"{where}: no earlier component provides {source!r}")
                     (given,) = provider.outputs
                     if (given.shape, given.dtype) != (tensor.shape, tensor.dtype):
-                        raise SpecError(f"{where}: it does not fit the output of {source!r}")
+                        raise SpecError(f"{where}: shape or dtype does not match the output of {source!r}")
             before[component.name] = component
         (frames,) = self.components[-1].outputs
         if frames.shape != self.pipeline.frames_shape:
             raise SpecError(
-                f"components: the last one's output is not the frames {self.pipeline.frames_shape}"
+                f"components: the last output is not the frames: expected {self.pipeline.frames_shape}"
             )
 
     def all_files(self) -> Iterator[FileEntry]:
-        """Every file that the manifest lists."""
+        """Yield every file that the manifest lists."""
         for component in self.components:
             yield from component.all_files()
         yield from self.files.values()
@@ -336,18 +338,19 @@ class Manifest:
         for component in self.components:
             if component.name == name:
                 return component
-        raise ArtifactError(f"no component {name!r}", next_step=", ".join(c.name for c in self.components))
+        known = ", ".join(component.name for component in self.components)
+        raise ArtifactError(f"no component {name!r}", next_step=f"components are {known}")
 
     def to_json(self) -> str:
-        """As the text of manifest.json."""
+        """Return the text of manifest.json."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Read a manifest strictly.
 
-        Raises ArtifactError for text that is not JSON, holds a key twice, has another schema version, an
-        unknown or missing key, or values that do not fit together.
+        Raises ArtifactError for text that is not JSON, a repeated, unknown or missing key, another schema
+        version, or values that contradict each other.
         """
         try:
             values = json.loads(
@@ -357,11 +360,11 @@ class Manifest:
             raise ArtifactError(f"{MANIFEST} is not readable: {error}") from error
         version = values.get("schema_version") if isinstance(values, dict) else None
         if type(version) is not int:  # bool is an int too
-            raise ArtifactError(f"{MANIFEST} is not the manifest of an artifact: it has no schema_version")
+            raise ArtifactError(f"{MANIFEST} is not an artifact's manifest: it has no schema_version")
         if version != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{MANIFEST} has schema version {version}; this toolkit reads {SCHEMA_VERSION}",
-                next_step="use the toolkit that wrote it, or export again",
+                next_step="use the toolkit version that wrote it, or export again",
             )
         try:
             return from_dict(cls, values)
@@ -380,7 +383,7 @@ def _drift(value: float | None, what: str) -> float | None:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError(f"a key of {sorted(values)} stands twice")
+        raise ValueError(f"one of the keys {sorted(values)} occurs twice")
     return values
 
 
@@ -393,10 +396,10 @@ def _number(text: str) -> float:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What a rewrite did: modules changed, parameters and FLOPs (2 x MAC) of the UNet before and after.
+    """Effect of a rewrite: modules changed; parameters and FLOPs (2 x MAC) of the UNet before and after.
 
-    `sqnr_db` compares its outputs with the untouched network's; None: identical (inf is turned into None,
-    which JSON can hold).
+    `sqnr_db` compares the outputs with those of the network before the first rewrite; None if they are
+    identical (inf becomes None, because JSON has no inf).
     """
 
     name: str

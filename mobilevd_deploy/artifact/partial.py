@@ -1,4 +1,4 @@
-"""The artifact while it is built: a locked folder beside the output, renamed in the end."""
+"""Build an artifact in a locked folder beside the output, and rename it when it is complete."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mobilevd_deploy.errors import ArtifactError, MobileVDError, UsageError
 
 
 class PartialArtifact:
-    """The folder `.NAME.partial` beside the output, where an artifact is built; a context manager.
+    """The folder `.NAME.partial` beside the output, in which an artifact is built; a context manager.
 
-    `artifact` below it becomes the output; everything else there (`work` for whoever needs a place, stage
-    records) is thrown away in the end, or kept on request. The folder stays when the block ends without
-    `finish`, so that a later run can resume. Its lock file is both the sign that the folder is ours and what
-    keeps a second run out: the kernel drops the lock when the process dies, however it dies.
+    Its subfolder `artifact` becomes the output. The rest (`work` for temporary files, stage records) is
+    removed at the end, or kept on request. If the block ends without `finish`, the folder stays and a later
+    run resumes. Its lock file marks the folder as one of this toolkit and keeps other runs out; the kernel
+    releases the lock when the process ends, even if it is killed.
 
     Entering raises UsageError if the output exists and is not an intact artifact, if the partial folder is
-    not ours, if another run holds it, or if it cannot be written.
+    not one of this toolkit, if another run holds it, or if it cannot be written.
     """
 
     LOCK = "lock.mobilevd-deploy"
@@ -42,7 +42,7 @@ class PartialArtifact:
 
     def __enter__(self) -> PartialArtifact:
         try:
-            # First, because a run that was killed between two renames left the old artifact inside.
+            # First, because a run that was killed between two renames left the old artifact in the folder.
             if self._is_ours():
                 self._take_lock()
                 self._recover()
@@ -53,7 +53,7 @@ class PartialArtifact:
         except OSError as error:
             self._release()
             raise UsageError(
-                f"cannot write beside {self.output}: {error}", next_step="choose another -o"
+                f"cannot write into {self.output.parent}: {error}", next_step="choose another -o"
             ) from error
         except MobileVDError:
             self._release()
@@ -66,32 +66,32 @@ class PartialArtifact:
         self._release()
 
     def clear(self) -> None:
-        """Throw away everything built so far."""
+        """Remove everything that was built so far."""
         self._empty()
         self.artifact.mkdir()
         self.work.mkdir()
 
     def borrow(self, path: str) -> None:
-        """Give a file of the partial folder that is not there a copy of what the finished output has for it.
+        """Copy a file from the finished output if the partial folder lacks it.
 
-        No second name for the same file: onnx reads no weights from a file that has two. Raises OSError,
-        ResourceError on a full disk.
+        `path` is relative to the partial folder. The file is copied, not linked: onnx refuses to read weights
+        from a file with two names. Raises OSError, ResourceError on a full disk.
         """
         parts = PurePosixPath(path).parts
-        source, wanted = self.output.joinpath(*parts[1:]), self.root / path
-        if parts[0] == self.artifact.name and source.is_file() and not wanted.exists():
-            wanted.parent.mkdir(parents=True, exist_ok=True)
-            with written_aside(wanted, source.stat().st_size) as aside:
+        source, target = self.output.joinpath(*parts[1:]), self.root / path
+        if parts[0] == self.artifact.name and source.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with written_aside(target, source.stat().st_size) as aside:
                 shutil.copyfile(source, aside)
 
     def finish(self, manifest: Manifest, *, keep: bool = False) -> Artifact:
-        """Write the manifest, make all of it durable, and give it its name in one rename.
+        """Write the manifest, flush all files to the disk, and rename `artifact` to the output.
 
-        `keep`: leave the rest of the partial folder, for an export that changes little.
+        Files that the manifest does not list are removed. An existing artifact at the output is replaced.
+        `keep` keeps the rest of the partial folder, so that a later export can reuse finished stages.
 
-        Files below `artifact` that the manifest does not list are removed. An artifact that lies at the
-        output is replaced. Raises ArtifactError if files and manifest disagree, UsageError if the output is
-        no longer ours to replace, ResourceError on a full disk.
+        Raises ArtifactError if files and manifest disagree, UsageError if the output is no longer an intact
+        artifact or cannot be written, ResourceError on a full disk.
         """
         text = manifest.to_json().encode()
         with disk_guard(self.root, 2 * len(text)):
@@ -118,7 +118,7 @@ class PartialArtifact:
             return Artifact.open(self.output)
         self._empty()
         self._lock_path.unlink()
-        with contextlib.suppress(OSError):  # another run may be waiting in it by now
+        with contextlib.suppress(OSError):  # another run may have created its lock file
             self.root.rmdir()
         return Artifact.open(self.output)
 
@@ -129,7 +129,7 @@ class PartialArtifact:
             Artifact.open(self.output)
         except ArtifactError as error:
             raise UsageError(
-                f"{self.output} exists and is not an intact artifact, so it is not touched ({error.what})",
+                f"{self.output} exists and is not an intact artifact, so it is not replaced ({error.what})",
                 next_step="choose another -o, or remove it yourself",
             ) from error
 
@@ -137,8 +137,8 @@ class PartialArtifact:
         return self._lock_path.is_file() and not self.root.is_symlink() and not self._lock_path.is_symlink()
 
     def _is_foreign(self) -> bool:
-        # By one listing: a run that ends in the meantime takes its lock file and then the folder away. An
-        # empty folder is what a run leaves that was killed between making it and making the lock file.
+        # List the folder once: a run that ends meanwhile removes its lock file and then the folder. A run
+        # that was killed before it created its lock file leaves an empty folder.
         names: set[str] = set()
         with contextlib.suppress(FileNotFoundError):
             names = {path.name for path in self.root.iterdir()}
@@ -150,7 +150,7 @@ class PartialArtifact:
         self.root.parent.mkdir(parents=True, exist_ok=True)
         if self._is_foreign():
             raise UsageError(
-                f"{self.root} exists and is not ours, so it is not touched",
+                f"{self.root} exists and was not created by this toolkit, so it is not used",
                 next_step="choose another -o, or remove it yourself",
             )
         self._take_lock()
@@ -168,7 +168,7 @@ class PartialArtifact:
                     f"another run (process {error.holder}) is writing {self.output}",
                     next_step="wait for it, or choose another -o",
                 ) from None
-            # The holder may have finished and removed the file while we opened it.
+            # The holder may have finished and removed the file after we opened it.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), self._lock_path.stat()):
                     self._lock = lock
@@ -189,7 +189,7 @@ class PartialArtifact:
             self._replaced.rename(self.output)
 
     def _empty(self) -> None:
-        # The lock file goes last, by the caller: without it a half-emptied folder would not be known as ours.
+        # The caller removes the lock file last: it marks a partly emptied folder as one of this toolkit.
         for path in self.root.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -1,1 +1,1 @@
-"""What every other package may use: files, processes, tensors, progress, charts.."""
+"""Basic tools that every other package may import: files, processes, tensors, progress, charts."""

@@ -1,4 +1,4 @@
-"""Horizontal bars as a PNG: what a table shows, for where tables do not go, such as a chat."""
+"""Horizontal bar charts as PNG files, for places that cannot show a table, such as a chat."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _SIZE = 24
 
 @dataclass(frozen=True)
 class Bar:
-    """Lengths, at most one a colour, that stand one behind the other; all bars of a chart have one scale.
+    """One bar: lengths drawn end to end, at most one per entry of `COLOURS`. A chart has one scale.
 
-    `text` stands behind it, `mark` is a length with a dotted line, `depth` moves the label to the right.
+    `text` is written to the right of the bar. `mark` is a length at which a dotted line is drawn. `depth`
+    indents the label.
     """
 
     label: str
@@ -28,9 +29,9 @@ class Bar:
 
 
 def draw_bars(title: str, bars: Sequence[Bar], legend: str) -> bytes:
-    """Draw bars from top to bottom between a title and a legend; return the file's bytes."""
+    """Draw bars from top to bottom between a title and a legend; return the bytes of the PNG."""
     font = ImageFont.load_default(_SIZE)
-    most = max((sum(bar.lengths) for bar in bars), default=0) or 1
+    longest = max((sum(bar.lengths) for bar in bars), default=0) or 1
     labels = [2 * _GAP * bar.depth + font.getlength(bar.label) for bar in bars]
     left = 2 * _GAP + max(labels, default=0)
     right = max((font.getlength(bar.text) for bar in bars), default=0)
@@ -48,14 +49,14 @@ def draw_bars(title: str, bars: Sequence[Bar], legend: str) -> bytes:
         middle, x = top + _STEP / 2, left
         write(_GAP + 2 * _GAP * bar.depth, middle, bar.label)
         for length, colour in zip(bar.lengths, COLOURS, strict=False):
-            end = x + _LENGTH * length / most
+            end = x + _LENGTH * length / longest
             if round(end) > round(x):
                 box = (round(x), middle - _THICK / 2, round(end) - 1, middle + _THICK / 2 - 1)
                 draw.rectangle(box, fill=colour)
             x = end
         write(x + _GAP / 2, middle, bar.text)
         if bar.mark is not None:
-            at = round(left + _LENGTH * bar.mark / most)
+            at = round(left + _LENGTH * bar.mark / longest)
             for y in range(top + 2, top + _STEP - 2, 8):
                 draw.line((at, y, at, y + 3), fill="black", width=2)
     file = io.BytesIO()

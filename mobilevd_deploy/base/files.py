@@ -1,4 +1,4 @@
-"""Files: write aside and rename, digests, durability, and a clear error for a full disk."""
+"""Files: atomic writes, locks, digests, durability, and a clear error for a full disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mobilevd_deploy.errors import ResourceError
 
 @contextlib.contextmanager
 def disk_guard(folder: Path, needed: int) -> Iterator[None]:
-    """Raise ResourceError if `folder`'s disk has less than `needed` bytes free, or fills up inside."""
+    """Raise ResourceError if `folder`'s disk has less than `needed` bytes free, or fills up in the block."""
     if shutil.disk_usage(folder).free < needed:
         raise _disk_full(folder, needed)
     try:
@@ -44,7 +44,7 @@ def file_sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable. Raises OSError."""
+    """Flush a file's content, or a folder's entries, to the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -54,14 +54,14 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: Path, needed: int = 0) -> Iterator[Path]:
-    """Yield a neighbour of `path` to write to; the neighbour becomes `path` if the block succeeds.
+    """Yield a temporary path beside `path` to write to; rename it to `path` if the block succeeds.
 
     The content reaches the disk before the rename, so a killed process leaves the old file or the new one.
-    If the block raises, the neighbour is removed and `path` is unchanged.
+    If the block raises, the temporary file is removed and `path` is unchanged.
 
     Args:
-        path: file, or folder that does not exist or is empty. The neighbour keeps its suffix.
-        needed: bytes that the block will write, about.
+        path: a file, or a folder that does not exist or is empty. The temporary path has the same suffix.
+        needed: bytes that the block writes, approximately.
 
     Raises ResourceError on a full disk, OSError otherwise.
     """
@@ -80,12 +80,12 @@ def written_aside(path: Path, needed: int = 0) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `written_aside` left in `folder` when its process was killed. Raises OSError."""
-    for left in folder.glob(".*.new.*"):
-        if left.is_dir():
-            shutil.rmtree(left)
+    """Remove temporary paths that killed processes left in `folder` (see `written_aside`). Raises OSError."""
+    for path in folder.glob(".*.new.*"):
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            left.unlink()
+            path.unlink()
 
 
 class LockHeldError(Exception):
@@ -97,9 +97,9 @@ class LockHeldError(Exception):
 
 
 def take_lock(path: Path) -> int:
-    """Lock a file for this process, creating it if it is missing; return its descriptor.
+    """Lock a file for this process, create it if it is missing, and return its descriptor.
 
-    Closing the descriptor releases the lock, and so does the end of the process, however it ends.
+    The lock is released when the descriptor is closed or the process ends, even if it is killed.
     Raises LockHeldError, OSError.
     """
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -118,12 +118,12 @@ def take_lock(path: Path) -> int:
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Replace a small file as `written_aside` does; same errors."""
+    """Write a small file by `written_aside`. Raises the same errors."""
     data = content.encode() if isinstance(content, str) else content
     with written_aside(path, len(data)) as aside:
         aside.write_bytes(data)
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """Return the sha256, in hex, of plain values: their JSON with sorted keys."""
+    """Return the sha256, in hex, of plain values: of their JSON with sorted keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,10 +1,10 @@
-"""Work in a process of its own, whose memory goes when it ends and whose peak is known.
+"""Child processes: a child returns all of its memory when it ends, and its peak can be measured.
 
-Steps          runs the steps of a stage: here, or, for a large network, each in a child process
-side_by_side   runs tasks that wait for such a process, as many at a time as memory allows
-own_python     command line of a child that finds the modules that this process would
+Steps          runs the steps of a stage in this process or, for a large network, each in a child
+side_by_side   runs tasks that wait for child processes, as many at a time as memory allows
+own_python     command line of a child that imports from the same places as this process
 peak_bytes     peak resident memory of a process
-memory_bytes   memory of the machine, and what is free of it
+memory_bytes   memory that this process may use, and how much of it is free
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Steps:
-    """Runs the steps of a stage, and keeps what each cost if they run `apart`, in a child process each.
+    """Runs the steps of a stage; with `apart`, each in a child process whose time and peak go to `costs`.
 
-    Neither torch nor onnxruntime gives back all of what it held, and a memory-mapped file counts as long as
-    one of its tensors lives; so a large network takes one process for its trained form, one to rewrite, one
-    to export and one to compare. For a small one the start of a process, seconds, would cost more.
+    torch and onnxruntime do not free all of their memory, and a memory-mapped file counts as resident while
+    one of its tensors is alive. So a large network gets a child process each to run the trained form, to
+    rewrite, to export and to compare. A small network does not: a process takes seconds to start.
     """
 
     def __init__(self, apart: bool, progress: Progress) -> None:
@@ -50,18 +50,18 @@ class Steps:
     def run(self, name: str, function: Callable[..., T], *arguments: Any) -> T:
         """Return function(*arguments, progress).
 
-        Apart, the function has to be found by its name in a module, and arguments and result are pickled.
-        Raises what it raises, and ResourceError or ExportError for a child that died.
+        With `apart`, the function must be importable by module and name; arguments and result are pickled.
+        Raises the function's errors. If the child dies: ResourceError where it was killed, else ExportError.
         """
         if not self.apart:
             return function(*arguments, self._progress)
         begun = time.monotonic()
-        result, peak = _run_apart(name, function, arguments, self._progress)
+        result, peak = _run_in_child(name, function, arguments, self._progress)
         self.costs[name] = StageCost(round(time.monotonic() - begun, 3), peak)
         return cast(T, result)
 
 
-def _run_apart(
+def _run_in_child(
     name: str, function: Callable[..., Any], arguments: tuple[Any, ...], progress: Progress
 ) -> tuple[Any, int]:
     ours, theirs = Pipe()
@@ -72,7 +72,7 @@ def _run_apart(
             own_python(code),
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # a library's chatter; what is to be said comes through the pipe
+            stdout=subprocess.DEVNULL,  # libraries print to it; our messages come through the pipe
         ) as process,
     ):
         theirs.close()
@@ -89,19 +89,19 @@ def _run_apart(
             status = process.wait()
             if status == -signal.SIGKILL:
                 raise ResourceError(
-                    f"{name}: its process was killed, as a system does that runs out of memory",
+                    f"{name}: the child process was killed; the system probably ran out of memory",
                     next_step="close other programs, or use a machine with more memory",
                 ) from None
             raise ExportError(
-                f"{name}: its process ended with status {status}",
-                next_step="run it again, and report it if it ends there again",
+                f"{name}: the child process ended with status {status}",
+                next_step="run the same command again; report the error if it happens again",
             ) from None
         finally:
             process.kill()
 
 
-class _Teller(Progress):
-    """What the child tells, on its way to the parent's progress."""
+class _PipeProgress(Progress):
+    """Sends the child's progress to the parent."""
 
     def __init__(self, parent: Connection) -> None:
         self._parent = parent
@@ -114,20 +114,20 @@ class _Teller(Progress):
 
 
 def _child_main(descriptor: int, parent_pid: int) -> None:
-    """Receive a function and its arguments, send back what it tells and returns."""
+    """Receive a function and its arguments; send its progress and its result or error to the parent."""
     die_with_parent(parent_pid)
     parent = Connection(descriptor)
     kind: Literal["result", "error"]
     try:
         function, arguments = parent.recv()
-        kind, value = "result", function(*arguments, _Teller(parent))
+        kind, value = "result", function(*arguments, _PipeProgress(parent))
     except BaseException as error:  # raised again by the parent
         kind, value = "error", error
     try:
         parent.send((kind, value, peak_bytes()))
-    except (pickle.PicklingError, TypeError, AttributeError):  # an error of a library, holding what it likes
+    except (pickle.PicklingError, TypeError, AttributeError):  # an error of a library may hold anything
         parent.send(("error", ExportError(f"{type(value).__name__}: {value}"), 0))
-    # The libraries' own tear-down may crash when all is done.
+    # Skip the libraries' cleanup at exit: it may crash although the work is done.
     os._exit(0)
 
 
@@ -139,16 +139,16 @@ def side_by_side(
     budget: float,
     workers: int,
 ) -> list[T]:
-    """Run tasks in threads, each of which waits for a process of its own; return their results in order.
+    """Run tasks, which wait for child processes, in threads; return their results in order.
 
     Args:
-        tasks: called with an event that asks to end at once; what they raise then does not matter.
-        peaks: bytes that each will take at most.
-        seconds: how long each will take, in any unit. The longest begin.
-        budget: bytes that those which run at a time may take together; one alone runs whatever it takes.
-        workers: how many run at a time, at most.
+        tasks: called with an event that is set when the task must end at once. Errors after that are dropped.
+        peaks: expected peak memory of each task, in bytes.
+        seconds: expected time of each task, in any unit. The longest tasks start first.
+        budget: memory that the running tasks may use together, in bytes. A task above it runs alone.
+        workers: largest number of tasks that run at a time.
 
-    Raises what the first task to fail raised, or KeyboardInterrupt, after the others have ended.
+    Raises the error of the first task that fails, or KeyboardInterrupt, after all tasks have ended.
     """
     stop, results = threading.Event(), dict[int, T]()
     waiting = sorted(range(len(tasks)), key=lambda i: seconds[i], reverse=True)
@@ -171,21 +171,21 @@ def side_by_side(
 
 
 def own_python(code: str) -> list[str]:
-    """Return the command that runs Python code in a child with this process's modules, wherever it works."""
+    """Return a command that runs Python code in a child with this process's import path, in any folder."""
     path = [str(Path(entry).resolve()) for entry in sys.path]
     return [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {path!r}\n{code}"]
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Linux: have this process killed when its parent ends, since nobody waits for an orphan's gigabytes."""
+    """On Linux, have this process killed when its parent ends: an orphan would hold gigabytes for nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:  # it ended before it was asked for
+        if os.getppid() != parent_pid:  # the parent ended before the call above
             os._exit(1)
 
 
 def reset_peak() -> None:
-    """Linux: let this process's peak begin anew."""
+    """On Linux, reset this process's peak memory to its current memory."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -193,9 +193,10 @@ def reset_peak() -> None:
 
 
 def peak_bytes(pid: int | None = None) -> int:
-    """Peak resident memory of a process, of this one if left out; 0 for another that is gone.
+    """Return the peak resident memory in bytes of process `pid` (None: this one); 0 if it has ended.
 
-    On Linux since `reset_peak`; elsewhere this process's alone, and since its start.
+    On Linux the peak counts from `reset_peak`. Other systems give this process's peak since its start, and 0
+    for other processes.
     """
     try:
         for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
@@ -210,27 +211,29 @@ def peak_bytes(pid: int | None = None) -> int:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Return all memory that this process may use, and what is free of it; a container's limit counts."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    there = page * os.sysconf("SC_PHYS_PAGES")
-    free = there
+    """Return the memory that this process may use, and how much of it is free, in bytes.
+
+    A container's limit (cgroup v2) is taken into account.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = total
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = int(found[1]) * 1024 if found else there
+        free = int(found[1]) * 1024 if found else total
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{n}").read_text()) for n in ("max", "current"))
-        # What was read from files counts as used, and is given back when it is wanted.
+        # "current" includes the file cache, which the kernel frees on demand.
         cached = re.findall(
             r"^(?:in)?active_file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.M
         )
         used -= sum(map(int, cached))
     except (OSError, ValueError):  # not Linux, or no limit ("max")
-        return there, free
-    return min(there, limit), min(free, limit - used)
+        return total, free
+    return min(total, limit), min(free, limit - used)
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Wall time and peak resident memory of one stage: of the export's process, or of one that it started."""
+    """Wall time and peak resident memory of a stage: of the export's process or of a child process."""
 
     seconds: float
     peak_bytes: int

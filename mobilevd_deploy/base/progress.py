@@ -1,6 +1,6 @@
-"""Where the work stands, for a person who waits: stage names, elapsed time, and an estimate of the rest.
+"""Progress for the user: stage names, elapsed time, and an estimate of the remaining time.
 
-Library code calls a `Progress`, which is silent; only the command line makes one that writes to a terminal.
+Library code takes a `Progress`, which prints nothing. Only the command line makes one that prints.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Self, TextIO
 
 
 class Progress:
-    """What library code tells about its stages; this one keeps it to itself. A context manager.
+    """Receives the progress of stages and prints nothing; subclasses print. A context manager.
 
-    `plan` comes first, if at all; then `begin` and `end` in turns.
+    Call `plan` first, or not at all; then `begin` and `end` for each stage.
     """
 
     def plan(self, stages: Mapping[str, float]) -> None:
-        """Announce the stages, each with its expected share of the time (in any unit)."""
+        """Announce the stages: name -> expected time, in any unit."""
 
     def begin(self, stage: str) -> None:
-        """Start a stage; one that was not planned is fine."""
+        """Start a stage. It need not be planned."""
 
     def advance(self, fraction: float) -> None:
-        """Say how much of the running stage is done, from 0 to 1."""
+        """Set the fraction of the running stage that is done, from 0 to 1."""
 
     def end(self, *, reused: bool = False) -> None:
-        """Finish the running stage; `reused`: an earlier run had done the work."""
+        """Finish the running stage; `reused` if an earlier run did the work."""
 
     def say(self, sentence: str) -> None:
-        """Tell something worth knowing."""
+        """Show a message."""
 
     def __enter__(self) -> Self:
         return self
@@ -40,13 +40,13 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Leave the terminal as it was, whatever happened."""
+        """Restore the terminal, also after an error."""
 
 
 def shares(progress: Progress, sizes: Sequence[float]) -> list[Progress]:
-    """Return a Progress for each of several tasks that run side by side, in threads, in one stage.
+    """Return one Progress per task, for tasks that run in threads within one stage.
 
-    `sizes`: their shares of the time, in any unit.
+    `sizes` are the expected times of the tasks, in any unit. The stage advances by the weighted sum.
     """
     lock, done = threading.Lock(), [0.0] * len(sizes)
 
@@ -67,7 +67,7 @@ def shares(progress: Progress, sizes: Sequence[float]) -> list[Progress]:
 
 
 class LineProgress(Progress):
-    """One line as a stage begins and one as it ends: for logs and pipes."""
+    """Prints a line when a stage begins and a line when it ends: for logs and pipes."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
@@ -91,11 +91,11 @@ class LineProgress(Progress):
         self._show_running(self._label())
 
     def advance(self, fraction: float) -> None:
-        """Take the fraction into the estimate."""
+        """Use the fraction in the estimate of the remaining time."""
         self._fraction = min(max(fraction, 0.0), 1.0)
 
     def end(self, *, reused: bool = False) -> None:
-        """Show how long the stage took, and about how long the others will."""
+        """Show how long the stage took, and the estimated time of the remaining stages."""
         share, seconds, label = self._left.pop(self._stage, 0.0), self._clock() - self._since, self._label()
         self._stage = ""
         if reused:
@@ -107,11 +107,11 @@ class LineProgress(Progress):
         self.say(f"{label}: {duration(seconds)}" + (f", {rest}" if rest else ""))
 
     def say(self, sentence: str) -> None:
-        """Write the sentence on a line of its own."""
+        """Print the sentence on its own line."""
         print(sentence, file=self._stream, flush=True)
 
     def rest(self) -> str:
-        """About how long the planned rest will take; empty where nothing is known or nothing is left."""
+        """Return "about TIME left" for the planned stages; empty if unknown or if nothing is left."""
         now = self._left.get(self._stage, 0.0) * self._fraction
         seconds = self._seconds_spent + (self._clock() - self._since if now else 0.0)
         share, left = self._share_spent + now, sum(self._left.values()) - now
@@ -125,7 +125,7 @@ class LineProgress(Progress):
 
 
 class LiveProgress(LineProgress):
-    """A line per finished stage, and below them the running one with a spinner and its time."""
+    """Prints a line per finished stage; below them, the running stage with a spinner and its time."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -147,18 +147,18 @@ class LiveProgress(LineProgress):
         )
 
     def end(self, *, reused: bool = False) -> None:
-        """Replace the running stage by its finished line."""
+        """Replace the spinner with the line of the finished stage."""
         self._clear()
         super().end(reused=reused)
 
     def say(self, sentence: str) -> None:
-        """Write the sentence above the running stage."""
+        """Print the sentence above the running stage."""
         self._live.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Take the spinner away."""
+        """Remove the spinner."""
         self._clear()
 
     def _show_running(self, label: str) -> None:
@@ -173,7 +173,10 @@ class LiveProgress(LineProgress):
 
 
 def make_progress(*, quiet: bool = False, stream: TextIO | None = None) -> Progress:
-    """Return the progress that fits `stream` (standard error): live on a terminal, else lines, or silent."""
+    """Return a Progress for `stream` (default: standard error): live on a terminal, lines elsewhere.
+
+    `quiet` prints nothing.
+    """
     stream = stream or sys.stderr
     if quiet:
         return Progress()
@@ -181,7 +184,7 @@ def make_progress(*, quiet: bool = False, stream: TextIO | None = None) -> Progr
 
 
 def duration(seconds: float) -> str:
-    """Say a time span: "3.2 s", "1 min 05 s", "2 h 03 min"."""
+    """Format a time span: "3.2 s", "1 min 05 s", "2 h 03 min"."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Arrays by name, and the signal-to-noise ratios by which they are compared."""
+"""Arrays by name, and the signal-to-noise ratios that compare two arrays."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Tensors = dict[str, npt.NDArray[np.generic]]
 def sqnr_db(reference: npt.ArrayLike, test: npt.ArrayLike) -> float:
     """Return 10 log10(sum(reference^2) / sum((test - reference)^2)) in dB, computed in float64.
 
-    inf where both are equal (zero or empty included), -inf where only the reference is zero everywhere or
-    `test` holds NaN or Inf. Raises UsageError for different shapes, or NaN or Inf in the reference.
+    inf if both are equal (also if both are zero or empty). -inf if the reference alone is all zero, or if
+    `test` holds NaN or Inf. Raises UsageError if the shapes differ or the reference holds NaN or Inf.
     """
     signal, error = _signal_and_error(reference, test)
     return _ratio_db(float(np.sum(signal * signal)), float(np.sum(error * error)))
@@ -26,8 +26,8 @@ def sqnr_db(reference: npt.ArrayLike, test: npt.ArrayLike) -> float:
 def psnr_db(reference: npt.ArrayLike, test: npt.ArrayLike, peak: float) -> float:
     """Return 10 log10(peak^2 / mean((test - reference)^2)) in dB, computed in float64.
 
-    `peak` is the width of the value range: 2 for [-1, 1], 255 for 8 bits. inf, -inf and errors as `sqnr_db`;
-    a peak that is not positive raises UsageError too.
+    `peak` is the width of the value range: 2 for [-1, 1], 255 for 8 bits. inf, -inf and errors are those of
+    `sqnr_db`; UsageError also if the peak is not positive.
     """
     if not (peak > 0 and math.isfinite(peak)):
         raise UsageError(f"peak: {peak} is not a positive number")
@@ -42,7 +42,7 @@ def _signal_and_error(
     if signal.shape != other.shape:
         raise UsageError(f"shapes differ: reference {signal.shape}, test {other.shape}")
     if not np.isfinite(signal).all():
-        raise UsageError("the reference holds NaN or Inf: nothing can be compared with it")
+        raise UsageError("the reference holds NaN or Inf, so nothing can be compared with it")
     with np.errstate(invalid="ignore"):
         return signal, other - signal
 

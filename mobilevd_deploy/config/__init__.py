@@ -1,1 +1,1 @@
-"""What a user writes or chooses: specs, presets, recipes, devices. Imports no torch."""
+"""What a user chooses: model specs, presets, recipes and devices. Imports no torch."""

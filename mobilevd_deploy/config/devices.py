@@ -1,10 +1,7 @@
-"""Phones and chipsets by name, and which hosted phone can stand in for one that is not hosted.
+"""Phones and chips by name: `find("Xiaomi 14 Pro")` returns the phone and its chip from devices.toml.
 
-    find("Xiaomi 14 Pro")                   Device: the phone and its chip, from our own table (devices.toml)
-    choose_hosted("Xiaomi 14 Pro", listed)  Target: the hosted phone to use, and what to say beside it
-
-Case, spaces and signs do not matter, nor do "Samsung Galaxy" and "Qualcomm Snapdragon": "galaxy s24",
-"S24 (Family)", "8gen3" and "SM8650" are all understood.
+Names match without regard to case, spaces, punctuation and the words "Samsung", "Galaxy", "Qualcomm" and
+"Snapdragon": "galaxy s24", "S24 (Family)", "8gen3" and "SM8650" are all found.
 """
 
 from __future__ import annotations
@@ -16,21 +13,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
-
-
-_NOISE = re.compile(r"\(.*?\)|qualcomm|snapdragon|samsung|galaxy|[^a-z0-9]")
+_IGNORED = re.compile(r"\(.*?\)|qualcomm|snapdragon|samsung|galaxy|[^a-z0-9]")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that is not ours, and where it is from."""
+    """A published number, and its source."""
 
     value: float
     source: str
@@ -38,10 +30,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Chip:
-    """A chipset: the hub's names for it, its part numbers, and what the compiler is told.
+    """A chip: AI Hub's attributes for it, its part numbers, and the compiler's options for it.
 
-    `published_ms`: latencies that the vendor publishes for networks that anyone can build, measured on the
-    phone `published_on`. `dram_gb_s` and `int8_tops` are its peaks, None where we have no figure.
+    `published_ms`: network -> latency in ms that the vendor publishes, measured on the phone `published_on`.
+    `dram_gb_s` (GB/s) and `int8_tops` (TOPS) are peaks; None if no figure is known.
     """
 
     name: str
@@ -57,7 +49,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class Phone:
-    """A phone; `hosted`: AI Hub had it when the table was written."""
+    """A phone; `hosted`: AI Hub hosted it when devices.toml was written."""
 
     name: str
     chip: str
@@ -66,7 +58,7 @@ class Phone:
 
 @dataclass(frozen=True)
 class Device:
-    """What a name stands for: the phone, None where a chip was named, and the chip."""
+    """The result of a search by name: the chip, and the phone (None if the name is a chip's)."""
 
     asked_for: str
     phone: Phone | None
@@ -75,7 +67,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Table:
-    """All chips and phones that we know; `published_by` is the source of the chips' `published_ms`."""
+    """All known chips and phones; `published_by` is the source of the chips' `published_ms`."""
 
     published_by: str
     chip: tuple[Chip, ...]
@@ -94,10 +86,7 @@ def table() -> Table:
 
 
 def find(name: str) -> Device:
-    """Say what phone or chip `name` stands for.
-
-    Raises UsageError with the nearest names we know.
-    """
+    """Return the phone or chip of that name. Raises UsageError with the nearest known names."""
     device = find_known(name)
     if device is None:
         raise unknown_device(name, known_names())
@@ -105,13 +94,13 @@ def find(name: str) -> Device:
 
 
 def chip_called(name: str) -> Chip | None:
-    """Return the chip of a phone or chip by name, None where nobody knows it."""
+    """Return the chip of a phone or chip by name, or None if the name is unknown."""
     device = find_known(name)
     return device.chip if device else None
 
 
 def find_known(name: str) -> Device | None:
-    """Return the phone or chip of that name, or None if it is in no table."""
+    """Return the phone or chip of that name, or None if devices.toml does not have it."""
     wanted = plain_name(name)
     if not wanted:
         return None
@@ -130,7 +119,7 @@ def known_names() -> list[str]:
 
 
 def unknown_device(name: str, known: Iterable[str]) -> UsageError:
-    """Return the error for a name that is in no table, with the nearest of the `known` names."""
+    """Return the error for an unknown name, with the nearest of the `known` names."""
     by_plain = {plain_name(candidate): candidate for candidate in known}
     near = difflib.get_close_matches(plain_name(name), by_plain, n=4, cutoff=0.5)
     nearest = f"nearest are {', '.join(by_plain[match] for match in near)}; " if near else ""
@@ -140,5 +129,5 @@ def unknown_device(name: str, known: Iterable[str]) -> UsageError:
 
 
 def plain_name(name: str) -> str:
-    """Reduce a name to what tells phones apart: "Samsung Galaxy S24 (Family)" and "s24" are one."""
-    return _NOISE.sub("", name.lower().replace("+", "plus"))
+    """Reduce a name to the part that identifies a device: "Samsung Galaxy S24 (Family)" becomes "s24"."""
+    return _IGNORED.sub("", name.lower().replace("+", "plus"))

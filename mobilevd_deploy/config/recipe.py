@@ -1,23 +1,24 @@
-"""How a target wants its model: which rewrites, which forms of the graph, which floors of quality.
+"""Recipes: how to export for a target. A recipe is a TOML file of export/ or of the user.
 
-Recipe                 one TOML file of export/, or of the user's
-├── passes             names of the exact rewrites, in running order
-├── graph: GraphForms  equivalent ways to write the same network; what is fastest differs by target
-├── onnx: OnnxOptions
-├── quant: QuantScheme  bits, ranges and calibration; absent: the network stays in floats
-├── npu: NpuOptions     chips to compile for, and how; absent: the artifact ends with ONNX
-└── floors: Floors     below these the export fails
+Recipe
+├── passes              names of the exact rewrites, in running order
+├── graph: GraphForms   equivalent forms of the network; the fastest form depends on the target
+├── onnx: OnnxOptions   how ONNX is written
+├── quant: QuantScheme  bits, ranges and calibration; without it the network stays in float
+├── npu: NpuOptions     chips to compile for, and how; without it the artifact holds ONNX only
+└── floors: Floors      the export fails below these
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import tomli_w
 
 from mobilevd_deploy.config.spec import ComponentName
 from mobilevd_deploy.config.strict import from_dict, read_named_toml, shipped_names
@@ -30,19 +31,24 @@ PassName = Literal[
     "fold-single-step",
     "fold-preconditioning",
 ]
+"""Passes that a recipe may list, in running order. `graph.upsample = "subpixel"` adds another one."""
 
 
 @dataclass(frozen=True)
 class GraphForms:
-    """Equivalent forms of the deploy network; the outputs are the same, the speed is not.
+    """Equivalent forms of the deploy network: the outputs are equal up to rounding, the speed differs.
 
-    `attention`: the score map of all heads at once ("whole"), for `query_tile` query positions at a time
-    ("tiles"), or for one head at a time, in such tiles ("heads"); maps of up to `whole_up_to` tokens have it
-    whole in any case. `frames`: as the batch axis, or one frame after the other.
-    `linear`: matrix products or 1x1 convolutions. `group_norm`: as such, or as instance norm over the
-    reshaped map and a per-channel affine. `upsample`: nearest neighbour and a 3x3 convolution, or four
-    2x2 convolutions on the small map ("subpixel"). `temporal_conv`: in temporal resblocks frames are the rows
-    of (1, C, T, H W), or the columns of (1, C, H W, T).
+    - `attention`: computes the scores of all heads at once ("whole"), of all heads and `query_tile`
+      queries at a time ("tiles"), or of one head and `query_tile` queries at a time ("heads").
+    - `whole_up_to`: maps of at most so many tokens always use "whole".
+    - `frames`: frames are the batch axis ("batch"), or run one after the other ("sequential").
+    - `linear`: linear layers are matrix products ("matmul") or 1x1 convolutions ("conv").
+    - `group_norm`: group norm ("group"), or instance norm over the reshaped map and a per-channel affine
+      ("instance").
+    - `upsample`: nearest neighbour and a 3x3 convolution ("nearest"), or four 2x2 convolutions on the
+      small map ("subpixel").
+    - `temporal_conv`: in temporal resblocks, frames are the rows of (1, C, T, H W) ("rows") or the
+      columns of (1, C, H W, T) ("columns").
     """
 
     attention: Literal["whole", "tiles", "heads"] = "whole"
@@ -63,7 +69,7 @@ class GraphForms:
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """`opset` of the written models; `simplify` runs onnxsim over them."""
+    """`opset` of the ONNX models; `simplify` runs onnxsim on them."""
 
     opset: int = 21
     simplify: bool = True
@@ -75,10 +81,11 @@ class OnnxOptions:
 
 @dataclass(frozen=True)
 class QuantRule:
-    """Other bits for the modules whose path matches `modules` (shell wildcards); None: as the scheme says.
+    """Other bits for the modules whose path matches `modules` (shell wildcards).
 
-    32 bits mean float. The first rule that matches a module decides. `component`: the only one that the rule
-    is for; None: any, as "conv_in" may be a module of several.
+    None keeps the scheme's bits; 32 bits mean float. The first rule that matches a module applies.
+    `component` limits the rule to one component; None means all of them, since several components may have a
+    module of the same path, such as "conv_in".
     """
 
     modules: str
@@ -91,8 +98,9 @@ class QuantRule:
 class QuantScheme:
     """How AIMET quantises: symmetric weights per output channel, asymmetric activations per tensor.
 
-    `headroom` stretches the calibrated ranges of 16-bit activations, which have resolution to spare and
-    clip what calibration did not see. `samples` pictures calibrate, drawn by `seed`.
+    `headroom` is a factor on the calibrated ranges of 16-bit activations: they have resolution to spare, and
+    wider ranges clip less on inputs that calibration did not see. `samples`: number of calibration pictures;
+    `seed` chooses them.
     """
 
     weights: Literal[4, 8] = 8
@@ -115,25 +123,28 @@ class QuantScheme:
 
     @property
     def precision(self) -> str:
-        """Like "w8a16", whatever the rules make of single modules."""
+        """The scheme's bits, such as "w8a16"; rules are not considered."""
         return f"w{self.weights}a{self.activations}"
 
     @property
     def narrowest(self) -> int:
-        """Fewest bits that the scheme or a rule of it gives to activations."""
+        """Lowest number of activation bits in the scheme and its rules."""
         return min([self.activations, *(rule.activations or 32 for rule in self.rules)])
 
 
 @dataclass(frozen=True)
 class NpuOptions:
-    """What the Hexagon compiler is told.
+    """Options of the Hexagon compiler.
 
-    `targets` are part numbers of devices.toml ("SM8650"). `optimization_mode` is QNN's
-    htp_graph_finalization_optimization_mode. `parts`: how many the UNet is cut into; 0, as for the other
-    components: as few as stay below 2 GiB each, and below 6.5 GB for the compiler. Operations that run in
-    float32 although the graph asks for integers, or tensors narrower than asked, fail the export unless their
-    name matches `allow`. A compilation is ended above `compiler_memory_gb` (0: what memory is free when it
-    starts), and after `compiler_hours`.
+    - `targets`: part numbers of devices.toml ("SM8650").
+    - `optimization_mode`: QNN's htp_graph_finalization_optimization_mode. `vtcm_mb`: QNN's vtcm_mb.
+    - `parts`: number of parts that the UNet is split into. 0, and always for the other components: as few
+      as possible, so that each part is smaller than 2 GiB and takes less than 6.5 GB to compile.
+    - `allow`: name patterns (shell wildcards) of operations that may run in float32 although the graph
+      asks for integers, and of tensors that may have fewer bits than the graph asks for. Others fail the
+      export.
+    - `compiler_memory_gb`: memory limit of a compilation; 0 means the memory that is free when it starts.
+    - `compiler_hours`: time limit of a compilation.
     """
 
     targets: tuple[str, ...] = ("SM8650",)
@@ -146,17 +157,20 @@ class NpuOptions:
 
     def __post_init__(self) -> None:
         if not self.targets:
-            raise SpecError("npu.targets: there is none")
+            raise SpecError("npu.targets: the list is empty")
         if twice := sorted({name for name in self.targets if self.targets.count(name) > 1}):
             raise SpecError(f"npu.targets: {twice[0]!r} is named twice")
         for name in ("vtcm_mb", "parts", "compiler_memory_gb"):
             if getattr(self, name) < 0:
                 raise SpecError(f"npu.{name}: {getattr(self, name)} is negative")
         if not self.compiler_hours > 0:
-            raise SpecError(f"npu.compiler_hours: {self.compiler_hours} leaves no time")
+            raise SpecError(f"npu.compiler_hours: {self.compiler_hours} is not positive")
 
     def deciding(self, target: str) -> dict[str, Any]:
-        """Return as plain values what decides the binary for `target`: all but limits and other targets."""
+        """Return, as plain values, the options that determine the binary for `target`.
+
+        Limits and other targets do not: a raised limit keeps finished binaries.
+        """
         limits = ("compiler_memory_gb", "compiler_hours")
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in limits}
         return values | {"targets": target}
@@ -164,14 +178,17 @@ class NpuOptions:
 
 @dataclass(frozen=True)
 class Floors:
-    """Below these the export fails. SQNR against the trained network in float32 unless it says otherwise.
+    """The export fails below these values. SQNR is in dB, relative to the trained network in float32.
 
-    `rewrite_sqnr_db`, `onnx_sqnr_db`: after the rewrites, after the float export. `quantised_sqnr_db`: of
-    each component on calibration-like inputs that it did not see. `clip_psnr_db`: of the clip of the
-    quantised pipeline against the float clip. `conditioning`: of how much an output answers to a change of
-    one input, quantised over float; it may be at most the inverse too. `simulator_db`: SQNR of a binary on
-    the HTP simulator against AIMET's own simulation, with 16-bit activations. `float16_sqnr_db`: of a float16
-    binary on the simulator against the float run.
+    - `rewrite_sqnr_db`: minimum SQNR after the rewrites.
+    - `onnx_sqnr_db`: minimum SQNR of the float ONNX models.
+    - `quantised_sqnr_db`: minimum SQNR of each quantised component, on pictures that did not calibrate.
+    - `clip_psnr_db`: minimum PSNR of the quantised clip, relative to the float clip.
+    - `conditioning`: minimum change of the quantised output, relative to float, when one input changes;
+      the maximum is 1 / `conditioning`.
+    - `simulator_db`: minimum SQNR of a binary on the HTP simulator, relative to AIMET's simulation, with
+      16-bit activations.
+    - `float16_sqnr_db`: minimum SQNR of a float16 binary on the HTP simulator, relative to the float run.
     """
 
     rewrite_sqnr_db: float = 90.0
@@ -187,12 +204,12 @@ class Floors:
             if not math.isfinite(floor):
                 raise SpecError(f"floors.{name}: {floor} is not a finite number")
         if not 0 <= self.conditioning < 1:
-            raise SpecError(f"floors.conditioning: {self.conditioning} is not from 0 to 1")
+            raise SpecError(f"floors.conditioning: {self.conditioning} is not in [0, 1)")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about an export that is not in the checkpoint."""
+    """All settings of an export; the checkpoint holds everything else."""
 
     name: str
     description: str = ""
@@ -206,19 +223,18 @@ class Recipe:
     def __post_init__(self) -> None:
         if twice := sorted({name for name in self.passes if self.passes.count(name) > 1}):
             raise SpecError(f"passes: {twice[0]!r} is named twice")
-        # Measured on the simulator at 14x32x8x16, 7x96x2x4 and 7x96x1x2: 0.1 dB, mode 3 has 78 to 81.
+        # SQNR of mode 1 on the HTP simulator: 0.1 dB, against 78 to 81 dB of mode 3 (instance norms of
+        # 14x32x8x16, 7x96x2x4 and 7x96x1x2).
         mode = self.npu.optimization_mode if self.quant and self.npu else None
         if mode == 1 and self.graph.group_norm == "instance":
-            raise SpecError(
-                "npu.optimization_mode: 1 computes 16-bit instance norms wrongly; 0, 2 and 3 do not"
-            )
+            raise SpecError("npu.optimization_mode: 1 computes 16-bit instance norms wrongly; use 0, 2 or 3")
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, every default written out."""
+        """Return plain values; defaults are included."""
         return dataclasses.asdict(self)
 
     def compiled_for(self, targets: Sequence[str] = (), parts: int | None = None) -> Recipe:
-        """Return the recipe for these chips, or its own, and with the UNet in `parts`, or in its own number.
+        """Return the recipe with these `targets` and `parts`; the recipe's own where they are not given.
 
         A chip that is named twice counts once. Raises UsageError for a recipe without [npu].
         """
@@ -232,34 +248,22 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
+    """Return the names of the shipped recipes."""
     return shipped_names("export")
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Read a recipe by name or by TOML file.
+    """Read a recipe by its name or by the path of a TOML file.
 
-    Raises SpecError for an unknown name, unreadable TOML, an unknown key or a value that does not fit.
+    Raises SpecError for an unknown name, unreadable TOML, an unknown key or an invalid value.
     """
     values = read_named_toml("export", "recipe", name_or_path)
     return from_dict(Recipe, {"name": Path(name_or_path).stem} | values)
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Return the text of the file that `load_recipe` reads; the name is left to the file's."""
-    values = {key: value for key, value in recipe.to_dict().items() if key != "name"}
-    return "\n".join((*_toml_lines(values), ""))
-
-
-def _toml_lines(table: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """Yield the plain values of a table first, as TOML wants it; JSON writes those as TOML does."""
-    below: list[tuple[str, Mapping[str, Any]]] = []
-    for key, value in table.items():
-        if isinstance(value, dict):
-            below.append((f"[{where}{key}]", value))
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
-            below += [(f"[[{where}{key}]]", item) for item in value]
-        elif value is not None:
-            yield f"{key} = {json.dumps(value, ensure_ascii=False)}"
-    for heading, values in below:
-        yield from ("", heading, *_toml_lines(values, f"{heading.strip('[]')}."))
+    """Return the recipe as TOML that `load_recipe` reads. The name is left out: the file's name gives it."""
+    # TOML has no null; a key that is absent reads as None.
+    values = dataclasses.asdict(recipe, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+    del values["name"]
+    return tomli_w.dumps(values)

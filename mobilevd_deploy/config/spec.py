@@ -1,13 +1,13 @@
-"""What a model is, as plain frozen data: read from a preset's TOML, stored in every checkpoint.
+"""Architecture of a model as frozen dataclasses: read from a preset's TOML, stored in every checkpoint.
 
 ModelSpec
-├── unet: UNetSpec            the network and which of MobileVD's optimisations it was trained with
-├── step: StepSpec            the one noise level and the added ids that it is evaluated at
-├── image_encoder: ImageEncoderSpec
-├── vae_encoder: VaeEncoderSpec
-└── decoder: DecoderSpec
+├── unet: UNetSpec                    the UNet, and MobileVD's optimisations that it was trained with
+├── step: StepSpec                    noise level and added ids of the single denoising step
+├── image_encoder: ImageEncoderSpec   CLIP
+├── vae_encoder: VaeEncoderSpec       image to latents
+└── decoder: DecoderSpec              latents to frames
 
-No torch here, so that `--help` and argument checks stay fast.
+This module imports no torch, so that `--help` and argument checks stay fast.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ComponentName = Literal["image_encoder", "vae_encoder", "unet", "decoder"]
 
 @dataclass(frozen=True)
 class FunnelSpec:
-    """Fun-factors r of the channel funnels: inner width over original width, 1 = no funnel.
+    """Fun-factors r of the channel funnels: inner width over original width; 1 means no funnel.
 
     Source: MobileVD, channel funnels (0 < r <= 1; published choice 0.5 on attention).
     """
@@ -74,7 +74,7 @@ class UNetSpec:
         if not 0 < self.out_channels < self.in_channels:
             raise SpecError(
                 f"in_channels: {self.in_channels} must exceed out_channels {self.out_channels}: "
-                "the image's latents come beside the noise"
+                "the input holds the noise and the image's latents"
             )
         if self.cross_attention_dim < 1 or self.addition_time_embed_dim < 2:
             raise SpecError(
@@ -85,7 +85,7 @@ class UNetSpec:
             raise SpecError(f"layers_per_block: {self.layers_per_block} is less than 1")
         if self.temporal_multiscaling != "none" and levels < 2:
             raise SpecError(
-                "temporal_multiscaling needs at least two levels: it sits at level 0's downsampler"
+                "temporal_multiscaling needs at least two levels: it halves the frames below level 0"
             )
         for name, r in dataclasses.asdict(self.funnels).items():
             if not 0 < r <= 1:
@@ -99,6 +99,19 @@ class UNetSpec:
     def size_multiple(self) -> int:
         """Latent height and width must be multiples of this."""
         return int(2 ** (len(self.block_out_channels) - 1))
+
+    def frames_at(self, level: int, frames: int) -> int:
+        """Return how many of the clip's `frames` a level works on: half below level 0 if multiscaled."""
+        return frames // 2 if level > 0 and self.temporal_multiscaling != "none" else frames
+
+    def level_of(self, path: str) -> int:
+        """Return the level of a module path such as "up_blocks.0.resnets.1" (diffusers' names)."""
+        lowest = len(self.block_out_channels) - 1
+        side, _, rest = path.partition(".")
+        if side == "mid_block":
+            return lowest
+        index = int(rest.partition(".")[0])
+        return index if side == "down_blocks" else lowest - index
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ class StepSpec:
 
     @property
     def c_noise(self) -> float:
-        """The continuous timestep that the network is told."""
+        """The continuous timestep, the network's input: ln(sigma) / 4."""
         return 0.25 * math.log(self.sigma)
 
     @property
@@ -140,7 +153,7 @@ class StepSpec:
 
     @property
     def added_time_ids(self) -> tuple[float, float, float]:
-        """(fps - 1, motion_bucket_id, noise_aug_strength), as SVD was trained."""
+        """SVD's added ids: (fps - 1, motion_bucket_id, noise_aug_strength)."""
         return (self.fps - 1, self.motion_bucket_id, self.noise_aug_strength)
 
 
@@ -148,7 +161,7 @@ class StepSpec:
 class ImageEncoderSpec:
     """CLIP vision transformer with projection; the defaults are SVD's ViT-H/14.
 
-    Names are those of transformers' CLIPVisionConfig. The image is resized to image_size squared.
+    The names are those of transformers' CLIPVisionConfig. The image is resized to image_size x image_size px.
     """
 
     hidden_size: int = 1280
@@ -163,11 +176,10 @@ class ImageEncoderSpec:
 
 @dataclass(frozen=True)
 class VaeEncoderSpec:
-    """Image to latents: SVD's VAE encoder ("svd") or the small one of the demo ("pixel-unshuffle").
+    """Image to latents: SVD's VAE encoder ("svd") or the demo's small encoder ("pixel-unshuffle").
 
-    `block_out_channels` and `layers_per_block` as in diffusers; pixel-unshuffle uses the first and the
-    last width.
-    The latents are the mode of the posterior, not multiplied by the scaling factor.
+    `block_out_channels` and `layers_per_block` are diffusers'; "pixel-unshuffle" uses the first and the last
+    width. The latents are the mode of the posterior, not multiplied by the scaling factor.
     """
 
     kind: Literal["svd", "pixel-unshuffle"] = "svd"
@@ -177,11 +189,11 @@ class VaeEncoderSpec:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Latents to frames: SVD's temporal decoder ("svd-temporal"), diffusers' AutoencoderTiny
-    decoder ("tiny", TAESD's layout), or the demo's ("pixel-shuffle").
+    """Latents to frames: SVD's temporal decoder ("svd-temporal"), the decoder of diffusers' AutoencoderTiny
+    ("tiny", TAESD's layout), or the demo's decoder ("pixel-shuffle").
 
-    `scaling_factor`: the UNet's latents are divided by it before decoding (1 for "tiny",
-    which is trained on scaled latents).
+    The UNet's latents are divided by `scaling_factor` before they are decoded. It is 1 for "tiny", which is
+    trained on scaled latents.
     """
 
     kind: Literal["svd-temporal", "tiny", "pixel-shuffle"] = "svd-temporal"
@@ -192,7 +204,7 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that fixes the shapes of a checkpoint and of the clip that it makes."""
+    """Everything that determines the shapes of a checkpoint's tensors and of its clips."""
 
     name: str
     frames: int = 14
@@ -219,9 +231,9 @@ class ModelSpec:
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Latent height and width: an eighth of the pixels."""
+        """Latent height and width: an eighth of the clip's."""
         return self.height // 8, self.width // 8
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, every default written out."""
+        """Return plain values; defaults are included."""
         return dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""Strict readers: dictionaries and TOML files into dataclasses, with an error that names the key."""
+"""Strict readers: they turn dictionaries and TOML files into dataclasses; errors name the key."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 
 def from_dict(cls: type[T], values: Any, where: str = "") -> T:
-    """Build dataclass `cls` from TOML or JSON values, strictly: unknown keys and wrong types are refused.
+    """Build dataclass `cls` from TOML or JSON values.
 
-    Raises SpecError naming the key.
+    `where` is the key path of the values in error messages. Raises SpecError, naming the key, for an unknown
+    or missing key, a wrong type, or a value that the dataclass refuses.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -73,14 +74,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def shipped_names(kind: str) -> list[str]:
-    """Names of the TOML files of `kind` ("models" or "export") that come with the package."""
+    """Return the names of the shipped TOML files of `kind` ("models" or "export")."""
     return sorted(path.stem for path in data_dir(kind).glob("*.toml"))
 
 
 def read_named_toml(kind: str, what: str, name_or_path: str | Path) -> dict[str, Any]:
-    """Read a shipped TOML file of `kind` by its name, or any by a path that ends in .toml.
+    """Read a shipped TOML file of `kind` by its name, or any TOML file by a path that ends in .toml.
 
-    `what` ("preset", "recipe") is its noun in errors. Raises SpecError: unknown name, or unreadable TOML.
+    `what` ("preset", "recipe") is the noun in error messages. Raises SpecError for an unknown name or
+    unreadable TOML.
     """
     path = Path(name_or_path)
     if path.suffix != ".toml":

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from mobilevd_deploy.config.recipe import GraphForms
+from mobilevd_deploy.config.recipe import GraphForms, PassName
 from mobilevd_deploy.errors import RewriteError
 from mobilevd_deploy.model.unet import MobileVDUNet, TemporalDownsample, TemporalUpsample
 from mobilevd_deploy.npu.ops import (
@@ -333,8 +333,7 @@ class NpuUNet(nn.Module):
         self.add_in = Add()
 
         sizes = [(height >> level, width >> level) for level in range(len(spec.block_out_channels))]
-        halved = unet.temporal_downsample is not None
-        rates = [frames // 2 if halved and level else frames for level in range(len(sizes))]
+        rates = [spec.frames_at(level, frames) for level in range(len(sizes))]
         self.down_blocks = nn.ModuleList(
             Level(block, rate, size, forms)
             for block, rate, size in zip(unet.down_blocks, rates, sizes, strict=True)
@@ -394,7 +393,7 @@ class NpuUNet(nn.Module):
 def _require_rewritten(unet: MobileVDUNet) -> None:
     """Refuse a network on which a pass that the deploy form builds on has not run."""
     for path, module in unet.named_modules():
-        missing = None
+        missing: PassName | None = None
         if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)):
             if hasattr(module.attn1.to_q, "squeeze"):
                 missing = "fold-channel-funnels"

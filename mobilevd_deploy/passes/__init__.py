@@ -1,6 +1,6 @@
-"""Exact rewrites of the training-form network, and the runner that proves each of them.
+"""Exact rewrites of the network in training form, and the runner that proves each of them.
 
-`runner.PASSES` lists them in running order. A pass changes a `MobileVDUNet` in place and says which modules
-it changed; it never judges itself. `run_passes` compares the network's one-step map after each pass
-with the outputs captured before the first.
+`runner.PASSES` lists the passes in running order. A pass changes a `MobileVDUNet` in place and returns the
+paths of the changed modules. It does not check itself: after each pass, `run_passes` compares the network's
+outputs with those captured before the first pass.
 """

@@ -1,4 +1,4 @@
-"""What a rewrite is."""
+"""The interface of a rewrite."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from mobilevd_deploy.model.unet import MobileVDUNet
 
 
 class Pass(Protocol):
-    """One rewrite, which keeps the outputs up to rounding."""
+    """A rewrite that keeps the network's outputs up to rounding."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name that recipes and reports use: a `PassName` if a recipe may list the pass."""
 
     def requires(self, unet: MobileVDUNet) -> None:
-        """Raise RewriteError, naming the module, where the condition for exactness fails."""
+        """Raise RewriteError, naming the module, if a condition for exactness is not met."""
 
     def apply(self, unet: MobileVDUNet) -> tuple[str, ...]:
-        """Rewrite in place and return the paths of the modules changed; a second run returns ()."""
+        """Rewrite in place and return the paths of the changed modules; a second call returns ()."""

@@ -1,4 +1,4 @@
-"""Temporal blocks whose gate is 0 go; those that stay lose their gate and blend factor."""
+"""Remove temporal blocks whose gate is 0; fold gate and blend factor of the others into their weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor, nn
 
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.errors import RewriteError
 from mobilevd_deploy.model.funnels import WidenedConv
 from mobilevd_deploy.model.unet import GatedBlender, MobileVDUNet
 
 
 class SpatialResBlock(nn.Module):
-    """The spatial half of a spatio-temporal resblock, called like the whole."""
+    """The spatial half of a spatio-temporal resblock, with the same call signature."""
 
     def __init__(self, block: SpatioTemporalResBlock) -> None:
         super().__init__()
@@ -27,7 +28,7 @@ class SpatialResBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """The spatial half of a spatio-temporal transformer, called like the whole."""
+    """The spatial half of a spatio-temporal transformer, with the same call signature."""
 
     def __init__(self, block: TransformerSpatioTemporalModel) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class SpatialTransformer(nn.Module):
 
 
 class TemporalResult(nn.Module):
-    """A blend whose factor lives in the temporal block's weights: the temporal branch is the result."""
+    """A blend whose factor is folded into the temporal block's weights: it returns the temporal branch."""
 
     def forward(
         self, x_spatial: Tensor, x_temporal: Tensor, image_only_indicator: Tensor | None = None
@@ -76,26 +77,26 @@ class FixedBlend(nn.Module):
 
 
 class DropTemporalBlocks:
-    """Remove the temporal half where the gate is exactly 0, fold gate and blend elsewhere.
+    """Remove the temporal half if its gate is exactly 0; else fold gate and blend factor.
 
-        z = 0                  x_s + z (1 - alpha) r_t  ->  x_s: the temporal layers are gone
-        z = 1, resblock        r_t ends in conv2        ->  conv2' = (1 - alpha) conv2, no blend left
-        z = 1, transformer     r_t is a sum of four branches that later norms read, so no single
-                               affine layer carries it  ->  a blend by the constant 1 - alpha
+        z = 0                  x_s + z (1 - alpha) r_t  ->  x_s: the temporal layers are removed
+        z = 1, resblock        r_t ends in conv2        ->  conv2' = (1 - alpha) conv2: no blend remains
+        z = 1, transformer     r_t sums four branches, and later norms read the partial sums, so no single
+                               affine layer can be scaled  ->  a blend by the constant 1 - alpha
 
     Source: MobileVD, temporal block pruning; x_t = x_s + r_t in SVD's blend.
     """
 
-    name = "drop-temporal-blocks"
+    name: PassName = "drop-temporal-blocks"
 
     def requires(self, unet: MobileVDUNet) -> None:
-        """Refuse a gate that is neither 0 nor 1, and a resblock funnel that still stands before conv2."""
+        """Refuse a gate that is neither 0 nor 1, and a resblock funnel in front of conv2."""
         for path, block in unet.temporal_blocks().items():
             gate = float(block.time_mixer.gate) if isinstance(block.time_mixer, GatedBlender) else 1.0
             if gate not in (0.0, 1.0):
                 raise RewriteError(
                     f"{path}.time_mixer.gate is {gate:g}: only gates of exactly 0 or 1 can be deployed",
-                    next_step="finish training with hard gates (keep the blocks of highest importance)",
+                    next_step="finish training with hard gates: 1 for the most important blocks, else 0",
                 )
             temporal = getattr(block, "temporal_res_block", None)
             if temporal is not None and isinstance(temporal.conv2, WidenedConv):
@@ -105,7 +106,7 @@ class DropTemporalBlocks:
                 )
 
     def apply(self, unet: MobileVDUNet) -> tuple[str, ...]:
-        """Replace pruned blocks by their spatial half and simplify the blend of the others."""
+        """Replace pruned blocks by their spatial halves; simplify the blend of the others."""
         changed = []
         for path, block in unet.temporal_blocks().items():
             mixer = block.time_mixer

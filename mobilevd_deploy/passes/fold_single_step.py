@@ -1,4 +1,4 @@
-"""One denoising step means one noise level: everything that depends on it is a constant."""
+"""Fold everything that depends on the noise level alone: with one denoising step it is constant."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.errors import RewriteError
 from mobilevd_deploy.model.funnels import SqueezedConv
 from mobilevd_deploy.model.unet import MobileVDUNet
 
 
 class FramePositions(nn.Module):
-    """The embedding of each frame position as a table (T, C): stands where diffusers' `time_proj` stood."""
+    """A table (T, C) of the frame positions' embeddings; it replaces diffusers' `time_proj`."""
 
     table: Tensor
 
@@ -35,14 +36,14 @@ class FoldSingleStep:
         before  time_pos_embed(time_proj(frame))
         after   table[frame]
 
-    fps, motion bucket and noise augmentation strength are those of the step spec from here on.
-    Source: our own derivation; exact because a convolution's bias reaches every pixel.
+    After this pass, fps, motion bucket and noise augmentation strength are fixed to those of the StepSpec.
+    Source: our own derivation; exact because a convolution adds its bias to every pixel.
     """
 
-    name = "fold-single-step"
+    name: PassName = "fold-single-step"
 
     def requires(self, unet: MobileVDUNet) -> None:
-        """Refuse a resblock funnel that still stands between conv1 and the embedding."""
+        """Refuse a resblock funnel between conv1 and the embedding."""
         for path, block in _resblocks(unet).items():
             if isinstance(block.conv1, SqueezedConv):
                 raise RewriteError(
@@ -51,7 +52,7 @@ class FoldSingleStep:
                 )
 
     def apply(self, unet: MobileVDUNet) -> tuple[str, ...]:
-        """Move the constants into biases and tables, and remove the layers that made them."""
+        """Move the constants into biases and tables, and remove the layers that computed them."""
         if unet.time_embedding is None:
             return ()
         dtype = unet.conv_in.weight.dtype

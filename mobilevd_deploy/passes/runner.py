@@ -1,4 +1,4 @@
-"""Runs rewrites and proves each on outputs captured before the first."""
+"""Run rewrites, and prove each against outputs captured before the first."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PASSES: tuple[Pass, ...] = (
 
 @dataclass(frozen=True)
 class UNetProbe:
-    """Fixed inputs of `MobileVDUNet.denoise`: (B, T, 4, h, w), (B, 4, h, w), (B, D)."""
+    """Fixed inputs of `MobileVDUNet.denoise`: noise (B, T, 4, h, w), latents (B, 4, h, w), embeds (B, D)."""
 
     noise: Tensor
     image_latents: Tensor
@@ -43,7 +43,7 @@ class UNetProbe:
 
     @classmethod
     def make(cls, unet: MobileVDUNet, height: int, width: int, seed: int = 0, batch: int = 1) -> UNetProbe:
-        """Draw a probe for latents of this size, in the network's dtype."""
+        """Draw standard normal inputs for latents of this size, in the network's dtype."""
         generator = torch.Generator().manual_seed(seed)
         spec, dtype = unet.unet_spec, unet.dtype
         shapes = (
@@ -74,11 +74,10 @@ def select_passes(names: Iterable[str]) -> tuple[Pass, ...]:
 def run_passes(
     unet: MobileVDUNet, passes: Iterable[Pass], probe: UNetProbe, floor_db: float
 ) -> tuple[PassReport, ...]:
-    """Apply `passes` in place, proving each on `probe`.
+    """Apply `passes` in place; prove each on `probe`. FLOPs are counted at the probe's size.
 
-    FLOPs are counted at the probe's size. Raises RewriteError when a condition fails or when the
-    outputs differ from the untouched network's by more than `floor_db` allows, naming the pass and
-    those that ran before it.
+    Raises RewriteError if a pass's condition is not met, or if the SQNR of the outputs, relative to the
+    network before the first pass, is below `floor_db`. The error names the pass and those that ran before it.
     """
     params = _parameters(unet)
     reference, flops = _measure(unet, probe)
@@ -102,9 +101,10 @@ def run_passes(
         drift = sqnr_db(reference, outputs)
         if not drift >= floor_db:
             raise RewriteError(
-                f"{step.name} changed the outputs: {drift:.1f} dB against the untouched network, "
+                f"{step.name} changed the outputs: {drift:.1f} dB SQNR relative to the original network, "
                 f"the floor is {floor_db:g} dB (ran before: {ran})",
-                next_step="the rewrite is exact in theory: look for weights of extreme scale, or report it",
+                next_step="the rewrite is exact up to rounding: look for weights of extreme scale, or report "
+                "this as a bug",
             )
         reports.append(PassReport(step.name, changed, params, params_after, flops, flops_after, drift))
         params, flops = params_after, flops_after
@@ -116,7 +116,7 @@ def _parameters(unet: MobileVDUNet) -> int:
 
 
 def _measure(unet: MobileVDUNet, probe: UNetProbe) -> tuple[npt.NDArray[np.generic], int]:
-    """Outputs on the probe and the FLOPs that they took."""
+    """Return the outputs on the probe, and the FLOPs of the run."""
     outputs: list[Tensor] = []
     flops = count_flops(lambda: outputs.append(probe.run(unet)))
     return outputs[0].numpy(), flops

@@ -1,4 +1,4 @@
-"""Nearest-neighbour upsampling followed by a 3x3 convolution, computed on the small map."""
+"""Compute nearest-neighbour upsampling and the 3x3 convolution after it on the small map."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mobilevd_deploy.model.unet import MobileVDUNet
 class SubPixelUpsample(nn.Module):
     """Four 2x2 convolutions on the small map, one per output phase, interleaved to twice the size.
 
-    The phases are the output groups of one convolution over the map padded by one pixel: phase
-    (a, b) reads its result at offset (a, b), which is where its own padding falls.
+    One convolution over the map, padded by one pixel, computes all phases as output channels. The result of
+    phase (a, b) starts at offset (a, b), because the phases need their padding on different sides.
     """
 
     def __init__(self, conv: Any) -> None:
@@ -34,10 +34,10 @@ class SubPixelUpsample(nn.Module):
 
 
 def phase_kernels(weight: Tensor) -> Tensor:
-    """Turn a 3x3 kernel behind nearest x2 upsampling into four 2x2 kernels: (O, C, 3, 3) -> (4 O, C, 2, 2).
+    """Turn a 3x3 kernel after nearest x2 upsampling into four 2x2 kernels: (O, C, 3, 3) -> (4 O, C, 2, 2).
 
-    Channel 4 o + 2 a + b is phase (a, b) of output o. Along one axis, output 2i reads small pixels
-    (i-1, i, i) through taps (k0, k1, k2), output 2i+1 reads (i, i, i+1): hence the merged taps
+    Channel 4 o + 2 a + b is phase (a, b) of output o. Along one axis, output 2i reads the small pixels
+    (i-1, i, i) with the taps (k0, k1, k2), and output 2i+1 reads (i, i, i+1). So the merged taps are
     (k0, k1 + k2) and (k0 + k1, k2).
     """
     early = weight.new_tensor([[1, 0, 0], [0, 1, 1]])
@@ -48,13 +48,13 @@ def phase_kernels(weight: Tensor) -> Tensor:
 
 
 class SubPixelUpsampling:
-    """Replace nearest x2 plus 3x3 convolution by its sub-pixel form.
+    """Replace nearest x2 upsampling and its 3x3 convolution by the sub-pixel form.
 
         before  conv3x3(nearest(x))             9 multiplies per output pixel
         after   interleave(four conv2x2(x))     4 multiplies per output pixel
 
-    Upsampling repeats pixels, so taps that fall on the same small pixel are summed beforehand.
-    Source: our own derivation, exact with borders.
+    Upsampling repeats pixels, so taps on the same small pixel can be summed in advance.
+    Source: our own derivation; exact at the borders too.
     """
 
     name = "subpixel-upsampling"

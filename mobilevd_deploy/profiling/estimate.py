@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mobilevd_deploy.config.devices import Chip, find, table
-from mobilevd_deploy.config.presets import Preset
 from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
@@ -433,7 +432,7 @@ def estimate_profile(
             )
     else:
         preset = load_preset(what)
-        spec, name, rewrites, digest = preset.model, preset.model.name, preset_rewrites(preset), ""
+        spec, name, rewrites, digest = preset.model, preset.model.name, preset.rewrites, ""
         notes.append("of the preset's structure: there is no artifact yet")
     calibration, chip = calibration or load_calibration(), find(device).chip
     _require_calibrated_size(spec, calibration)
@@ -472,10 +471,3 @@ def estimate_profile(
         error_percent=None if outside else result.error_percent,
         notes=tuple(notes),
     )
-
-
-def preset_rewrites(preset: Preset) -> tuple[str, ...]:
-    """Return the rewrites that the published latency of a preset includes; all structural ones for others."""
-    from mobilevd_deploy.inspection import STRUCTURAL_REWRITES
-
-    return preset.ladder.rewrites if preset.ladder else STRUCTURAL_REWRITES

@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.config.spec import ModelSpec, UNetSpec
 
-DROP_PASS = "drop-temporal-blocks"  # without this pass, a dropped block stays in the graph with gate 0
+DROP_PASS: PassName = (
+    "drop-temporal-blocks"  # without this pass, a dropped block stays in the graph with gate 0
+)
 
 _GAP = 0.7  # between groups, in columns
 _HEADING, _BAND, _LABEL, _BAR = 22, 92, 24, 56  # heights in pixels
@@ -114,26 +117,21 @@ def temporal_block_groups(unet: UNetSpec) -> list[list[Block]]:
     The names are those of diffusers' module tree. Up blocks run from the lowest level and have one layer
     more than down blocks; the middle has two resnets around one transformer.
     """
-    levels, layers = len(unet.block_out_channels), unet.layers_per_block
+    layers = unet.layers_per_block
 
-    def stack(name: str, level: int, resnets: int, transformers: int) -> list[Block]:
-        blocks = []
+    def stack(name: str, resnets: int, transformers: int) -> list[Block]:
+        level, blocks = unet.level_of(name), []
         for index in range(resnets):
             blocks.append(Block(f"{name}.resnets.{index}", "resnet", level))
             if index < transformers:
                 blocks.append(Block(f"{name}.attentions.{index}", "transformer", level))
         return blocks
 
-    def transformers(level: int, resnets: int) -> int:
-        return resnets if unet.attention[level] else 0
+    def side(name: str, resnets: int) -> list[list[Block]]:
+        paths = [f"{name}.{index}" for index in range(len(unet.block_out_channels))]
+        return [stack(path, resnets, resnets if unet.attention[unet.level_of(path)] else 0) for path in paths]
 
-    down = [stack(f"down_blocks.{i}", i, layers, transformers(i, layers)) for i in range(levels)]
-    middle = stack("mid_block", levels - 1, 2, 1)
-    up = [
-        stack(f"up_blocks.{i}", level, layers + 1, transformers(level, layers + 1))
-        for i, level in enumerate(reversed(range(levels)))
-    ]
-    return [*down, middle, *up]
+    return [*side("down_blocks", layers), stack("mid_block", 2, 1), *side("up_blocks", layers + 1)]
 
 
 def temporal_map(spec: ModelSpec, importance: Mapping[str, float]) -> TemporalMap:
@@ -181,10 +179,9 @@ def _relative(values: Mapping[str, float], path: str) -> float:
 
 def _level(spec: ModelSpec, level: int, floor: int, ends: Sequence[tuple[float, float]]) -> Level:
     height, width = spec.latent_size
-    halved = level > 0 and spec.unet.temporal_multiscaling != "none"
     return Level(
         number=level,
-        frames=spec.frames // (2 if halved else 1),
+        frames=spec.unet.frames_at(level, spec.frames),
         width=width >> level,
         height=height >> level,
         channels=spec.unet.block_out_channels[level],

@@ -1,1 +1,1 @@
-"""Clips and pictures that are drawn, with known truth: training data of the demo, calibration, tests."""
+"""Drawn clips and pictures with known ground truth: for the demo's training, calibration and tests."""

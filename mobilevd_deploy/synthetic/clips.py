@@ -1,11 +1,11 @@
-"""Procedural clips whose first frame tells the whole motion.
+"""Procedural clips whose first frame determines all other frames.
 
-Paper darts glide over a soft background. A dart flies where its pale nose points, small darts fly
-faster than big ones, at a wall it turns around, and darts pass over each other: the faster one on
-top. Nothing else decides, so a model that sees frame 0 can know frames 1 to 13.
+Paper darts fly over a soft background. A dart flies in the direction of its pale nose. Small darts fly faster
+than large ones. A dart is reflected at a wall. Darts pass over each other, the faster one on top. There is no
+other randomness, so a model that sees frame 0 can predict frames 1 to 13.
 
-Clip `index` of stream `seed` is always the same picture (numpy's Philox keyed by both), whichever
-clips are drawn before it: training and held-out clips are disjoint ranges of indices.
+Clip `index` of stream `seed` does not depend on the clips drawn before it (numpy's Philox, keyed by both).
+Training clips and held-out clips are disjoint ranges of indices.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import numpy.typing as npt
 from mobilevd_deploy.errors import UsageError
 
 HELD_OUT = 1_000_000_000
-"""Clips from this index on are never trained on."""
+"""First index of the held-out clips, which training never uses."""
 
 _LENGTHS = (32.0, 24.0)  # px from nose to tail
 _SPEEDS = (1.5, 3.0)  # px per frame, for the length above
 _DIRECTIONS = 8
-_AIR = 1.0  # px between a dart's nose and the wall when it turns
+_MARGIN = 1.0  # px between a dart's nose and the wall when it is reflected
 _EDGE = 2.0  # px over which an edge fades
-_TRIES = 1000  # to place two darts apart; two or three do on the demo's map
+_TRIES = 1000  # to place two darts apart; on the demo's map two or three suffice
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip with its ground truth, for S shapes and T frames of H x W px.
+    """A clip and its ground truth, for S darts and T frames of H x W px.
 
     frames     uint8 (T, H, W, 3), RGB
-    positions  float32 (T, S, 2), x and y of each dart's middle in px; S is ordered from back to front
+    positions  float32 (T, S, 2), x and y of each dart's centre in px; darts are ordered from back to front
     colours    float32 (S, 3), body colour of each dart, in [0, 1]
-    background uint8 (H, W, 3), what the darts fly over
+    background uint8 (H, W, 3), the picture without darts
     """
 
     frames: npt.NDArray[np.uint8]
@@ -46,14 +46,14 @@ class Clip:
 
 
 def make_clip(seed: int, index: int, *, frames: int = 14, height: int = 64, width: int = 128) -> Clip:
-    """Draw clip `index` of stream `seed`. Raises UsageError for a map that two darts do not fit."""
+    """Draw clip `index` of stream `seed`. Raises UsageError if the frames are too small for two darts."""
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
     count = 1 if rng.random() < 0.25 else 2
-    kinds = np.sort(rng.integers(len(_LENGTHS), size=count))  # slow ones first: they are drawn below
+    kinds = np.sort(rng.integers(len(_LENGTHS), size=count))  # slow darts first, faster ones on top
     lengths = np.asarray(_LENGTHS)[kinds]
     angles = rng.integers(_DIRECTIONS, size=count) * (2 * np.pi / _DIRECTIONS)
     velocities = np.asarray(_SPEEDS)[kinds, None] * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-    margins = lengths / 2 + _AIR
+    margins = lengths / 2 + _MARGIN
     size = np.array([width, height])
     for _ in range(_TRIES):
         start = margins[:, None] + rng.random((count, 2)) * (size - 2 * margins[:, None])
@@ -62,10 +62,10 @@ def make_clip(seed: int, index: int, *, frames: int = 14, height: int = 64, widt
     else:
         raise UsageError(
             f"procedural clips do not fit {width}x{height} pixels",
-            next_step="name calibration pictures of your own",
+            next_step="give your own pictures for calibration",
         )
     if count == 2 and kinds[0] == kinds[1] and start[0, 1] > start[1, 1]:
-        start = start[::-1].copy()  # equal speeds: the lower one in the picture is in front
+        start = start[::-1].copy()  # equal speeds: the dart lower in the picture is in front
     positions, headings = _bounce(start, velocities, margins, size, frames)
     hue = rng.random()
     colours = np.array(
@@ -85,7 +85,7 @@ def make_clip(seed: int, index: int, *, frames: int = 14, height: int = 64, widt
 
 
 def make_clips(seed: int, indices: range, **size: int) -> npt.NDArray[np.uint8]:
-    """Frames of several clips, uint8 (N, T, 3, H, W)."""
+    """Return the frames of several clips, uint8 (N, T, 3, H, W)."""
     return np.stack([make_clip(seed, i, **size).frames.transpose(0, 3, 1, 2) for i in indices])
 
 
@@ -100,9 +100,9 @@ def _bounce(
     size: npt.NDArray[np.int64],
     frames: int,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Positions (T, S, 2) and unit headings (T, S, 2) of points reflected between the walls.
+    """Return positions (T, S, 2) and unit headings (T, S, 2) of points reflected between the walls.
 
-    A mirror-folded straight line is a triangle wave: no loop over frames is needed.
+    A straight path with reflections is a triangle wave, so no loop over frames is needed.
     """
     span = size - 2 * margins[:, None]
     free = start - margins[:, None] + np.arange(frames)[:, None, None] * velocities
@@ -114,7 +114,7 @@ def _bounce(
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.float32]:
-    """A muted colour with a slow gradient and soft waves of low contrast, (H, W, 3) in [0, 1]."""
+    """Draw a muted colour with a slow gradient and soft waves of low contrast, (H, W, 3) in [0, 1]."""
     base = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.08, 0.3), rng.uniform(0.4, 0.75)))
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     waves = 7
@@ -135,10 +135,10 @@ def _draw_dart(
     length: float,
     colour: npt.NDArray[np.float32],
 ) -> None:
-    """Blend one dart into `picture` (T, H, W, 3) in place, antialiased by its distance function."""
+    """Blend one dart into `picture` (T, H, W, 3) in place, antialiased by its signed distance."""
     _, height, width, _ = picture.shape
     half = length / 2
-    reach = int(half * 1.3) + 2  # the wing tips are 1.28 half-lengths from the middle
+    reach = int(half * 1.3) + 2  # the wing tips are 1.28 half-lengths from the centre
     corner = np.floor(positions).astype(np.int64) - reach
     offsets = np.arange(2 * reach + 1)
     dx = (corner[:, 0, None] + offsets + 0.5 - positions[:, 0, None]).astype(np.float32)[:, None, :]
@@ -148,7 +148,7 @@ def _draw_dart(
     across = np.abs(dy * cos - dx * sin) / half
 
     def beyond(u0: float, v0: float, u1: float, v1: float) -> npt.NDArray[np.float32]:
-        """Distance in px from the line through two points, negative on the dart's side."""
+        """Return the distance in px from the line through two points, negative on the dart's side."""
         nu, nv = v1 - v0, u0 - u1
         return np.asarray(((along - u0) * nu + (across - v0) * nv) * (half / float(np.hypot(nu, nv))))
 
@@ -168,19 +168,19 @@ def _draw_dart(
 def locate(
     frame: npt.NDArray[np.uint8], background: npt.NDArray[np.uint8], colour: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float64] | None:
-    """Find a dart by its body colour: x and y of the painted middle in px, and its area in px.
+    """Find a dart by its body colour; return x and y of the painted area's centre in px, and the area in px.
 
-    `frame` and `background` are (H, W, 3), `colour` (3,) in [0, 1]. A pixel counts by how far it has
-    gone from background to colour, if it lies near the line between the two. None where fewer than
-    8 px are to be seen.
+    `frame` and `background` are (H, W, 3), `colour` (3,) in [0, 1]. A pixel's weight is its position between
+    background colour (0) and body colour (1), if the pixel is near the line between the two colours in RGB.
+    Returns None if the area is less than 8 px.
     """
-    below = background / 255.0
-    towards = colour - below
-    gone = frame / 255.0 - below
+    base = background / 255.0
+    towards = colour - base
+    change = frame / 255.0 - base
     length = np.square(towards).sum(-1)
-    along = (gone * towards).sum(-1) / length
-    beside = np.square(gone - along[..., None] * towards).sum(-1)
-    weight = np.clip(along, 0, 1) * (along > 0.5) * (beside < 0.15 * length)
+    along = (change * towards).sum(-1) / length
+    off_line = np.square(change - along[..., None] * towards).sum(-1)
+    weight = np.clip(along, 0, 1) * (along > 0.5) * (off_line < 0.15 * length)
     area = weight.sum()
     if area < 8:
         return None

@@ -1,1 +1,1 @@
-"""Training of the demo checkpoint: procedural clips, temporal block pruning, and the staged run."""
+"""Initial checkpoints, and training of the demo: temporal block pruning, optimiser, stages, quality."""

@@ -1,7 +1,7 @@
-"""MobileVD's temporal block pruning: which blocks run is learnt with the weights.
+"""MobileVD's temporal block pruning: training learns the importance of each block with the weights.
 
 importance q  ->  inclusion probabilities p, sum(p) = n  ->  gates z in {0, 1}, exactly n of them 1
-Source: MobileVD, temporal block pruning. Plain functions; the gates live in unet.py.
+Source: MobileVD, temporal block pruning. These are plain functions; model/unet.py has the gated blocks.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from torch import Tensor
 
 
 def inclusion_probabilities(importance: Tensor, n: int) -> Tensor:
-    """p_i = sigmoid(q_i + c) with the one shift c for which the p_i sum to n; float64 (K,).
+    """Return p_i = sigmoid(q_i + c), float64 (K,), with the shift c for which the p_i sum to n.
 
-    Differentiable: raising one q_i lowers the others' p. n must lie in 1..K; for n = K all are 1.
+    Differentiable, including c: a larger q_i lowers all other p. For n = K all p are 1.
+    Raises ValueError unless n is in 1..K.
     """
     count = importance.numel()
     if not 1 <= n <= count:
-        raise ValueError(f"{n} blocks out of {count} can not be kept")
+        raise ValueError(f"cannot keep {n} of {count} blocks")
     q = importance.double()
     if n == count:
         return torch.ones_like(q) + 0 * q
@@ -26,7 +27,7 @@ def inclusion_probabilities(importance: Tensor, n: int) -> Tensor:
         for _ in range(80):
             middle = (low + high) / 2
             low, high = (low, middle) if torch.sigmoid(q + middle).sum() > n else (middle, high)
-    # One Newton step from the solution changes no value, and carries the gradient of c.
+    # One Newton step at the solution changes no value, but makes the gradient of c part of the graph.
     p = torch.sigmoid(q + high)
     slope = (p * (1 - p)).detach()
     shift = high - (p.sum() - n) / slope.sum()
@@ -34,10 +35,10 @@ def inclusion_probabilities(importance: Tensor, n: int) -> Tensor:
 
 
 def sample_gates(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw gates of exactly sum(p) ones with these inclusion probabilities: systematic sampling.
+    """Draw gates in {0, 1} with these inclusion probabilities, exactly sum(p) ones: systematic sampling.
 
-    The p_i are laid end to end in random order on a line; i is in where one of the points
-    u, u + 1, u + 2, ... falls on its piece. The gradient of p passes straight through to p.
+    Intervals of lengths p_i lie end to end on a line, in random order. Gate i is 1 if one of the points
+    u, u + 1, u + 2, ... lies in interval i. The gradient of the gates passes straight through to p.
     """
     p = probabilities.detach()
     order = torch.randperm(len(p), generator=generator)
@@ -52,5 +53,5 @@ def sample_gates(probabilities: Tensor, generator: torch.Generator | None = None
 
 
 def most_important(importance: Tensor, n: int) -> Tensor:
-    """Indices of the n blocks that stay, ascending; equal importance: the earlier block."""
+    """Return the indices of the n most important blocks, ascending; of equal ones, the earlier blocks."""
     return torch.argsort(importance, descending=True, stable=True)[:n].sort().values

@@ -1,7 +1,7 @@
-"""Checkpoints in training form to begin from, written tensor by tensor: from SVD's weights, or drawn.
+"""Initial checkpoints in training form, written tensor by tensor: from SVD's weights, or random.
 
 compress_svd       Stable Video Diffusion's weights with a preset's optimisations: CSI funnels, gates
-draw_checkpoint    random weights of realistic scales: for sizes, times and memory, not for pictures
+draw_checkpoint    random weights of realistic scales, to measure sizes, times and memory
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def draw_checkpoint(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> None:
-    """Write random weights that keep a signal's size through every layer, the same for the same seed.
+    """Write random weights that preserve the signal's scale through every layer. Equal seeds, equal weights.
 
-    Matrices and kernels are normal with variance 1 / inputs, norms scale by 1, biases are 0. The blocks that
-    the spec keeps have the highest importance and a gate of 1.
+    Matrices and kernels are normal with variance 1 / inputs, norm weights are 1, biases are 0. The blocks
+    that the spec keeps have the highest importance and a gate of 1.
 
-    Raises CheckpointError: it cannot be written. SpecError: the spec names a block that is not there.
+    Raises CheckpointError if the file cannot be written, SpecError if the spec names an unknown block.
     """
     paths = _gated_blocks(spec)
     kept = paths if spec.unet.kept_temporal_blocks is None else spec.unet.kept_temporal_blocks
@@ -72,22 +72,27 @@ def compress_svd(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> ModelSpec:
-    """Write SVD's weights in the form of `spec`, to be finetuned: funnels by CSI, gates by importance.
+    """Write SVD's weights in the form of `spec`, for finetuning: funnels by CSI, gates by importance.
 
-    Everything but the UNet is the source's own, its configuration too; so is what both UNets have. Strided
-    frame resampling starts as the mean of each pair, and as repetition.
+    All components but the UNet are copied from the source, with their configuration, as are the tensors that
+    both UNets have. Temporal convolutions start as the mean of each pair (down) and as repetition (up).
 
     Args:
-        path: .safetensors, or .pt.
+        path: .safetensors or .pt.
         source: an opened checkpoint without optimisations, such as a diffusers folder of SVD.
-        spec: a preset's model; its UNet must be the source's apart from the optimisations.
-        importance: q of temporal blocks by module path; as many stay as `spec` keeps. Left out, all are 0,
-            and those stay that `spec` names.
-        dtype: of the written tensors.
-        progress: told how far it is.
+        spec: a preset's model. Without its optimisations, its UNet must equal the source's.
+        importance: temporal block's module path -> q. The most important blocks are kept, as many as `spec`
+            keeps. Without it, all q are 0 and the blocks that `spec` names are kept.
+        dtype: dtype of the written tensors.
+        progress: receives one stage.
 
-    Returns the spec that was written. Raises UsageError: the source is optimised already, or of another
-    size. SpecError: importance of a block that is not there. CheckpointError.
+    Returns:
+        The spec that was written.
+
+    Raises:
+        UsageError: the source is already optimised, or has other sizes.
+        SpecError: `importance` names an unknown block or lacks one.
+        CheckpointError: the file cannot be written.
     """
     plain = dataclasses.replace(
         spec.unet, temporal_multiscaling="none", gated=False, kept_temporal_blocks=None, funnels=FunnelSpec()
@@ -95,7 +100,7 @@ def compress_svd(
     if source.spec.unet != plain:
         raise UsageError(
             f"{source.path}: its UNet is not the one that {spec.name} is made from",
-            next_step="give SVD's own weights, and a preset of the same widths",
+            next_step="give SVD's original weights, and a preset of the same widths",
         )
     spec = dataclasses.replace(
         spec,
@@ -114,7 +119,7 @@ def compress_svd(
         if (found := _find(source, name)) is not None and found.shape == shape:
             return found
         if name not in made:
-            made.clear()  # names come sorted, so a block is asked for once
+            made.clear()  # names are sorted, so each block is made once
             owner = _owner(unet, name.removeprefix(_UNET))
             made.update(_initialised(unet, owner, lambda inner: _find(source, f"{_UNET}{inner}")))
         return made[name]
@@ -124,7 +129,7 @@ def compress_svd(
 
 
 def read_importance(path: Path) -> dict[str, float]:
-    """Read a JSON table of temporal blocks, by module path, and their importance. Raises SpecError."""
+    """Read a JSON object: temporal block's module path -> importance. Raises SpecError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -133,14 +138,14 @@ def read_importance(path: Path) -> dict[str, float]:
         isinstance(value, (int, float)) and math.isfinite(value) for value in values.values()
     ):
         raise SpecError(
-            f"{path}: not a table of temporal blocks and numbers",
-            next_step='write it like {"down_blocks.0.resnets.0": 0.7, ...}; `inspect` lists the blocks',
+            f"{path}: not a JSON object of temporal blocks and numbers",
+            next_step='write {"down_blocks.0.resnets.0": 0.7, ...}; mobilevd-deploy inspect lists the blocks',
         )
     return {str(name): float(value) for name, value in values.items()}
 
 
 def _find(source: Checkpoint, name: str) -> Tensor | None:
-    """Return the source's tensor, under the name that it had before a funnel went around its layer."""
+    """Return the source's tensor; a funnel around a layer adds ".conv" to the names of its tensors."""
     for old in (name, name.replace(".conv1.conv.", ".conv1.").replace(".conv2.conv.", ".conv2.")):
         if (tensor := source.tensor(old)) is not None:
             return tensor
@@ -148,7 +153,7 @@ def _find(source: Checkpoint, name: str) -> Tensor | None:
 
 
 def _owner(unet: nn.Module, name: str) -> str:
-    """Return the path of the block whose parts have to be initialised together to make a tensor."""
+    """Return the path of the block that must be initialised as a whole to make the tensor `name`."""
     path = name
     while path:
         path = path.rpartition(".")[0]
@@ -157,7 +162,7 @@ def _owner(unet: nn.Module, name: str) -> str:
             isinstance(child, (SqueezedLinear, SqueezedConv)) for child in module.children()
         ):
             return path
-    raise SpecError(f"unet: nothing tells how {name} begins")
+    raise SpecError(f"unet: no rule initialises {name}")
 
 
 @torch.no_grad()
@@ -182,7 +187,7 @@ def _initialised(unet: nn.Module, path: str, find: Callable[[str], Tensor | None
 
 
 def _gates(spec: ModelSpec, importance: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return gates and importance values by name; `importance` decides who stays, else the spec does."""
+    """Return gates and importance values by tensor name; kept blocks by `importance`, else by the spec."""
     paths = _gated_blocks(spec)
     if unknown := sorted(set(importance) - set(paths)):
         raise SpecError(
@@ -192,7 +197,7 @@ def _gates(spec: ModelSpec, importance: Mapping[str, float]) -> dict[str, Tensor
     kept = set(paths if spec.unet.kept_temporal_blocks is None else spec.unet.kept_temporal_blocks)
     if importance:
         if missing := [path for path in paths if path not in importance]:
-            raise SpecError(f"importance: {missing[0]} has none")
+            raise SpecError(f"importance: {missing[0]} is missing")
         values = torch.tensor([importance[path] for path in paths])
         kept = {paths[i] for i in most_important(values, len(kept)).tolist()}
     gates: dict[str, Tensor] = {}

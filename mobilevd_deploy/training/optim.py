@@ -1,6 +1,6 @@
-"""Muon: momentum whose update is made orthogonal, for small networks on slow machines.
+"""Muon: an optimiser that orthogonalises the momentum before each update.
 
-At equal steps it took the demo's autoencoder from 25 dB (Adam) to 28.6 dB.
+After equal numbers of steps, the demo's autoencoder reached 28.6 dB with Muon and 25 dB with Adam.
 Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
 """
 
@@ -20,7 +20,7 @@ _SCALE = 0.2  # root mean square of an update at learning rate 1, as Adam's: Liu
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for weights of two or more dimensions; Adam for vectors and scalars.
 
-    Kernels count as (out, rest) matrices. Matrices of one shape are handled as one batch.
+    A kernel is treated as a matrix (out, rest). Matrices of equal shape are updated as one batch.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""How good a generated clip of darts is, against what the clip's rules say must happen.
+"""Quality of a generated clip of darts, relative to the true clip.
 
-Frame 1 is the input picture; everything here looks at what comes after it.
+Frame 1 is the input picture, so most measures use frames 2 to T.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from mobilevd_deploy.synthetic.clips import Clip, locate
 
 Bytes = npt.NDArray[np.uint8]
 
-_SEEN = 0.5  # of a dart's painted area: below it, it counts as covered (truth) or lost (generated)
+# Fraction of a dart's painted area. Below it, a dart counts as covered (true clip) or lost (generated clip).
+_VISIBLE = 0.5
 
 
 @dataclass(frozen=True)
 class ClipScore:
-    """One clip against its truth.
+    """Measures of one clip, relative to the true clip.
 
-    psnr, psnr_repeat      dB over frames 2 to T: of the clip, and of its first true frame repeated
-    first_frame            dB of frame 1 against the input picture
-    sharpness              gradient energy of the last frame over the true last frame's
-    position_errors        px, of every dart in every frame 2 to T where it can be seen
-    still_errors           px, of a dart that stays where it was in frame 1
-    lost                   darts that should be seen in a frame and are not
+    psnr, psnr_repeat      PSNR over frames 2 to T in dB: of the clip, and of the first true frame repeated
+    first_frame            PSNR of frame 1 in dB
+    sharpness              gradient energy of the last frame / that of the true last frame
+    position_errors        in px, of every dart in every frame 2 to T in which it is visible
+    still_errors           in px, the same if the darts stayed at their positions in frame 1
+    lost                   number of darts, over all frames, that should be visible and are not found
     """
 
     psnr: float
@@ -41,7 +42,7 @@ class ClipScore:
 
 
 def score(clip: Clip, generated: Bytes) -> ClipScore:
-    """Compare uint8 frames (T, H, W, 3) with a clip of the same size."""
+    """Measure the uint8 frames (T, H, W, 3) `generated`, relative to a true clip of the same size."""
     truth = clip.frames
     repeated = np.repeat(truth[:1], len(truth), axis=0)
     moved, still, lost = [], [], 0
@@ -49,11 +50,11 @@ def score(clip: Clip, generated: Bytes) -> ClipScore:
         start = locate(truth[0], clip.background, colour)
         for t in range(1, len(truth)):
             expected = locate(truth[t], clip.background, colour)
-            if start is None or expected is None or expected[2] < _SEEN * start[2]:
+            if start is None or expected is None or expected[2] < _VISIBLE * start[2]:
                 continue  # covered by the other dart
             still.append(_distance(start, expected))
             found = locate(generated[t], clip.background, colour)
-            if found is None or found[2] < _SEEN * expected[2]:
+            if found is None or found[2] < _VISIBLE * expected[2]:
                 lost += 1
             else:
                 moved.append(_distance(found, expected))
@@ -69,13 +70,13 @@ def score(clip: Clip, generated: Bytes) -> ClipScore:
 
 
 def gradient_energy(frame: Bytes) -> float:
-    """Mean square of the differences of horizontal and of vertical neighbours, (H, W, 3) in [0, 1]."""
+    """Return the mean squares of horizontal and vertical differences, added; uint8 (H, W, 3) as [0, 1]."""
     values = frame / 255.0
     return float(np.square(np.diff(values, axis=0)).mean() + np.square(np.diff(values, axis=1)).mean())
 
 
 def summarise(scores: Sequence[ClipScore]) -> dict[str, float]:
-    """Means over clips, and quantiles of the position error over all darts and frames."""
+    """Return means over clips, and quantiles of the position errors over all darts and frames."""
     errors = np.concatenate([s.position_errors for s in scores])
     still = np.concatenate([s.still_errors for s in scores])
     lost = sum(s.lost for s in scores)

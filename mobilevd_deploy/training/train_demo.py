@@ -1,15 +1,15 @@
-"""Train the demo checkpoint from nothing: READ `train_demo` FIRST.
+"""Train the demo checkpoint from random weights. READ `train_demo` FIRST: it calls the stages in order.
 
-    clips        draw the clips                                          -> frames.npy
-    autoencoder  frames to latents and back                              -> autoencoder.pt
-    latents      encode every clip once                                  -> latents.npy
-    explore      UNet and image encoder, all temporal blocks gated,   -> explore.pt
-                 fewer and fewer sampled, their importance learnt
-    finetune     the most important blocks only, funnels by CSI, at the  -> finetune.pt
-                 end with the decoder, on pixels
+    clips        draw the clips                                               -> frames.npy
+    autoencoder  train vae_encoder and decoder on the frames                  -> autoencoder.pt
+    latents      encode every clip once                                       -> latents.npy
+    explore      train UNet and image encoder with gated temporal blocks;     -> explore.pt
+                 sample fewer and fewer blocks and learn their importance
+    finetune     keep the most important blocks, add funnels by CSI; the      -> finetune.pt
+                 last steps also train the decoder, with a loss on pixels
 
-Every random choice of a step comes from a generator seeded by (seed, stage, step), so a run that was
-interrupted and goes on makes the weights of one that was not.
+Each step draws its random numbers from a generator seeded by (seed, stage, step), so a run that was
+interrupted and resumed gives the same weights as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevd_deploy.base.files import written_aside
+from mobilevd_deploy.base.files import write_durably, written_aside
 from mobilevd_deploy.config.presets import load_preset
 from mobilevd_deploy.config.spec import ComponentName, FunnelSpec, ModelSpec
 from mobilevd_deploy.errors import UsageError
@@ -48,12 +48,13 @@ from mobilevd_deploy.synthetic.clips import make_clips
 from mobilevd_deploy.training.gates import inclusion_probabilities, most_important, sample_gates
 from mobilevd_deploy.training.optim import Muon
 
-_LATENT_NOISE = 0.03  # of a channel's deviation: the decoder learns to bear a UNet's small errors
+# Relative to a channel's standard deviation. It makes the decoder robust to small errors of the UNet.
+_LATENT_NOISE = 0.03
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is drawn, and how many steps each stage takes; batches count frames (autoencoder) or clips."""
+    """Number of clips, steps and batch sizes; batches count frames (autoencoder) or clips (UNet)."""
 
     clips: int = 10_000
     autoencoder_steps: int = 1_200
@@ -65,13 +66,13 @@ class Budget:
     explore_lr: float = 0.01
     finetune_lr: float = 0.006
     kept_temporal_blocks: int = 8
-    pixel_share: float = 0.4  # of the finetuning steps, the last ones, that look at pixels too
+    pixel_share: float = 0.4  # fraction of the finetuning steps, the last ones, with a loss on pixels
     save_every_s: float = 60.0
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a run stands: `step` of `steps` in `stage` are done, the loss lately, seconds in this stage."""
+    """Progress of a run: `step` of `steps` in `stage` are done; smoothed loss; seconds in this stage."""
 
     stage: str
     step: int
@@ -81,7 +82,7 @@ class TrainingProgress:
 
 
 def report_on_stderr(progress: TrainingProgress) -> None:
-    """Print a line with the time that the stage still needs."""
+    """Print a line with the loss and the estimated remaining time of the stage."""
     left = progress.seconds / max(progress.step, 1) * (progress.steps - progress.step)
     print(
         f"{progress.stage:<12}{progress.step:>6} of {progress.steps}   loss {progress.loss:.4f}   "
@@ -105,31 +106,31 @@ def train_demo(
 
     Args:
         out: the checkpoint, .safetensors or .pt.
-        work: folder for drawn clips, latents and training states; goes on from what it holds.
-        seed: of everything: clips, weights, batches, noise, gates.
+        work: folder for drawn clips, latents and training states; a run resumes from its content.
+        seed: seed of clips, initial weights, batches, noise and gates.
         device: a torch device, "cpu" or "cuda".
-        spec: the model, by default preset "demo"; its kept temporal blocks are chosen anew.
+        spec: the model; default: preset "demo". Training chooses the kept temporal blocks.
         budget: sizes and step counts.
-        progress: called about every ten seconds and at the end of each stage.
+        progress: called about every 10 s and at the end of each stage.
 
     Returns:
-        The spec as stored: with the temporal blocks that training kept.
+        The spec of the checkpoint, with the temporal blocks that training kept.
 
     Raises:
-        UsageError: `work` belongs to a run with other settings.
+        UsageError: `work` holds a run with other settings.
     """
     spec, budget = spec or load_preset("demo").model, budget or Budget()
     spec = _with_unet(spec, kept_temporal_blocks=None)
     run = _Run(Path(work), seed, torch.device(device), spec, budget, progress)
 
-    # 1. Clips, and an autoencoder for their frames.
+    # 1. Draw the clips, and train an autoencoder for their frames.
     frames = run.draw_clips()
     vae_encoder, decoder = run.train_autoencoder(frames)
-    # 2. Every clip as latents, once.
+    # 2. Encode every clip once.
     latents = run.encode_clips(frames, vae_encoder)
-    # 3. The one-step map, while the importance of the temporal blocks is learnt.
+    # 3. Train the one-step map, and learn the importance of the temporal blocks.
     unet, image_encoder = run.explore(frames, latents)
-    # 4. The network as it will be deployed: few temporal blocks, funnels.
+    # 4. Train the network in the form that is deployed: few temporal blocks, with funnels.
     spec, unet, image_encoder = run.finetune(frames, latents, unet, image_encoder, decoder)
 
     modules: dict[ComponentName, nn.Module] = {
@@ -145,7 +146,7 @@ def train_demo(
 
 @dataclass(frozen=True)
 class _Run:
-    """The stages, with what all of them share."""
+    """The stages, and the settings that they share."""
 
     work: Path
     seed: int
@@ -156,23 +157,23 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
-        # How often states are saved does not change the result.
+        # `save_every_s` does not change the result, so it may differ.
         settings = {"seed": self.seed, "spec": self.spec.to_dict(), "budget": dataclasses.asdict(self.budget)}
         del settings["budget"]["save_every_s"]  # type: ignore[attr-defined]
         text = json.dumps(settings, indent=1)
         path = self.work / "settings.json"
         if not path.exists():
-            path.write_text(text, encoding="utf-8")
+            write_durably(path, text)
         elif path.read_text(encoding="utf-8") != text:
             raise UsageError(
-                f"{self.work}: holds a training run with other settings",
-                next_step="name another work folder, or delete this one",
+                f"{self.work} holds a training run with other settings",
+                next_step="choose another work folder, or delete this one",
             )
 
     # ---- stages ----
 
     def draw_clips(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """All training clips, uint8 (N, T, 3, H, W), memory-mapped."""
+        """Return all training clips, uint8 (N, T, 3, H, W), memory-mapped."""
         spec = self.spec
 
         def draw(first: int, last: int) -> np.ndarray[Any, Any]:
@@ -183,7 +184,7 @@ class _Run:
         return self._fill("clips", "frames.npy", shape, np.dtype(np.uint8), draw)
 
     def train_autoencoder(self, frames: np.ndarray[Any, Any]) -> tuple[nn.Module, nn.Module]:
-        """Train the vae_encoder and the decoder on frames, sharp edges asked for, latents slightly noisy."""
+        """Train vae_encoder and decoder on frames, with a loss on edges and slightly noisy latents."""
         encoder, decoder = self._build("vae_encoder"), self._build("decoder")
         scaling_factor = self.spec.decoder.scaling_factor
         flat = frames.reshape(-1, *frames.shape[2:])
@@ -220,7 +221,7 @@ class _Run:
         return encoder.requires_grad_(False), decoder.requires_grad_(False)
 
     def encode_clips(self, frames: np.ndarray[Any, Any], encoder: nn.Module) -> np.ndarray[Any, Any]:
-        """Scaled latents of all clips, float16 (N, T, 4, h, w), memory-mapped."""
+        """Return the scaled latents of all clips, float16 (N, T, 4, h, w), memory-mapped."""
 
         @torch.no_grad()
         def encode(first: int, last: int) -> np.ndarray[Any, Any]:
@@ -234,7 +235,7 @@ class _Run:
     def explore(
         self, frames: np.ndarray[Any, Any], latents: np.ndarray[Any, Any]
     ) -> tuple[MobileVDUNet, nn.Module]:
-        """Train without funnels while the sampled temporal blocks go from all to the number kept."""
+        """Train without funnels while the number of sampled blocks falls from all to the number kept."""
         unet = self._build_unet(_with_unet(self.spec, funnels=FunnelSpec()))
         image_encoder = self._build("image_encoder")
         mixers = [block.time_mixer for block in unet.temporal_blocks().values()]
@@ -251,7 +252,7 @@ class _Run:
 
         chosen = {id(q) for q in importance}
         others = [p for p in (*unet.parameters(), *image_encoder.parameters()) if id(p) not in chosen]
-        # Importance moves three times as fast as other scalars: its gradient is mostly sampling noise.
+        # Importance gets three times the learning rate of other scalars: its gradient is mostly noise.
         groups: list[dict[str, Any]] = [
             {"params": others},
             {"params": importance, "vector_lr": 0.3, "decay": 0.0},
@@ -269,7 +270,7 @@ class _Run:
         image_encoder: nn.Module,
         decoder: nn.Module,
     ) -> tuple[ModelSpec, MobileVDUNet, nn.Module]:
-        """Keep the most important temporal blocks, add funnels by CSI, train on; at the end `decoder` too."""
+        """Keep the most important temporal blocks, add funnels by CSI, and train; last also the decoder."""
         paths = list(explored.temporal_blocks())
         importance = torch.stack(
             [b.time_mixer.importance.detach() for b in explored.temporal_blocks().values()]
@@ -289,8 +290,8 @@ class _Run:
             latent_loss, predicted, chosen = batch_loss(generator)
             if step < pixels_from:
                 return latent_loss
-            # Two frames of each clip through the decoder: what a viewer sees. Where the UNet is unsure, the
-            # squared error alone would ask for a blur; the energy of the edges asks for a decision.
+            # Decode two frames of each clip for a loss on pixels. Where the motion is ambiguous, a blur has
+            # the least squared error; the loss on edge energy counteracts it.
             rows = torch.arange(len(chosen)).repeat_interleave(2)
             moments = torch.randint(1, self.spec.frames, rows.shape, generator=generator)
             shown = decoder(predicted[rows, moments])
@@ -317,7 +318,7 @@ class _Run:
         unet: MobileVDUNet,
         embed: nn.Module,
     ) -> Callable[[torch.Generator], tuple[Tensor, Tensor, Tensor]]:
-        """Squared error of the one-step map on a drawn batch, with its latents and the clips' indices."""
+        """Return a function of a generator: squared error on a batch, predicted latents, clip indices."""
 
         def batch_loss(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
             chosen = torch.randint(len(latents), (self.budget.unet_batch,), generator=generator)
@@ -349,7 +350,7 @@ class _Run:
         make: Callable[[int, int], np.ndarray[Any, Any]],
         chunk: int = 32,
     ) -> np.ndarray[Any, Any]:
-        """A memory-mapped array made once, in chunks; renamed into place when it is complete."""
+        """Return the memory-mapped array in file `name`; the first call makes it, in chunks."""
         path = self.work / name
         if not path.exists():
             with written_aside(path) as aside:
@@ -372,18 +373,18 @@ class _Run:
         loss: Callable[[int, torch.Generator], Tensor],
         finish: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run `steps` steps on `modules`, or take their result from the work folder.
+        """Train `modules` for `steps` steps, or load the result from the work folder.
 
-        The learning rate rises over 50 steps and then follows a cosine down to a hundredth; an average
-        of weights over time would add nothing at its end.
+        The learning rate rises linearly over 50 steps and follows a cosine down to 1% of its peak. At such a
+        low rate, averaging the weights over time gives no further gain.
         """
-        done, part = self.work / f"{stage}.pt", self.work / f"{stage}.part.pt"
+        done, unfinished = self.work / f"{stage}.pt", self.work / f"{stage}.part.pt"
         if done.exists():
             _restore(modules, torch.load(done, map_location=self.device, weights_only=True))
             return
         first, seconds = 0, 0.0
-        if part.exists():
-            state = torch.load(part, map_location=self.device, weights_only=True)
+        if unfinished.exists():
+            state = torch.load(unfinished, map_location=self.device, weights_only=True)
             _restore(modules, state["modules"])
             optimiser.load_state_dict(state["optimiser"])
             first, seconds = state["step"], state["seconds"]
@@ -403,38 +404,38 @@ class _Run:
             optimiser.step()
             smooth = value.item() if math.isnan(smooth) else 0.95 * smooth + 0.05 * value.item()
             if time.monotonic() - saved >= self.budget.save_every_s:
-                _save(part, _training_state(modules, optimiser, step + 1, clock.seconds))
+                _save(unfinished, _training_state(modules, optimiser, step + 1, clock.seconds))
                 saved = time.monotonic()
             clock.tick(step + 1, smooth)
         finish()
         _save(done, _module_states(modules))
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 class _Clock:
-    """Calls back about every ten seconds, and at the end."""
+    """Reports progress about every 10 s and at the end of a stage."""
 
     def __init__(
         self, progress: Callable[[TrainingProgress], None], stage: str, steps: int, before: float = 0.0
     ) -> None:
         self._progress, self._stage, self._steps = progress, stage, steps
         self._start = time.monotonic() - before
-        self._told = -math.inf
+        self._reported = -math.inf
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
     def tick(self, step: int, loss: float) -> None:
-        if step == self._steps or time.monotonic() - self._told >= 10:
-            self._told = time.monotonic()
+        if step == self._steps or time.monotonic() - self._reported >= 10:
+            self._reported = time.monotonic()
             self._progress(TrainingProgress(self._stage, step, self._steps, loss, self.seconds))
 
 
 class SingleTokenAttention:
-    """Attention processor for a context of one token: softmax over one key is 1, so queries do not matter.
+    """Attention processor for a context of one token: softmax over one key is 1, so queries are not needed.
 
-    The same values and gradients as the whole computation, at a fraction of its time.
+    It gives the same values and gradients as full attention in a fraction of the time.
     Source: MobileVD, optimised cross-attention.
     """
 
@@ -445,7 +446,7 @@ class SingleTokenAttention:
         encoder_hidden_states: Tensor,
         attention_mask: None = None,
     ) -> Tensor:
-        """Map (B, L, C) and a context (B, 1, D) to (B, 1, C), which broadcasts over L."""
+        """Map hidden states (B, L, C) and a context (B, 1, D) to (B, 1, C), which broadcasts over L."""
         return cast(Tensor, attn.to_out[0](attn.to_v(encoder_hidden_states)))
 
 
@@ -458,7 +459,7 @@ def _for_training(unet: MobileVDUNet) -> MobileVDUNet:
 
 @contextmanager
 def _without_pruned_blocks(unet: MobileVDUNet) -> Iterator[None]:
-    """Run `unet` without the temporal halves whose gate is 0: they take time and change nothing."""
+    """Remove the temporal halves whose gate is 0 within the block: they take time and change nothing."""
     whole = {path: b for path, b in unet.temporal_blocks().items() if float(b.time_mixer.gate) == 0}
     for path, block in whole.items():
         half = SpatialResBlock if isinstance(block, SpatioTemporalResBlock) else SpatialTransformer
@@ -471,10 +472,10 @@ def _without_pruned_blocks(unet: MobileVDUNet) -> Iterator[None]:
 
 
 def _detail_loss(shown: Tensor, truth: Tensor) -> Tensor:
-    """How far the image gradients are off, one by one and in their strength, (N, 3, H, W).
+    """Return the mean absolute error of the image gradients and of their local strength, (N, 3, H, W).
 
-    The strength is the root mean square over windows of 8x8 px: unlike the gradients themselves, it can
-    not be pleased with a blur.
+    The strength is the root mean square over windows of 8x8 px. Where the position of an edge is ambiguous, a
+    blur reduces the error of the gradients, but not the error of their strength.
     """
 
     def strength(across: Tensor, down: Tensor) -> Tensor:
@@ -487,7 +488,7 @@ def _detail_loss(shown: Tensor, truth: Tensor) -> Tensor:
 
 
 def _ramp(x: float, x0: float, x1: float, y0: float, y1: float) -> float:
-    """y0 before x0, y1 after x1, linear between."""
+    """Return y0 below x0, y1 above x1, and a linear interpolation between them."""
     return y0 + (y1 - y0) * min(max((x - x0) / (x1 - x0), 0.0), 1.0)
 
 
@@ -496,7 +497,7 @@ def _with_unet(spec: ModelSpec, **changes: Any) -> ModelSpec:
 
 
 def _mixed(*parts: object) -> int:
-    """One generator seed out of several names and numbers, the same in every process."""
+    """Return a seed from names and numbers; it is the same in every process."""
     return zlib.crc32(repr(parts).encode()) + (zlib.crc32(repr(parts[::-1]).encode()) << 32) >> 1
 
 

@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def rewrite_manifest(root: Path, change) -> None:
-    """Change the manifest as a careful hand would: with a digest that fits."""
+    """Change the manifest and update its digest."""
     values = json.loads((root / MANIFEST).read_text())
     text = change(values) or json.dumps(values)
     (root / MANIFEST).write_text(text)
@@ -142,13 +142,13 @@ def test_components_must_be_wired(manifest):
         with pytest.raises(SpecError, match=message):
             dataclasses.replace(manifest, components=components)
 
-    refused((), "there is none")
-    refused((encoder, unet, vae, decoder), "image_latents: no component before it")
+    refused((), "components: the list is empty")
+    refused((encoder, unet, vae, decoder), "image_latents: no earlier component provides")
     refused((encoder, vae, unet), "not the frames")
     other = dataclasses.replace(vae.outputs[0], shape=(1, 4, 2, 2))
-    refused((encoder, dataclasses.replace(vae, outputs=(other,)), unet, decoder), "does not fit")
+    refused((encoder, dataclasses.replace(vae, outputs=(other,)), unet, decoder), "does not match the output")
     half = dataclasses.replace(vae.outputs[0], dtype="float16")
-    refused((encoder, dataclasses.replace(vae, outputs=(half,)), unet, decoder), "does not fit")
+    refused((encoder, dataclasses.replace(vae, outputs=(half,)), unet, decoder), "does not match the output")
     small = dataclasses.replace(encoder.inputs[0], shape=(1, 3, 8, 8))
     refused((dataclasses.replace(encoder, inputs=(small,)), vae, unet, decoder), "the image is")
     refused((encoder, encoder, vae, unet, decoder), "listed twice")
@@ -163,7 +163,7 @@ def test_components_that_do_not_fit(manifest):
         ({"outputs": ()}, "one output"),
         ({"outputs": (unet.outputs[0], dataclasses.replace(unet.outputs[0], name="more"))}, "one output"),
         ({"inputs": unet.inputs[:1] * 2}, "listed twice"),
-        ({"inputs": unet.outputs}, "nobody provides"),
+        ({"inputs": unet.outputs}, "has no source"),
         ({"outputs": unet.inputs[:1]}, "has a source"),
         ({"parameters": -1}, "negative"),
         ({"ops": {"Add": -1}}, "negative"),
@@ -189,10 +189,10 @@ def test_parts_must_lead_from_inputs_to_output(manifest):
     for parts in ((npu_part(inputs, ("latents",)),), (first, second)):
         assert with_parts(*parts).npu[0].bytes == 2 * len(parts)
     for parts, message in [
-        ((), "last part does not give latents"),
-        ((first,), "last part does not give latents"),
-        ((second, first), "nobody provides x"),
-        ((first, first, second), "x is given twice"),
+        ((), "last part does not provide latents"),
+        ((first,), "last part does not provide latents"),
+        ((second, first), "no earlier part provides x"),
+        ((first, first, second), "x is provided twice"),
     ]:
         with pytest.raises(SpecError, match=message):
             with_parts(*parts)
@@ -227,7 +227,7 @@ def test_component_by_name(manifest):
         ('{"schema_version": true}', "no schema_version"),
         ('{"schema_version": 2}', "schema version 2; this toolkit reads 1"),
         ('{"schema_version": 1}', "missing"),
-        ('{"schema_version": 1, "schema_version": 1}', "stands twice"),
+        ('{"schema_version": 1, "schema_version": 1}', "occurs twice"),
         ('{"schema_version": 1, "x": NaN}', "not a number"),
         ('{"schema_version": 1, "x": 1e999}', "not a number"),
         ("[" * 100_000, "not readable"),
@@ -279,14 +279,14 @@ def test_schema_lists_the_choices(cls):
 
 def test_schema_and_dataclasses_refuse_the_same(manifest):
     original = json.loads(manifest.to_json())
-    # One component is enough; alone it must make the frames.
+    # One component is enough; its output must be the frames.
     component = original["components"][1]
     del component["inputs"][1]
     component["outputs"][0]["shape"] = [2, 3, 16, 24]
     original["components"] = [component]
-    # What a schema cannot say: files twice, wiring, order of numbers.
-    beyond = ("listed twice", "no component before", "not the frames", "the image is", "does not name",
-              "nobody provides", "has a source", "range")  # fmt: skip
+    # A JSON Schema cannot express repeated files, wiring and the order of numbers.
+    beyond = ("listed twice", "no earlier component", "not the frames", "the image is", "does not name",
+              "has no source", "no earlier part provides", "has a source", "range")  # fmt: skip
     accepted, refused = same_verdicts(
         original, lambda values: Manifest.from_json(json.dumps(values)), VALIDATOR, beyond
     )
@@ -479,7 +479,7 @@ def test_an_output_that_is_not_ours_is_never_touched(tmp_path, kind):
         else:
             (output / "unet" / "model.onnx").write_bytes(b"precious")
     before = output.read_bytes() if output.is_file() else contents(output)
-    with pytest.raises(UsageError, match="is not touched"), PartialArtifact(output):
+    with pytest.raises(UsageError, match="is not replaced"), PartialArtifact(output):
         pass
     assert (output.read_bytes() if output.is_file() else contents(output)) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -491,7 +491,7 @@ def test_an_output_that_appears_meanwhile_is_not_touched(tmp_path):
         manifest = build(partial.artifact)
         output.mkdir()
         (output / "notes.txt").write_text("precious")
-        with pytest.raises(UsageError, match="is not touched"):
+        with pytest.raises(UsageError, match="is not replaced"):
             partial.finish(manifest)
     assert contents(output) == {"notes.txt": b"precious"}
 
@@ -568,7 +568,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 
 
 def test_threads_that_race_for_the_output(tmp_path):
-    """Whoever gets the lock finishes; the others are told; nothing is left over."""
+    """The thread with the lock finishes, the others raise UsageError, and no temporary file remains."""
     outcomes: list[str] = []
 
     def run():
@@ -584,7 +584,7 @@ def test_threads_that_race_for_the_output(tmp_path):
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # between any two steps of one, all of another's
+    sys.setswitchinterval(1e-6)  # switch threads between any two steps
     try:
         for thread in threads:
             thread.start()
@@ -601,7 +601,7 @@ CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "ope
 
 
 def killed_at_event(number: int, output: Path) -> bool:
-    """Write in a child that is killed before its n-th change to the disk; False if it got through."""
+    """Write in a child that is killed before its n-th change to the disk; False if it was not killed."""
     child = os.fork()
     if child == 0:
         seen, armed = 0, True
@@ -642,7 +642,7 @@ def test_kill_before_any_change_to_the_disk(tmp_path, replace):
         if replace:
             write_artifact(output)
         killed = killed_at_event(number, output)
-        # Whatever has the name is whole.
+        # An output that exists is complete.
         if output.exists():
             found = Artifact.open(output)
             found.verify()

@@ -1,4 +1,4 @@
-"""Bars as PNG, seen pixel by pixel."""
+"""Bar charts: the pixels of the PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps in processes of their own: the same results and errors, memory that goes, deaths that are named."""
+"""Steps in child processes: equal results and errors, memory that is returned, and dead children named."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Heard(Progress):
         self.said.append(sentence)
 
 
-# Found by their names in the child.
+# The child imports these functions by name.
 
 
 def add(a: int, b: int, progress: Progress) -> tuple[int, int]:
@@ -73,7 +73,7 @@ def sleep(begun: Path, progress: Progress) -> None:
 
 
 def child_of(pid: int) -> int | None:
-    """The process of a step that runs; what torch's import starts for a moment is none."""
+    """The child process of a running step; importing torch starts other processes for a moment."""
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         with contextlib.suppress(OSError):
             if "_child_main" in Path(f"/proc/{child}/cmdline").read_text():
@@ -82,7 +82,7 @@ def child_of(pid: int) -> int | None:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended; where nobody collects orphans, what is left of one is a zombie."""
+    """Whether a process has ended; without an init process that reaps orphans, it remains as a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -123,18 +123,20 @@ def test_errors_come_through() -> None:
 
 def test_a_death_is_named() -> None:
     steps = Steps(True, Progress())
-    with pytest.raises(ResourceError, match=r"fold: its process was killed, .* runs out of memory"):
+    with pytest.raises(ResourceError, match=r"fold: the child process was killed; .* ran out of memory"):
         steps.run("fold", die, int(signal.SIGKILL))
-    with pytest.raises(ExportError, match=f"fold: its process ended with status -{int(signal.SIGSEGV)}"):
+    with pytest.raises(
+        ExportError, match=f"fold: the child process ended with status -{int(signal.SIGSEGV)}"
+    ):
         steps.run("fold", die, int(signal.SIGSEGV))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's PR_SET_PDEATHSIG")
 @pytest.mark.parametrize("killed", ["as the child starts", "as the step runs"])
 def test_a_step_does_not_outlive_its_parent(tmp_path: Path, killed: str) -> None:
     begun = tmp_path / "begun"
     code = (
-        "from pathlib import Path\nfrom tests.test_apart import sleep\n"
+        f"from pathlib import Path\nfrom {__name__} import sleep\n"
         "from mobilevd_deploy.base.processes import Steps\n"
         "from mobilevd_deploy.base.progress import Progress\n"
         f"Steps(True, Progress()).run('sleep', sleep, Path({str(begun)!r}))"
@@ -147,7 +149,7 @@ def test_a_step_does_not_outlive_its_parent(tmp_path: Path, killed: str) -> None
             time.sleep(0.001)
         assert child is not None
         if killed == "as the child starts":
-            os.kill(child, signal.SIGSTOP)  # before it asks for the promise
+            os.kill(child, signal.SIGSTOP)  # before it sets PR_SET_PDEATHSIG
             time.sleep(0.5)  # the parent sends it the step meanwhile
         while killed == "as the step runs" and not begun.exists() and time.monotonic() < until:
             time.sleep(0.01)
@@ -207,10 +209,10 @@ def test_one_that_fails_ends_the_others() -> None:
 
     def last(stop: threading.Event) -> None:
         ended.append(stop.wait(60))
-        raise RuntimeError("this is not the reason")
+        raise RuntimeError("an error after the first one")
 
     def never(_stop: threading.Event) -> None:
-        raise AssertionError("it was not to begin")
+        raise AssertionError("this task must not start")
 
     with pytest.raises(ResourceError, match="no more memory"):
         side_by_side([last, fail, never], [1, 1, 1], [3, 2, 1], budget=10, workers=2)

@@ -8,7 +8,6 @@ import pickle
 import re
 import shutil
 import signal
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,10 @@ import torch
 from PIL import Image
 
 from mobilevd_deploy.artifact.artifact import Artifact
-from mobilevd_deploy.config.recipe import PassName, load_recipe
-from mobilevd_deploy.passes.runner import PASSES
+from mobilevd_deploy.config.recipe import load_recipe
 from mobilevd_deploy.tune import Step, Tuned
 from tests.cli.conftest import Run, WantsCode, hostile
 from tests.support.networks import TINY_MODEL
-
-
-def test_names_of_passes_in_recipes() -> None:
-    """recipe.py knows no torch, so it lists them itself; sub-pixel upsampling belongs to a graph form."""
-    assert typing.get_args(PassName) == tuple(p.name for p in PASSES if p.name != "subpixel-upsampling")
-    assert "subpixel-upsampling" in [p.name for p in PASSES]
 
 
 def test_export_that_has_nothing_to_do(run: Run, artifact: Artifact, tiny_checkpoint: Path) -> None:
@@ -181,8 +173,8 @@ def test_the_spec_of_the_fixture_has_what_the_tests_assume() -> None:
 
 def test_tune_refuses_what_does_not_fit_together(run: Run) -> None:
     for options, message in (
-        ((), "one goal is needed"),
-        (("--budget", 1, "--target-sqnr", 30), "one goal is needed"),
+        ((), "exactly one goal is needed"),
+        (("--budget", 1, "--target-sqnr", 30), "exactly one goal is needed"),
         (("--budget", 1, "--recipe", "onnx"), "quantises nothing"),
         (("--budget", 1, "-o", "my.json"), "not a TOML file"),
     ):

@@ -1,4 +1,4 @@
-"""Names of phones and chips, and the hosted phone that stands in."""
+"""Names of phones and chips, and the hosted phone that replaces one that is not hosted."""
 
 from __future__ import annotations
 

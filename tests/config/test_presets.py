@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobilevd_deploy.config.presets import load_preset, preset_names
+from mobilevd_deploy.config.presets import load_preset, preset_names, structural_rewrites
 from mobilevd_deploy.errors import SpecError
 from mobilevd_deploy.model.components import build_component
 from mobilevd_deploy.model.interface import COMPONENTS
@@ -40,6 +40,9 @@ def test_every_published_row_has_a_preset() -> None:
         assert seen <= set(row.rewrites) <= known
         seen |= set(row.rewrites)
     assert len(seen) == 3
+    assert set(structural_rewrites()) == seen
+    assert presets["svd"].rewrites == ()
+    assert presets["demo"].rewrites == structural_rewrites()
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -1,4 +1,4 @@
-"""Reading a specification: strict about keys and types, clear about what does not fit."""
+"""Model specifications: strict readers, errors that name the key, and levels of the real network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mobilevd_deploy.config.presets import load_preset, preset_names
 from mobilevd_deploy.config.spec import FunnelSpec, ImageEncoderSpec, ModelSpec, StepSpec, UNetSpec
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import SpecError
-from tests.support.networks import unet_specs
+from mobilevd_deploy.passes.runner import UNetProbe
+from tests.support.networks import PLAIN, build_unet, unet_specs
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,34 @@ def test_sizes_follow_the_number_of_levels() -> None:
     assert UNetSpec().size_multiple == 8
     assert UNetSpec((64,), (1,), (True,)).size_multiple == 1
     assert ModelSpec("m", unet=UNetSpec((64,), (1,), (True,)), height=8, width=24).latent_size == (1, 3)
+
+
+@pytest.mark.parametrize("multiscaling", ["none", "mean", "conv"])
+def test_levels_are_those_of_the_network(multiscaling: Literal["none", "mean", "conv"]) -> None:
+    """Record the maps that the resblocks of a network of three levels work on."""
+    spec = dataclasses.replace(
+        PLAIN,
+        block_out_channels=(64, 96, 128),
+        num_attention_heads=(2, 3, 4),
+        attention=(True, False, False),
+        temporal_multiscaling=multiscaling,
+    )
+    unet, frames = build_unet(spec, frames=4), {}
+    for path, block in unet.temporal_blocks().items():
+        block.register_forward_pre_hook(
+            lambda _, positional, named, path=path: frames.update(
+                {path: (positional[0] if positional else named["hidden_states"]).shape}
+            ),
+            with_kwargs=True,
+        )
+    UNetProbe.make(unet, 8, 16).run(unet)
+    assert set(frames) == set(unet.temporal_blocks())
+    for path, (count, _, height, width) in frames.items():
+        level = spec.level_of(path)
+        assert (height, width) == (8 >> level, 16 >> level), path
+        assert count == spec.frames_at(level, 4), path
+    assert {spec.level_of(path) for path in frames} == {0, 1, 2}
+    assert any(count == 2 for count, *_ in frames.values()) is (multiscaling != "none")
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])

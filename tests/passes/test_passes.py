@@ -1,4 +1,4 @@
-"""Every rewrite keeps the outputs, reports, and refuses what it cannot do; the runner catches the broken."""
+"""Every rewrite keeps the outputs, reports its changes and refuses other networks; the runner proves it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
+import typing
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevd_deploy.artifact.manifest import PassReport
+from mobilevd_deploy.config.recipe import PassName
 from mobilevd_deploy.config.spec import FunnelSpec, UNetSpec
 from mobilevd_deploy.errors import RewriteError, UsageError
 from mobilevd_deploy.model.funnels import SqueezedConv, WidenedConv, funnel_width
@@ -69,6 +71,11 @@ def folded() -> MobileVDUNet:
     unet = build_unet(FULL)
     apply_passes(unet, [FUNNELS])
     return unet
+
+
+def test_recipes_name_every_pass_in_running_order() -> None:
+    """Except sub-pixel upsampling, which a recipe chooses by `graph.upsample`."""
+    assert (*typing.get_args(PassName), SUBPIXEL) == NAMES
 
 
 # What each pass keeps, and what it reports.
@@ -411,7 +418,7 @@ def test_phase_kernels_keep_the_sum_of_the_taps() -> None:
 
 
 class Broken:
-    """A real pass, then damage: what a mistake in it would amount to."""
+    """Run a real pass, then damage its result as a mistake in the pass would."""
 
     def __init__(self, name: str, damage: Callable[[MobileVDUNet], None]) -> None:
         self.name, self.damage = name, damage
@@ -523,7 +530,7 @@ def test_a_mistake_in_a_pass_fails_the_runner(case: str) -> None:
 
 
 class Nudge:
-    """Does nothing but multiply the weight of largest magnitude in one tensor by 1.01."""
+    """Multiply the weight of largest magnitude in one tensor by 1.01."""
 
     name = "nudge"
 

@@ -15,10 +15,9 @@ from torch import nn
 from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.cli.tables import render_profile
 from mobilevd_deploy.config.devices import find
-from mobilevd_deploy.config.presets import load_preset
+from mobilevd_deploy.config.presets import load_preset, structural_rewrites
 from mobilevd_deploy.config.spec import FunnelSpec, ModelSpec
 from mobilevd_deploy.errors import SpecError, UsageError
-from mobilevd_deploy.inspection import STRUCTURAL_REWRITES
 from mobilevd_deploy.model.flops import count_flops
 from mobilevd_deploy.profiling import estimate as estimate_module
 from mobilevd_deploy.profiling.estimate import (
@@ -32,7 +31,6 @@ from mobilevd_deploy.profiling.estimate import (
     estimate_profile,
     floor,
     load_calibration,
-    preset_rewrites,
 )
 from mobilevd_deploy.profiling.profile import TrafficReport, TrafficRow
 from mobilevd_deploy.profiling.store import profiles_dir, save_traffic
@@ -79,7 +77,7 @@ def test_calibration_is_reproduced_by_counting() -> None:
     """The shipped counts of one row are those of the module tree."""
     (row,) = (row for row in load_calibration().rows if row.preset == "mobilevd")
     preset = load_preset("mobilevd")
-    assert count_operations(preset.model, preset_rewrites(preset)) == row.counts
+    assert count_operations(preset.model, preset.rewrites) == row.counts
 
 
 def test_leave_one_out_meets_the_goal_and_rows_lie_within_the_error() -> None:
@@ -126,7 +124,7 @@ def test_a_network_never_seen_gets_a_sane_number(name: str) -> None:
     preset, made, chip = load_preset(base), load_calibration(), find(CHIP).chip
     (row,) = (row for row in made.rows if row.preset == base)
     spec = dataclasses.replace(preset.model, unet=dataclasses.replace(preset.model.unet, funnels=funnels))
-    counts = count_operations(spec, preset_rewrites(load_preset("mobilevd")))
+    counts = count_operations(spec, load_preset("mobilevd").rewrites)
     before, after = (estimate_counts(c, chip, made) for c in (row.counts, counts))
     saved, faster = 1 - counts.total / row.counts.total, 1 - after.ms / before.ms
     assert 0.04 < saved < 0.25
@@ -163,7 +161,7 @@ def test_kinds_by_hand() -> None:
     )
 
 
-@pytest.mark.parametrize("rewrites", [(), STRUCTURAL_REWRITES])
+@pytest.mark.parametrize("rewrites", [(), structural_rewrites()])
 def test_no_operation_is_lost(rewrites: tuple[str, ...]) -> None:
     from mobilevd_deploy.model.components import build_component, deploy_contract
     from mobilevd_deploy.model.interface import input_shapes
@@ -261,7 +259,7 @@ def test_no_calibrated_row_and_no_published_figure_beats_its_arithmetic_floor() 
 def test_an_artifact_whose_traffic_was_counted_gets_its_floor(tmp_path: Path) -> None:
     with PartialArtifact(tmp_path / "clip") as partial:
         manifest = tiny_artifact.build(partial.artifact)
-        passes = tuple(dataclasses.replace(manifest.passes[0], name=name) for name in STRUCTURAL_REWRITES)
+        passes = tuple(dataclasses.replace(manifest.passes[0], name=name) for name in structural_rewrites())
         artifact = partial.finish(dataclasses.replace(manifest, model=TINY.to_dict(), passes=passes))
     shipped = dataclasses.replace(load_calibration(), frames=4, width=64, height=64)
     notes = estimate_profile(artifact, CHIP, shipped).notes
@@ -327,7 +325,7 @@ def test_profile_of_what_is_neither(tmp_path: Path) -> None:
 def test_profile_of_an_artifact(tmp_path: Path) -> None:
     with PartialArtifact(tmp_path / "clip") as partial:
         manifest = tiny_artifact.build(partial.artifact)
-        passes = tuple(dataclasses.replace(manifest.passes[0], name=name) for name in STRUCTURAL_REWRITES)
+        passes = tuple(dataclasses.replace(manifest.passes[0], name=name) for name in structural_rewrites())
         artifact = partial.finish(dataclasses.replace(manifest, model=TINY.to_dict(), passes=passes))
     with pytest.raises(UsageError, match="4 frames of 64x64"):
         estimate_profile(artifact, CHIP)

@@ -45,7 +45,7 @@ def test_darts_stay_inside_and_move_at_one_of_two_speeds(clips: list[Clip]) -> N
         assert (clip.positions > 8).all()
         assert (clip.positions < [120, 56]).all()
         steps = np.linalg.norm(np.diff(clip.positions, axis=0), axis=-1)
-        # A step over a turn is shorter, never longer; most are whole.
+        # A step with a reflection is shorter, never longer; most steps have none.
         assert steps.max() <= 3.0 + 1e-3
         typical = np.median(steps, axis=0)
         assert all(min(abs(speed - 1.5), abs(speed - 3.0)) < 1e-3 for speed in typical)
@@ -76,7 +76,7 @@ def test_the_picture_shows_the_darts_where_they_are_said_to_be(clips: list[Clip]
                 if apart and found is not None:
                     errors.append(float(np.linalg.norm(found[:2] - clip.positions[t, s])))
     assert len(errors) > 60
-    # The painted body's middle is not the dart's: its nose is pale and its tail is dark.
+    # The painted body's centre is not the dart's: its nose is pale and its tail is dark.
     assert np.median(errors) < 3
     assert np.quantile(errors, 0.95) < 6
 
@@ -91,7 +91,7 @@ def test_the_nose_points_where_the_dart_goes(clips: list[Clip]) -> None:
                 or np.linalg.norm(clip.positions[0, 0] - clip.positions[0, 1]) > 30
             )
             if not apart or not np.allclose(moves[0, s], moves[1, s], atol=1e-4):
-                continue  # it turns at once
+                continue  # it is reflected in the first two steps
             x, y = clip.positions[0, s]
             heading = moves[0, s] / np.linalg.norm(moves[0, s])
             ahead, behind = (

@@ -1,4 +1,4 @@
-"""Checkpoints to begin from: what is drawn, and what becomes of SVD's weights."""
+"""Initial checkpoints: random weights, and SVD's weights with optimisations."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_importance_decides_who_stays(source: Checkpoint, tmp_path: Path) -> Non
 def test_importance_that_does_not_fit(source: Checkpoint, tmp_path: Path) -> None:
     for spec, importance, message in [
         (TINY_MODEL, {"mid_block.attentions.7": 1.0}, "no gated temporal block 'mid_block.attentions.7'"),
-        (TINY_MODEL, {"mid_block.attentions.0": 1.0}, "has none"),
+        (TINY_MODEL, {"mid_block.attentions.0": 1.0}, "is missing"),
         (SVD, {"mid_block.attentions.0": 1.0}, "no gated temporal block"),
     ]:
         with pytest.raises(SpecError, match=message):

@@ -64,7 +64,7 @@ def test_every_sample_has_n_ones_and_frequencies_match() -> None:
 
 
 def test_pairs_of_blocks_are_all_possible() -> None:
-    """The random order sees to it; plain systematic sampling would exclude some pairs for good."""
+    """The random order makes them possible; plain systematic sampling would exclude some pairs."""
     p = inclusion_probabilities(torch.zeros(6), 2)
     g = generator()
     pairs = {tuple(sample_gates(p, g).nonzero().flatten().tolist()) for _ in range(500)}
@@ -206,7 +206,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     tiny_spec: ModelSpec,
     tmp_path: Path,
 ) -> None:
-    """Stopped before the last step of the stage was counted, hence after a state was saved."""
+    """The run stops at the report of a stage's last step, after a state was saved."""
 
     def stop(progress: TrainingProgress) -> None:
         if progress.stage == stage and progress.step == progress.steps:
