@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mobilevd_deploy.base.files import write_durably
 from mobilevd_deploy.base.processes import die_with_parent, own_python, peak_bytes
 from mobilevd_deploy.base.progress import Progress, duration
 from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError, listed
@@ -130,7 +131,7 @@ def run_child(
 ) -> _Ran:
     """Run a job with `folder` as its working folder; `what` begins every error."""
     check_installed()
-    code = f"from mobilevd_deploy.qnn.compiler import _child_main; _child_main(sys.argv[1], {os.getpid()})"
+    code = f"from {__name__} import _child_main; _child_main(sys.argv[1], {os.getpid()})"
     begun, log = time.monotonic(), _Log(progress or Progress())
     with subprocess.Popen(
         [*own_python(code), json.dumps(job)],
@@ -245,9 +246,7 @@ def _child_main(job: str, parent_pid: int) -> None:
     except BaseException as error:  # reported by the parent, in its own words
         result = {"error": f"{type(error).__name__}: {error}"}
     result["peak_bytes"] = peak_bytes()
-    aside = Path("result.json.new")
-    aside.write_text(json.dumps(result))
-    aside.rename("result.json")
+    write_durably(Path("result.json"), json.dumps(result))
     sys.stdout.flush()
     # The library's own tear-down takes long for a large graph, and may crash when all is done.
     os._exit(1 if "error" in result else 0)
