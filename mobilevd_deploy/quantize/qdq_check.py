@@ -1,4 +1,4 @@
-"""Checks of a QDQ graph: the compiler must run it in integers, with the bits it asks for, and correctly."""
+"""Checks of a QDQ graph: the compiler must run it in integers, with the requested bits, and correctly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WIDE = {DataType.UINT16, DataType.INT16}
 def check_quantised(model: ir.Model, is_float: Callable[[str], bool] = lambda _: False) -> None:
     """Refuse a graph that would compile, and then be wrong, have fewer bits or be slow.
 
-    `is_float` returns whether the rule for a module path asks for float. Raises ExportError that names the
+    `is_float` returns whether the rule of a module path has 32 bits. Raises ExportError that names the
     node.
     """
     check_interface(model)
