@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 from _common import RESULTS, write_result
 from cost_growth import rewrite, write
 from full_size import run
 from parts import TARGET, compile_files
 
+from mobilevd_deploy.base.graphs import read_shaped
 from mobilevd_deploy.base.processes import Steps
 from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.config.recipe import Recipe, load_recipe
@@ -86,12 +88,12 @@ def main() -> None:
         progress.begin("write")
         parameters, flops, nodes = steps.run("write", write, checkpoint.spec, recipe, work)
         progress.end()
-        whole = onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
+        whole = read_shaped(model)
         cut = plan_cut(whole, options.parts)
         files = write_parts(model, cut)
         rows: list[dict[str, Any]] = []
         for file, part in zip(files, cut.parts, strict=True):
-            weights = weight_bytes(onnx.load(file, load_external_data=False), float_bytes=2)
+            weights = weight_bytes(onnx_ir.load(file), float_bytes=2)
             rows.append(
                 {"nodes": len(part.nodes), "weights_bytes": weights, "values_bytes": values_bytes(file)}
             )

@@ -22,10 +22,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 from _common import RESULTS, write_result
 
 from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.base.graphs import read_shaped
 from mobilevd_deploy.base.processes import memory_bytes, side_by_side
 from mobilevd_deploy.config.recipe import NpuOptions
 from mobilevd_deploy.errors import MobileVDError
@@ -72,7 +72,7 @@ def compile_files(
             "dram_written": made.dram.written if made.dram else None,
         }
 
-    graphs = [onnx.shape_inference.infer_shapes(onnx.load(f, load_external_data=False)) for f in files]
+    graphs = [read_shaped(f) for f in files]
     expected = [compiler_bytes(graph, float_bytes) for graph in graphs]
     with tempfile.TemporaryDirectory() as name:
         tasks = [
@@ -97,7 +97,7 @@ def main() -> None:
     (unet,) = (c for c in artifact.manifest.components if c.name == "unet")
     role, float_bytes = ROLES[options.precision]
     model = artifact.path(unet, role)
-    whole = onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
+    whole = read_shaped(model)
     cut = plan_cut(whole, options.parts)
     files = write_parts(model, cut) if options.parts > 1 else (model,)
     begun = time.monotonic()

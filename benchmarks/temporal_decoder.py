@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir
 from _common import RESULTS, write_result
 from hd import mapped, values_bytes
 from parts import TARGET, compile_files
 
+from mobilevd_deploy.base.graphs import read_shaped
 from mobilevd_deploy.base.progress import make_progress
 from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.config.presets import load_preset
@@ -67,11 +68,11 @@ def main() -> None:
         progress.end()
         files = [model]
         if options.parts > 1:
-            whole = onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
+            whole = read_shaped(model)
             files = list(write_parts(model, plan_cut(whole, options.parts)))
         rows: list[dict[str, Any]] = []
         for file in files:
-            weights = weight_bytes(onnx.load(file, load_external_data=False), 1 if recipe.quant else 2)
+            weights = weight_bytes(onnx_ir.load(file), 1 if recipe.quant else 2)
             rows.append({"weights_bytes": weights, "values_bytes": values_bytes(file)})
         found = {
             "precision": options.precision,

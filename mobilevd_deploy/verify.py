@@ -95,15 +95,11 @@ def _simulate(
     artifact: Artifact, component: Component, recipe: Recipe, feeds: dict[str, Array]
 ) -> tuple[Check, Array | None]:
     """Run a binary on the simulator and compare; None: it was not simulated, or did not run."""
-    scheme, floors = recipe.quant, recipe.floors
+    expected_of, floor = recipe.agreement_floor(component.name)
     kind: Literal["onnx", "quantised"] = "onnx"
-    if scheme is None:
-        what, floor = "float16 binary, simulated", floors.float16_sqnr_db
-    elif scheme.of(component.name).narrowest < 16:
-        what, floor = "binary, simulated", floors.quantised_sqnr_db
-    else:
-        kind, floor = "quantised", floors.simulator_db
-        what = "binary, simulated, against the quantised graph"
+    what = "float16 binary, simulated" if recipe.quant is None else "binary, simulated"
+    if expected_of == "quantised":
+        kind, what = "quantised", f"{what}, against the quantised graph"
     if component.flops > SIMULATE_UP_TO_FLOPS:
         why = f"not simulated, {component.flops / 1e9:.0f} GFLOPs are too many for it"
         return Check(what, component.name, True, why), None

@@ -261,7 +261,7 @@ def test_rewrites_are_proven_on_sizes_that_the_network_takes(monkeypatch: pytest
         unet, load_preset("mobilevd-hd").model, RECIPE, heard
     )  # 72 rows are not to be halved to 9
     assert [shape[-2:] for shape in seen] == [(8, 16), (8, 16), (6, 10), (8, 16)]
-    assert heard.said == ["unet: rewrites are proven on latents of 16x8, the export at full size"] * 3
+    assert heard.said == ["unet: rewrites are checked on latents of 16x8, the export at full size"] * 3
 
 
 # ---- again ----

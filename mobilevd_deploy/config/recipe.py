@@ -203,8 +203,9 @@ class Floors:
         for name, floor in dataclasses.asdict(self).items():
             if not math.isfinite(floor):
                 raise SpecError(f"floors.{name}: {floor} is not a finite number")
-        if not 0 <= self.conditioning < 1:
-            raise SpecError(f"floors.conditioning: {self.conditioning} is not in [0, 1)")
+        # Its inverse is the upper limit of the same ratio, so 0 would allow everything.
+        if not 0 < self.conditioning < 1:
+            raise SpecError(f"floors.conditioning: {self.conditioning} is not between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,18 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; defaults are included."""
         return dataclasses.asdict(self)
+
+    def agreement_floor(self, component: str) -> tuple[Literal["float", "quantised"], float]:
+        """Return what the output of a component's compiled form is compared with, and the floor in dB SQNR.
+
+        "quantised": the quantised network, with 16-bit activations. "float": the float network, if the
+        component is in float16 or has activations of fewer bits: rounding differences propagate at 8 bits.
+        """
+        if self.quant is None:
+            return "float", self.floors.float16_sqnr_db
+        if self.quant.of(component).narrowest < 16:
+            return "float", self.floors.quantised_sqnr_db
+        return "quantised", self.floors.simulator_db
 
     def compiled_for(self, targets: Sequence[str] = (), parts: int | None = None) -> Recipe:
         """Return the recipe with these `targets` and `parts`; the recipe's own where they are not given.

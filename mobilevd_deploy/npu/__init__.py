@@ -1,5 +1,5 @@
-"""The deploy form: what is exported. Plain modules, fixed shapes, tensors of rank <= 4, one step.
+"""The deploy form, which is exported: plain modules, fixed shapes, tensors of rank <= 4, one denoising step.
 
-Feature maps are (T, C, H, W) with the frames as batch. Weights are shared with the network that a
-module is built from wherever their shape allows it.
+Feature maps are (T, C, H, W) with the frames as batch. Modules share the weights of the network that they are
+built from, except where a weight is folded or changes its shape.
 """

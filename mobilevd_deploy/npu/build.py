@@ -1,4 +1,4 @@
-"""From a component in its training form to its deploy form."""
+"""Build the deploy form of a component from its training form."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from mobilevd_deploy.npu.unet import NpuUNet
 def build_npu(name: ComponentName, component: nn.Module, spec: ModelSpec, forms: GraphForms) -> nn.Module:
     """Build the deploy form of one component, at the sizes of `spec` and in the recipe's graph forms.
 
-    Called as `components.input_shapes` says. Weights are shared with `component` where they are not folded.
+    Its inputs are those of `model.interface.input_shapes`. Weights are shared with `component` unless they
+    are folded.
 
     Args:
         name: which of the four networks `component` is.
-        component: as `build_component` makes it. A UNet has to have been through the passes; it may be
+        component: a result of `build_component`. A UNet must have gone through the passes, and may be
             wrapped by `deploy_contract`.
         spec: the model that the component was built from.
         forms: the graph forms of a recipe.
 
     Raises:
-        RewriteError: a pass that the UNet's deploy form builds on has not run.
+        RewriteError: a pass that the UNet's deploy form requires has not run.
     """
     source: Any = component.unet if isinstance(component, DenoiseStep) else component
     if name == "unet":

@@ -1,6 +1,6 @@
-"""The decoders as static graphs: scaled latents of a clip in, frames nominally in [-1, 1] out, not clamped.
+"""The decoders as static graphs: from scaled latents of a clip to frames, nominally in [-1, 1], not clamped.
 
-The division by the scaling factor is part of the first layer's weights.
+The division by the scaling factor is folded into the weights of the first layer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class NpuDecoder(nn.Module):
     def __init__(
         self, component: SvdTemporalDecoder | TinyDecoder | DemoDecoder, spec: ModelSpec, forms: GraphForms
     ) -> None:
-        """Build for clips of the size and length that `spec` names."""
+        """Build for clips of the size and length in `spec`."""
         super().__init__()
         self.decoder: nn.Module
         if isinstance(component, SvdTemporalDecoder):
@@ -102,7 +102,7 @@ class TinyBlock(nn.Module):
 def _temporal_decoder(component: SvdTemporalDecoder, spec: ModelSpec, forms: GraphForms) -> nn.Sequential:
     mid, frames = component.mid_block, spec.frames
     middle: list[nn.Module] = [_video_res_block(mid.resnets[0], frames, forms)]
-    # Not strict: diffusers, too, runs no more resblocks than there are attentions to precede them.
+    # Not strict: diffusers also runs a resblock only behind an attention.
     for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=False):
         middle.append(over_frames(MapAttention(attention, spec.latent_size, forms), frames, forms))
         middle.append(_video_res_block(resnet, frames, forms))
@@ -130,7 +130,7 @@ def _up_block(block: UpBlockTemporalDecoder, frames: int, forms: GraphForms) -> 
 
 
 def _video_res_block(block: SpatioTemporalResBlock, frames: int, forms: GraphForms) -> nn.Sequential:
-    # The blend is x_s + w r_t; asked for a blend of 0 and 1, diffusers' own module tells w.
+    # The blend is x_s + w r_t. diffusers' own module returns w for the blend of 0 and 1.
     zero = torch.zeros_like(block.time_mixer.mix_factor)
     weight = block.time_mixer(zero, zero + 1).reshape(())
     layers: dict[str, nn.Module] = {
@@ -141,11 +141,11 @@ def _video_res_block(block: SpatioTemporalResBlock, frames: int, forms: GraphFor
 
 
 def _tiny_decoder(component: TinyDecoder, forms: GraphForms) -> nn.Sequential:
-    """TAESD's decoder: 3 tanh(x / 3) before the layers and 2 y - 1 behind them, mostly in their weights."""
+    """TAESD's decoder, with 3 tanh(x / 3) before and 2 y - 1 after the layers folded into their weights."""
     first, *middle, last = component.layers
     inner: list[nn.Module] = []
     for layer in middle:
-        if isinstance(layer, nn.Conv2d):  # every one of them follows an nn.Upsample
+        if isinstance(layer, nn.Conv2d):  # each follows an nn.Upsample
             inner.append(_upsample(layer, forms))
         elif isinstance(layer, AutoencoderTinyBlock):
             inner.append(TinyBlock(layer))
@@ -176,12 +176,12 @@ def _pixel_shuffle_decoder(component: DemoDecoder) -> nn.Sequential:
 
 
 def _scaled(conv: Any, factor: float) -> nn.Conv2d:
-    """Return a convolution that reads its input times `factor`."""
+    """Return a convolution with its input multiplied by `factor`."""
     return conv2d(factor * conv.weight, conv.bias, padding=conv.padding)
 
 
 def _upsample(conv: nn.Conv2d, forms: GraphForms) -> nn.Module:
-    """Return nearest x2 and the 3x3 `conv` behind it in the recipe's form."""
+    """Return nearest-neighbour x2 followed by the 3x3 `conv`, in the recipe's form."""
     if forms.upsample == "nearest":
         return Upsample(conv)
     bias = None if conv.bias is None else conv.bias.repeat_interleave(4)

@@ -1,4 +1,4 @@
-"""The image's two encoders as static graphs: pixels in [-1, 1] in, whatever preprocessing there is inside.
+"""The two encoders of the image as static graphs, with their preprocessing; the input is pixels in [-1, 1].
 
 NpuImageEncoder   SVD's resize and CLIP's normalisation, then CLIP's vision transformer with projection
 NpuVaeEncoder     noise augmentation, then the mean of the posterior; its variance is never computed
@@ -53,7 +53,7 @@ class Resize(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (1, 3, H, W) to (1, 3, size, size)."""
-        if self.channels_first:  # the axis that a layer mixes takes the place of the channels
+        if self.channels_first:  # the axis that a layer mixes becomes the channel axis
             image = self.columns(image.permute(0, 3, 2, 1))
             return self.rows(image.permute(0, 2, 1, 3)).permute(0, 3, 1, 2)
         return self.rows(self.columns(image).transpose(2, 3)).transpose(2, 3)
@@ -97,11 +97,11 @@ class VisionLayer(nn.Module):
 class NpuImageEncoder(nn.Module):
     """Image (1, 3, H, W) in [-1, 1] -> image_embeds (1, D).
 
-    Tokens are the class token and one per patch; as a map they are one row, (1, C, 1, N).
+    The tokens are the class token and one per patch. As a map they are one row, (1, C, 1, N).
     """
 
     def __init__(self, component: ImageEncoder, spec: ModelSpec, forms: GraphForms) -> None:
-        """Build for images of the size that `spec` names."""
+        """Build for images of the size in `spec`."""
         super().__init__()
         vision, embeddings = component.vision_model, component.vision_model.embeddings
         positions = embeddings.position_embedding.weight.T[None, :, None, :]  # (1, C, 1, N)
@@ -155,11 +155,11 @@ class Augment(nn.Module):
 class NpuVaeEncoder(nn.Module):
     """Image (1, 3, H, W) in [-1, 1] -> image_latents (1, 4, h, w): the posterior's mode, not scaled.
 
-    `image_noise` (1, 3, H, W), unit normal, is an input only where the model's noise_aug_strength is above 0.
+    `image_noise` (1, 3, H, W), unit normal, is an input only if the model's noise_aug_strength is above 0.
     """
 
     def __init__(self, component: SvdVaeEncoder | DemoVaeEncoder, spec: ModelSpec, forms: GraphForms) -> None:
-        """Build for images of the size that `spec` names."""
+        """Build for images of the size in `spec`."""
         super().__init__()
         strength = spec.step.noise_aug_strength
         like = next(component.parameters())
@@ -201,7 +201,7 @@ def _down_block(block: DownEncoderBlock2D, forms: GraphForms) -> nn.Sequential:
 
 
 def _posterior_mean(conv: Any, quant_conv: Any) -> nn.Conv2d:
-    # A 1x1 convolution behind another one is a matrix product of the two; its first half is the mean.
+    # A 1x1 convolution after another convolution is a matrix product of the two. Its first half is the mean.
     mix = quant_conv.weight[: len(quant_conv.weight) // 2, :, 0, 0]
     weight = (mix @ conv.weight.flatten(1)).unflatten(1, conv.weight.shape[1:])
     return conv2d(weight, mix @ conv.bias + quant_conv.bias[: len(mix)], padding=conv.padding)
@@ -220,8 +220,8 @@ def _pixel_unshuffle_encoder(component: DemoVaeEncoder) -> nn.Sequential:
 
 
 def _unshuffling(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
-    # Unshuffled channel (c, i, j) at (y, x) is pixel (factor y + i, factor x + j) of channel c, so the
-    # rearrangement is a stride. As an op of its own it would export as a tensor of rank 6.
+    # Unshuffled channel (c, i, j) at (y, x) is pixel (factor y + i, factor x + j) of channel c, so a stride
+    # does the rearrangement. An op for it would export with a tensor of rank 6.
     out, _, height, width = conv.weight.shape
     taps = conv.weight.unflatten(1, (-1, factor, factor)).permute(0, 1, 4, 2, 5, 3)
     weight = taps.reshape(out, -1, height * factor, width * factor)

@@ -1,8 +1,7 @@
-"""From a deploy-form module to a checked ONNX file: export, simplify, look at the graph.
+"""From a deploy-form module to a checked ONNX file: export, simplify, check.
 
-export_onnx    model.onnx with its weights beside it in model.onnx.data
-read_graph     parameters, FLOPs and op counts, from the file itself; refuses what a phone cannot take
-run_onnx       outputs by onnxruntime on the CPU
+export_onnx    writes model.onnx, with its weights in model.onnx.data
+read_graph     counts parameters, FLOPs and ops in the file; refuses a graph that an NPU cannot run
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import math
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
+from mobilevd_deploy.base.graphs import fixed_shape, read_shaped, save_graph
 from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.config.recipe import OnnxOptions
 from mobilevd_deploy.errors import ExportError
@@ -33,24 +33,24 @@ from mobilevd_deploy.errors import ExportError
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 
-# Fusions that undo the deploy form: a quantiser and the NPU's compiler want layers as they were written.
+# Fusions that undo the deploy form: the quantiser and the NPU's compiler need the layers as written.
 _KEPT_APART = (
     "fuse_matmul_add_bias_into_gemm",
     "fuse_matmul_add_bias_into_gemm_batched",
     "fuse_qkv",
     "fuse_consecutive_slices",
 )
-# Shape arithmetic and control flow: a static graph of a static network has none.
+# Shape arithmetic and control flow, which the NPU cannot run.
 _REFUSED_OPS = frozenset(
     {"Shape", "Size", "ConstantOfShape", "NonZero", "Range", "Loop", "If", "Scan", "Where", "Einsum"}
 )
 _MAX_RANK = 4
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+_FLOATS = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16)
 
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """What an ONNX file holds: floating-point weights, 2 x MAC of one run, nodes by type."""
+    """Counts of an ONNX file: floating-point weights, FLOPs of one run (2 per MAC), nodes by op type."""
 
     parameters: int
     flops: int
@@ -60,10 +60,10 @@ class OnnxGraph:
 def export_onnx(
     module: nn.Module, inputs: Tensors, outputs: Sequence[str], folder: Path, options: OnnxOptions
 ) -> tuple[str, ...]:
-    """Write `module` as `folder`/model.onnx with external weights, and return notes for the reader.
+    """Write `module` as `folder`/model.onnx with external weights, and return notes for the user.
 
     `inputs` are example values in the order of the module's arguments; their shapes are fixed in the
-    graph. Nodes are named after the module that they come from. Raises ExportError.
+    graph. Nodes are named <module path>/<op>. Raises ExportError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL
@@ -82,74 +82,75 @@ def export_onnx(
             )
             assert program is not None
             fold_constants(program.model)
-            program.save(path, external_data=True)
+            name_nodes(program.model)
+            save_graph(program.model, path, DATA)
             del program
-    except (OSError, MemoryError):  # a full disk is the caller's to name, not a graph's fault
+    except (OSError, MemoryError):  # not a fault of the graph: the caller reports a full disk
         raise
-    except Exception as error:  # torch's exporter raises what it likes
+    except Exception as error:  # torch's exporter raises many types
         raise ExportError(
             f"torch.onnx could not export {type(module).__name__}: {error}",
             next_step="report this with the model's configuration",
         ) from error
-    model = onnx.load(path, load_external_data=False)
-    name_nodes(model)
-    onnx.save(model, path)
     notes = _simplify(path) if options.simplify else ()
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"{path.name} of {type(module).__name__} is not valid ONNX: {error}") from error
+    check_file(path, f"the export of {type(module).__name__}")
     return notes
 
 
-def read_graph(path: Path) -> OnnxGraph:
-    """Count what is in the file, and refuse what a static NPU graph must not hold.
+def check_file(path: Path, what: str) -> None:
+    """Raise ExportError, which names `what`, if the file is not valid ONNX."""
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"{what} is not valid ONNX: {path}: {error}",
+            next_step="report this with the model's configuration and recipe",
+        ) from error
 
-    Raises ExportError naming the node: shape arithmetic or control flow, a tensor of rank above 4, a
+
+def read_graph(path: Path) -> OnnxGraph:
+    """Count parameters, FLOPs and ops in the file.
+
+    Raises ExportError naming the node or tensor: shape arithmetic, control flow, a tensor of rank above 4, a
     dimension that is not fixed, an input or output that is not a float.
     """
-    model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), data_prop=True)
-    graph = model.graph
-    shapes = {init.name: tuple(init.dims) for init in graph.initializer}
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.HasField("shape"):  # else its rank is unknown, which is not rank 0
-            shapes[value.name] = tuple(
-                d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim
-            )
-    for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type not in _FLOATS:
+    graph = read_shaped(path).graph
+    for value in (*graph.inputs, *graph.outputs):
+        if value.dtype not in _FLOATS:
             raise ExportError(
                 f"{path.name}: {value.name} is not a float; a phone's runtime takes only floats"
             )
-    for value in graph.input:
-        _check_shape(value.name, shapes, f"{path.name}: input")
-    for node in graph.node:
+    for value in graph.inputs:
+        _check_shape(value, f"{path.name}: input")
+    for node in graph:
         if node.op_type in _REFUSED_OPS:
             raise ExportError(f"{path.name}: node {node.name} ({node.op_type}) makes the graph dynamic")
-        for name in filter(None, node.output):  # an output that nobody wants has no name
-            _check_shape(name, shapes, f"{path.name}: node {node.name} ({node.op_type}):")
+        for value in node.outputs:
+            if value.name:  # an optional output that is left out has no name
+                _check_shape(value, f"{path.name}: node {node.name} ({node.op_type}):")
+    weights = (value.const_value for value in graph.initializers.values())
     return OnnxGraph(
-        parameters=sum(math.prod(i.dims) for i in graph.initializer if i.data_type in _FLOATS),
-        flops=sum(_node_flops(node, shapes) for node in graph.node),
-        ops=dict(sorted(Counter(node.op_type for node in graph.node).items())),
+        parameters=sum(tensor.size for tensor in weights if tensor and tensor.dtype in _FLOATS),
+        flops=sum(_node_flops(node) for node in graph),
+        ops=dict(sorted(Counter(node.op_type for node in graph).items())),
     )
 
 
-def _check_shape(name: str, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    shape = shapes.get(name)
-    if shape is None or min(shape, default=1) < 0:
-        raise ExportError(f"{where} {name} has no fixed shape")
+def _check_shape(value: onnx_ir.Value, where: str) -> None:
+    shape = fixed_shape(value)
+    if shape is None:
+        raise ExportError(f"{where} {value.name} has no fixed shape")
     if len(shape) > _MAX_RANK:
         raise ExportError(
-            f"{where} {name} {list(shape)} has rank {len(shape)}; the NPU runs rank {_MAX_RANK} well"
+            f"{where} {value.name} {list(shape)} has rank {len(shape)}; the NPU runs rank {_MAX_RANK} well"
         )
 
 
 def fold_constants(model: onnx_ir.Model) -> None:
-    """Fold what is constant, which is all that a static graph needs.
+    """Fold constants, in place.
 
-    The exporter's full optimiser matches some hundred rewrite rules on every node, takes as long as the
-    export itself, and finds nothing else on the deploy form.
+    The exporter's full optimiser matches about a hundred rewrite rules on every node, takes as long as the
+    export itself, and finds nothing else in the deploy form.
     """
     onnxscript.optimizer.fold_constants(model)
     for step in (
@@ -160,23 +161,26 @@ def fold_constants(model: onnx_ir.Model) -> None:
         step(model)
 
 
-def name_nodes(model: onnx.ModelProto) -> None:
+def name_nodes(model: onnx_ir.Model) -> None:
     """Name each node <module path>/<op>, and drop the exporter's metadata, which holds local file paths."""
     taken: Counter[str] = Counter()
-    for node in model.graph.node:
-        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
-        module_path = next((scope for scope in reversed(ast.literal_eval(scopes)[:-1]) if scope), "graph")
-        name = f"{module_path}/{node.op_type}"
-        taken[name] += 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
-        del node.metadata_props[:]
-        node.doc_string = ""
-    graph = model.graph
-    for entry in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        del entry.metadata_props[:]
-        entry.doc_string = ""
-    del model.metadata_props[:], graph.metadata_props[:]
-    model.doc_string = graph.doc_string = ""
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        module_path = next((scope for scope in reversed(scopes[:-1]) if scope), "graph")
+        node.name = unique(f"{module_path}/{node.op_type}", taken)
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(model)
+    # The pass leaves the model and the values as they are.
+    model.metadata_props.clear()
+    model.doc_string = model.producer_name = model.producer_version = None
+    for value in onnx_ir.convenience.create_value_mapping(model.graph).values():
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+def unique(name: str, taken: Counter[str]) -> str:
+    """Return `name`, with a number from the second time on; `taken` counts the names."""
+    taken[name] += 1
+    return name if taken[name] == 1 else f"{name}_{taken[name]}"
 
 
 def _simplify(path: Path) -> tuple[str, ...]:
@@ -202,25 +206,26 @@ def _simplify(path: Path) -> tuple[str, ...]:
         except Exception as error:  # onnxsim's C++ code raises many types
             return (f"{path.parent.name}: left as exported, onnxsim failed on it: {error}",)
         model.producer_name = model.producer_version = None
-        path.with_name(DATA).unlink(missing_ok=True)  # a graph without large weights has no such file
-        onnx_ir.save(model, path, external_data=DATA, size_threshold_bytes=1024)
+        save_graph(model, path, DATA)
     return ()
 
 
-def _node_flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _node_flops(node: onnx_ir.Node) -> int:
+    if node.op_type not in ("Conv", "MatMul", "Gemm"):
+        return 0
+    first, second = (fixed_shape(value) or () for value in node.inputs[:2])
     if node.op_type == "Conv":
-        return 2 * math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[1]][1:])
-    if node.op_type == "MatMul":
-        return 2 * math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
-    if node.op_type == "Gemm":
-        transposed = any(a.name == "transA" and a.i for a in node.attribute)
-        return 2 * math.prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if transposed else 1]
-    return 0
+        products = math.prod(second[1:])
+    elif node.op_type == "MatMul":
+        products = first[-1]
+    else:
+        products = first[0 if node.attributes.get_int("transA", 0) else 1]
+    return 2 * math.prod(fixed_shape(node.outputs[0]) or ()) * products
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporters' chatter off the terminal: progress has its own voice."""
+    """Keep the messages of torch's exporter off the terminal."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,10 +1,10 @@
-"""The deploy form's vocabulary: arithmetic as modules, and the forms that a recipe may choose.
+"""Building blocks of the deploy form: arithmetic as modules, and the forms that a recipe can select.
 
-Every sum, product, matrix product and concatenation is a module of its own, one instance per call,
-so that a quantiser can give each its own ranges or swap in its own class. No other op stands
-between modules but reshapes, permutations and slices, which carry values through unchanged.
+Every sum, product, matrix product and concatenation is a module of its own, with one instance per call,
+so that a quantiser can give each its own ranges or replace its class. The only other ops are reshapes,
+permutations and slices, which do not change values.
 
-Tokens come in the layout of the recipe's linear layers:
+Tokens have the layout of the recipe's linear layers:
     linear = "matmul"   (T, N, C)       nn.Linear
     linear = "conv"     (T, C, H, W)    1x1 nn.Conv2d
 """
@@ -58,7 +58,7 @@ class Concat(nn.Module):
 
 
 class Constant(nn.Module):
-    """A tensor that the graph adds or multiplies with."""
+    """A constant operand of a sum or product."""
 
     value: Tensor
 
@@ -67,16 +67,17 @@ class Constant(nn.Module):
         self.register_buffer("value", value.detach())
 
     def forward(self) -> Tensor:
-        """Return it."""
+        """Return the tensor."""
         return self.value
 
 
 class SiLU(nn.Module):
-    """x sigmoid(x) as two modules: the fused one exports with no range between its halves.
+    """x sigmoid(x) as two modules: nn.SiLU exports without a range between sigmoid and product.
 
-    The sigmoid sees a map as one row, so that the compiler does not see the product of a tensor with its own
-    sigmoid: what it makes of that, behind a group norm, reads memory that nobody wrote at many sizes (0 dB at
-    14x64x8x16, another 0 dB at the next run). With the detour it is right (77 dB).
+    The sigmoid runs on the map reshaped to one row, so that the compiler does not recognise the product of a
+    tensor with its own sigmoid. Behind a group norm it compiles that product to code that reads uninitialised
+    memory at many sizes (0 dB at 14x64x8x16, with other values at the next run). With the reshape the result
+    is correct (77 dB).
     """
 
     def __init__(self) -> None:
@@ -93,7 +94,7 @@ class SiLU(nn.Module):
 class InstanceGroupNorm(nn.Module):
     """Group normalisation as instance normalisation over merged rows, then a scale and a shift per channel.
 
-    (B, C, H, W) is read as (B, G, C/G H, W). Exact; the HTP runs it in integers where it would run
+    (B, C, H, W) is reshaped to (B, G, C/G H, W). Exact. The HTP runs this form in integers, and
     GroupNormalization in float32.
     """
 
@@ -118,7 +119,7 @@ def group_norm(norm: nn.GroupNorm, forms: GraphForms) -> nn.Module:
 
 
 def copy_sharing(module: nn.Module) -> nn.Module:
-    """Copy a module whose copy shares the parameters and buffers: a new instance, no new memory."""
+    """Return a copy of a module that shares its parameters and buffers, so that it takes no new memory."""
     shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
 
@@ -129,7 +130,7 @@ def conv2d(
     stride: tuple[int, ...] = (1, 1),
     padding: tuple[int, ...] = (0, 0),
 ) -> nn.Conv2d:
-    """Return a convolution that holds these tensors: weight (O, C, kh, kw)."""
+    """Return a convolution with this weight (O, C, kh, kw) and bias (O,)."""
     geometry: dict[str, Any] = {"kernel_size": tuple(weight.shape[2:]), "stride": stride, "padding": padding}
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", **geometry)
     conv.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -139,7 +140,7 @@ def conv2d(
 
 
 def temporal_conv(conv: Any) -> nn.Conv2d:
-    """Return a (3, 1, 1) convolution over (C, T, H, W) as a (3, 1) one over (1, C, T, H W)."""
+    """Return a (3, 1, 1) convolution over (C, T, H, W) as a (3, 1) convolution over (1, C, T, H W)."""
     return conv2d(conv.weight.squeeze(-1), conv.bias, conv.stride[:2], conv.padding[:2])
 
 
@@ -155,17 +156,17 @@ def pointwise(weight: Tensor, bias: Tensor | None, forms: GraphForms) -> nn.Modu
 
 
 def per_channel(values: Tensor, forms: GraphForms) -> Tensor:
-    """Shape (T, C) values so that they broadcast over the tokens' layout."""
+    """Reshape (T, C) values so that they broadcast over tokens."""
     return values[:, :, None, None] if forms.linear == "conv" else values[:, None, :]
 
 
 def to_tokens(x: Tensor, forms: GraphForms) -> Tensor:
-    """Bring a map (T, C, H, W) into the tokens' layout."""
+    """Convert a map (T, C, H, W) to tokens."""
     return x if forms.linear == "conv" else x.flatten(2).transpose(1, 2)
 
 
 def from_tokens(tokens: Tensor, height: int, width: int, forms: GraphForms) -> Tensor:
-    """Bring tokens back to a map (T, C, H, W)."""
+    """Convert tokens to a map (T, C, H, W)."""
     if forms.linear == "conv":
         return tokens
     frames, _, channels = tokens.shape
@@ -191,8 +192,8 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention over space (per frame) or over time (per pixel).
 
     Channels-first tokens are (T, C, H, W) over space, and (1, C, H W, T) over time. The softmax scale is
-    folded into the query. Over space, the recipe's form decides how much of the similarity map exists at
-    once: the whole, a tile of queries, or a tile of one head.
+    folded into the query. Over space, the recipe's form decides how much of the similarity map is computed
+    at once: the whole map, a tile of queries, or a tile of one head.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class SelfAttention(nn.Module):
         self.similarity = nn.ModuleList(MatMul() for _ in range(parts))
         self.softmax = nn.ModuleList(nn.Softmax(dim=-1) for _ in range(parts))
         self.mix = nn.ModuleList(MatMul() for _ in range(parts))
-        # No module without a call: a quantiser would wait for its ranges in vain.
+        # Every module must be called: a quantiser that never runs gets no range.
         self.join_tiles = nn.ModuleList(Concat(2) for _ in self.groups if len(self.tiles) > 1)
         self.join_groups = Concat(1) if len(self.groups) > 1 else None
 
@@ -252,13 +253,13 @@ class SelfAttention(nn.Module):
         return self.to_out(self._merge(mixed, tokens))
 
     def _split(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """Bring tokens to (batch, heads, length, d), or (batch, heads, d, length) if transposed."""
+        """Convert tokens to (batch, heads, length, d), or (batch, heads, d, length) if transposed."""
         b, h, n, d = 0, 2, 1, 3
         if not self.channels_first:  # (T, N, heads, d)
             x = x.reshape(x.shape[0], x.shape[1], self.heads, -1)
             if self.over == "time":
                 b, n = 1, 0
-        elif self.over == "time":  # (1, C, N, T) to (N, T, heads, d), the NPU's own order
+        elif self.over == "time":  # (1, C, N, T) to (N, T, heads, d), the NPU's own layout
             x = x.permute(0, 2, 3, 1).reshape(x.shape[2], x.shape[3], self.heads, -1)
         else:  # (T, heads, d, N)
             x = x.reshape(x.shape[0], self.heads, -1, x.shape[2] * x.shape[3])
@@ -266,7 +267,7 @@ class SelfAttention(nn.Module):
         return x.permute(b, h, d, n) if transposed else x.permute(b, h, n, d)
 
     def _merge(self, x: Tensor, like: Tensor) -> Tensor:
-        """Bring (batch, heads, length, d) back to the layout of `like`."""
+        """Convert (batch, heads, length, d) to the layout of `like`."""
         channels = x.shape[1] * x.shape[3]
         if not self.channels_first:
             x = x.permute(2, 0, 1, 3) if self.over == "time" else x.permute(0, 2, 1, 3)
@@ -280,7 +281,7 @@ class SelfAttention(nn.Module):
 class MapAttention(nn.Module):
     """Group norm and self-attention over the pixels of each frame, added to the input.
 
-    Built from diffusers' Attention with a group norm, as the middle of its autoencoders has it.
+    Built from diffusers' Attention with a group norm, as in the middle of its autoencoders.
     """
 
     def __init__(self, attention: Any, size: tuple[int, int], forms: GraphForms) -> None:
@@ -302,7 +303,7 @@ class MapAttention(nn.Module):
 
 
 class ResidualConvs(nn.Module):
-    """SiLU and convolution, twice, plus the input: `autoencoder.ResidualConvs`."""
+    """SiLU and convolution, twice, plus the input: `model.autoencoder.ResidualConvs`."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -339,8 +340,9 @@ class ResBlock(nn.Module):
 class TemporalResBlock(nn.Module):
     """diffusers' TemporalResnetBlock without embedding; `weight` scales its residual.
 
-    Frames are rows of (1, C, T, H W) or columns of (1, C, H W, T), as the recipe says. They are rows where a
-    group of the norms has one channel: with up to 8 columns the compiler gets the SiLU wrong (lint's "silu").
+    Frames are rows of (1, C, T, H W) or columns of (1, C, H W, T), as the recipe sets it. If the groups of
+    the norms have one channel, frames are always rows: on up to 8 columns the compiler computes the SiLU
+    wrongly (rule "silu" of qnn.lint).
     """
 
     def __init__(self, block: Any, forms: GraphForms, weight: Tensor | None = None) -> None:
@@ -390,7 +392,7 @@ class Upsample(nn.Module):
 class SubPixelUpsample(nn.Module):
     """The sub-pixel form of `Upsample`: one 2x2 convolution on the padded small map, phases interleaved.
 
-    `conv` holds the four phases of each output next to each other (see passes.subpixel_upsampling).
+    In `conv`, the four phases of an output channel are adjacent (see passes.subpixel_upsampling).
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -414,13 +416,13 @@ class SubPixelUpsample(nn.Module):
                 for b in (0, 1)
             )
         )
-        # PixelShuffle wants a pixel's phases next to each other.
+        # PixelShuffle needs the phases of a channel in adjacent channels.
         phases = phases.reshape(frames, 4, channels, height * width).transpose(1, 2)
         return self.interleave(phases.reshape(frames, 4 * channels, height, width))
 
 
 class PerFrame(nn.Module):
-    """A module applied to one frame after the other: an instance per frame, weights shared.
+    """A module applied to one frame at a time: one instance per frame, with shared weights.
 
     Arguments after the first are the same for all frames.
     """
@@ -436,5 +438,5 @@ class PerFrame(nn.Module):
 
 
 def over_frames(unit: nn.Module, frames: int, forms: GraphForms) -> nn.Module:
-    """Return a purely spatial module in the recipe's form: frames as a batch, or one after the other."""
+    """Return a spatial module in the recipe's form: all frames as a batch, or one frame at a time."""
     return PerFrame(unit, frames) if forms.frames == "sequential" and frames > 1 else unit

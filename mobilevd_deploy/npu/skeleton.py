@@ -19,13 +19,13 @@ from mobilevd_deploy.passes.subpixel_upsampling import SubPixelUpsampling
 
 
 def rewrites(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the passes that a recipe's UNet goes through: those that it lists, and those of its forms."""
+    """Return the names of all passes for a recipe's UNet: those it lists, and those its graph forms need."""
     return (*recipe.passes, *(SubPixelUpsampling.name,) * (recipe.graph.upsample == "subpixel"))
 
 
 @torch.no_grad()
 def rewritten_skeleton(spec: ModelSpec, names: Iterable[str]) -> tuple[DenoiseStep, list[Tensor]]:
-    """Return the one-step map after these rewrites, and inputs to call it with; all on the meta device."""
+    """Return the one-step network after these rewrites, and example inputs; all on the meta device."""
     with torch.device("meta"):
         step = cast(DenoiseStep, deploy_contract(build_component(spec, "unet")))
         inputs = [torch.empty(shape) for shape in input_shapes(spec, "unet").values()]

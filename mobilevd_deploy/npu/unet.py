@@ -1,7 +1,7 @@
-"""NpuUNet: the rewritten `MobileVDUNet` as a static graph, one step, constants folded.
+"""NpuUNet: the rewritten `MobileVDUNet` as a static graph of one denoising step, with folded constants.
 
-Built from a network after the passes; modules keep diffusers' names, so that a rule or a report
-can point at `down_blocks.0.attentions.1`.
+It is built from a network after the passes. Modules keep diffusers' names, so that a rule or a report can
+name `down_blocks.0.attentions.1`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ from mobilevd_deploy.passes.single_token_cross_attention import SingleTokenCross
 
 
 class FeedForward(nn.Module):
-    """diffusers' GEGLU feed-forward; value and gate are two layers, so that nothing has to be split.
+    """diffusers' GEGLU feed-forward. Value and gate are two layers, so that no tensor is split.
 
-    Channels-first tokens of several frames are laid below each other, which moves nothing: in rows of one map
-    the hidden layer stays on chip, in a batch of maps the compiler writes it to DRAM at 16-bit integers.
+    Channels-first tokens of several frames are reshaped to the rows of one map, which moves no data. The
+    compiler then keeps the hidden layer on chip. For a batch of maps of 16-bit integers it writes the hidden
+    layer to DRAM.
     """
 
     def __init__(self, feed_forward: Any, forms: GraphForms) -> None:
@@ -75,7 +76,7 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """What single-token cross-attention comes to: one vector per clip, added to every token."""
+    """Cross-attention to a single token, which reduces to one vector per clip, added to every token."""
 
     def __init__(self, attention: SingleTokenCrossAttention, forms: GraphForms) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialStage(nn.Module):
-    """Norm, projection and spatial blocks of a transformer: everything that sees one frame only."""
+    """Norm, projection and spatial blocks of a transformer: the modules that see only one frame."""
 
     def __init__(self, model: Any, tokens: int, forms: GraphForms) -> None:
         super().__init__()
@@ -147,10 +148,10 @@ class SpatialStage(nn.Module):
 class TemporalStage(nn.Module):
     """One temporal block of a transformer with its frame positions and blend: alpha x_s + (1 - alpha) x_t.
 
-    Channels-first tokens are turned to (1, C, H W, T) once: nothing in the block looks at another pixel, so
-    with the pixels in rows the compiler takes a few rows through all of it, on chip. The blend does without
-    x_s, which would have to be kept beside the x_s + positions that the block begins with: alpha x_s is alpha
-    of that sum, less alpha times the positions.
+    Channels-first tokens are permuted to (1, C, H W, T) once. Nothing in the block mixes pixels, so with the
+    pixels as rows the compiler runs the whole block on a few rows at a time, on chip. The block starts from
+    x_s + positions, and the blend uses that sum instead of x_s: alpha x_s = alpha (x_s + positions) - alpha
+    positions. So x_s does not have to be kept in memory as well.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class TemporalStage(nn.Module):
         return mixed.reshape(channels, height, width, frames).permute(3, 0, 1, 2)
 
     def mix(self, tokens: Tensor, image_embeds: Tensor) -> Tensor:
-        """Map tokens in the block's layout to tokens."""
+        """Map tokens in the block's layout to tokens of the same layout."""
         placed = self.add_positions(tokens, self.positions())
         mixed = self.blend(
             self.multiply_spatial(placed, self.spatial_weight()),
@@ -209,7 +210,7 @@ class Transformer(nn.Module):
 
 
 class VideoResBlock(nn.Module):
-    """A spatial resblock, followed by a temporal one where it was kept."""
+    """A spatial resblock, followed by a temporal one if it was kept."""
 
     def __init__(
         self, block: SpatialResBlock | SpatioTemporalResBlock, frames: int, forms: GraphForms
@@ -228,7 +229,7 @@ class VideoResBlock(nn.Module):
 class HalveFrames(nn.Module):
     """`TemporalDownsample`: the sum of each pair of frames, or a convolution.
 
-    The mean's factor of a half is folded into the layer before.
+    The factor 1/2 of the mean is folded into the layer before.
     """
 
     def __init__(self, module: TemporalDownsample) -> None:
@@ -247,7 +248,7 @@ class HalveFrames(nn.Module):
 
 
 class DoubleFrames(nn.Module):
-    """`TemporalUpsample`: each frame twice, smoothed where the checkpoint has a convolution for it."""
+    """`TemporalUpsample`: each frame twice, smoothed if the checkpoint has a convolution for it."""
 
     def __init__(self, module: TemporalUpsample) -> None:
         super().__init__()
@@ -257,7 +258,7 @@ class DoubleFrames(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, C, H, W) to (2T, C, H, W)."""
         frames, channels, height, width = x.shape
-        # Concatenation with itself: an expand of an extra axis is computed wrongly by the HTP simulator.
+        # Not an Expand of an extra axis: the HTP simulator computes that wrongly.
         doubled = self.concat(x, x).reshape(2 * frames, channels, height, width)
         if self.conv is None:
             return doubled
@@ -266,7 +267,7 @@ class DoubleFrames(nn.Module):
 
 
 class Level(nn.Module):
-    """Resblocks and transformers of one level; on the way up a skip joins before each resblock."""
+    """Resblocks and transformers of one level. In the up path a skip is concatenated before each resblock."""
 
     def __init__(
         self, block: Any, frames: int, size: tuple[int, int], forms: GraphForms, skips: bool = False
@@ -279,7 +280,7 @@ class Level(nn.Module):
         self.joins = nn.ModuleList(Concat(1) for _ in self.resnets) if skips else None
 
     def forward(self, x: Tensor, image_embeds: Tensor, skips: list[Tensor] | None = None) -> list[Tensor]:
-        """Map (T, C, H, W) to the states behind each resblock and its transformer; the last is the result."""
+        """Map (T, C, H, W) to the states after each resblock and its transformer; the last is the result."""
         states = []
         for i, resnet in enumerate(self.resnets):
             if self.joins is not None and skips is not None:
@@ -292,7 +293,7 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Resblock, transformer, resblock at the lowest level."""
+    """Resblocks of the lowest level with a transformer between each two."""
 
     def __init__(self, block: Any, frames: int, size: tuple[int, int], forms: GraphForms) -> None:
         super().__init__()
@@ -305,13 +306,13 @@ class MidBlock(nn.Module):
         """Map (T, C, H, W) to itself."""
         x = self.resnets[0](x)
         for i, attention in enumerate(self.attentions, start=1):
-            # Not over a slice of the resnets: the exporter would name nodes after the slice.
+            # Not a slice of the resnets: the exporter would name the nodes after the slice.
             x = self.resnets[i](attention(x, image_embeds))
         return x
 
 
 class NpuUNet(nn.Module):
-    """The one-step map noise, image latents, image embedding -> latents at a fixed size.
+    """One denoising step: noise, image latents and image embedding -> latents, at a fixed size.
 
     Inputs, all float: noise (T, 4, h, w) unit normal; image_latents (1, 4, h, w); image_embeds (1, D).
     Output: latents (T, 4, h, w), as `MobileVDUNet.denoise` gives for a batch of one.
@@ -327,7 +328,7 @@ class NpuUNet(nn.Module):
         spec = unet.unet_spec
         noise_channels = spec.out_channels
         weight, bias = unet.conv_in.weight, unet.conv_in.bias
-        # The image is the same for all frames: its half of conv_in runs once.
+        # The image is the same for all frames, so its half of conv_in runs once.
         self.conv_in_noise = conv2d(weight[:, :noise_channels], None, padding=(1, 1))
         self.conv_in_image = conv2d(weight[:, noise_channels:], bias, padding=(1, 1))
         self.add_in = Add()
@@ -391,7 +392,7 @@ class NpuUNet(nn.Module):
 
 
 def _require_rewritten(unet: MobileVDUNet) -> None:
-    """Refuse a network on which a pass that the deploy form builds on has not run."""
+    """Raise RewriteError if a pass that the deploy form requires has not run."""
     for path, module in unet.named_modules():
         missing: PassName | None = None
         if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)):

@@ -1,12 +1,12 @@
-"""What the Hexagon compiler really made of a model, by its own account.
+"""Read back what the Hexagon compiler made of a model.
 
-read_qnn_graph  QnnGraph: operations and tensors with their types, from the JSON that a compilation leaves
-check_graph     refuses what a quantised graph must not hold: float islands, narrowed tensors
+read_qnn_graph  QnnGraph: operations and tensors with their types, from the JSON that a compilation writes
+check_graph     refuses a quantised graph with float operations or with tensors of too few bits
 read_traffic    Traffic: bytes to and from DRAM per module, from the compiler's schedule
 
-Neither format is documented, so whatever is not understood is an error. The compiler renames operations
-("a.conv/Conv" becomes "a.conv/Conv_token_7") and inserts its own; both are traced back to nodes of the ONNX
-file, which are named <module path>/<op>.
+Neither format is documented, so an unknown value is an error. The compiler renames operations ("a.conv/Conv"
+becomes "a.conv/Conv_token_7") and inserts its own. Both are traced back to nodes of the ONNX file, which are
+named <module path>/<op>.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Role = Literal["input", "output", "inner", "constant"]
 class QnnTensor:
     """A tensor of the compiled graph.
 
-    `dtype` is like QNN's own: "float32", "ufixed16" (quantised, with a zero point), "sfixed8", "int32".
+    `dtype` follows QNN's names: "float32", "ufixed16" (quantised, with a zero point), "sfixed8", "int32".
     """
 
     name: str
@@ -54,7 +54,7 @@ class QnnTensor:
 
     @property
     def quantised_bits(self) -> int | None:
-        """Width of a quantised computed value; None for constants and for all that is not quantised."""
+        """Bits of a quantised computed value; None for constants and for other values."""
         if self.role == "constant" or "fixed" not in self.dtype:
             return None
         return int(self.dtype.partition("fixed")[2])
@@ -62,7 +62,7 @@ class QnnTensor:
 
 @dataclass(frozen=True)
 class QnnOp:
-    """An operation; `node` is the ONNX node that it stems from, or serves where the compiler put it in."""
+    """An operation. `node` is its ONNX node, or the nearest ONNX node if the compiler inserted it."""
 
     name: str
     type: str
@@ -73,7 +73,7 @@ class QnnOp:
 
 @dataclass(frozen=True)
 class Narrowed:
-    """A value of fewer bits than the ONNX file asks for; `node` reads it."""
+    """A value with fewer bits than in the ONNX file; `node` reads it."""
 
     tensor: str
     dtype: str
@@ -82,7 +82,7 @@ class Narrowed:
 
 @dataclass(frozen=True)
 class QnnGraph:
-    """A compiled graph. `narrow_by_design`: names of 8-bit values that the ONNX file itself has."""
+    """A compiled graph. `narrow_by_design`: names of values that have 8 bits in the ONNX file as well."""
 
     ops: tuple[QnnOp, ...]
     tensors: dict[str, QnnTensor]
@@ -95,10 +95,10 @@ class QnnGraph:
 
     @cached_property
     def float_islands(self) -> tuple[QnnOp, ...]:
-        """Operations in floating point within a quantised graph, edges left out.
+        """Operations in floating point within a quantised graph, without its edges.
 
-        The edges are what turns a float input into a quantised one, and back for an output. Conversions and
-        mere moves around an island are not listed.
+        The edges quantise a float input or dequantise an output. Conversions and moves around an island are
+        not listed.
         """
         if not self.is_quantised:
             return ()
@@ -111,13 +111,13 @@ class QnnGraph:
             if (floats := self._floats(op)) and not (op.type in _CARRIERS and floats <= edge)
         ]
         computing = [op for op in bad if op.type not in _CARRIERS]
-        # Where nothing is computed, what carries the floats about is all there is to name.
+        # If the island computes nothing, name the operations that move its values.
         reached = self._carried({name for op in computing for name in self._floats(op)})
         return (*computing, *(op for op in bad if op.type in _CARRIERS and not self._floats(op) & reached))
 
     @cached_property
     def narrowed(self) -> tuple[Narrowed, ...]:
-        """Values of 8 bits or fewer that the ONNX file has at more; not what follows from them."""
+        """Values of 8 bits or fewer that have more in the ONNX file; only the first of a chain is listed."""
         found = []
         for op in self.ops:
             if any(self._is_narrow(name) for name in op.inputs):
@@ -140,7 +140,7 @@ class QnnGraph:
         return {name for name in (*op.inputs, *op.outputs) if self.tensors[name].is_float_value}
 
     def _carried(self, values: set[str]) -> set[str]:
-        """Return these float values, and those that moving them about makes, or made them."""
+        """Return these float values, and all that moves connect with them."""
         moves = [floats for op in self.ops if op.type in _MOVES and (floats := self._floats(op))]
         size = -1
         while size < len(values):
@@ -155,8 +155,8 @@ class QnnGraph:
 def read_qnn_graph(path: Path, model: Path | None = None) -> QnnGraph:
     """Read the JSON of a compiled graph; `model` is the ONNX file that it was compiled from.
 
-    Without `model` nodes are named as the compiler names its operations, and every 8-bit value counts as
-    narrowed. Raises VendorError for a format that is not known.
+    Without `model`, nodes have the compiler's names of operations, and every 8-bit value counts as narrowed.
+    Raises VendorError for an unknown format.
     """
     try:
         content = json.loads(path.read_bytes())["graph"]
@@ -179,7 +179,7 @@ def read_qnn_graph(path: Path, model: Path | None = None) -> QnnGraph:
             readers.setdefault(tensor, []).append(name)
 
     def neighbours(name: str) -> Iterator[str]:
-        """The operations behind, nearest first, then those before."""
+        """Yield the operations that read this one's outputs, then those that make its inputs."""
         _, inputs, outputs = raw[name]
         yield from (reader for tensor in outputs for reader in readers.get(tensor, ()))
         yield from (writers[tensor] for tensor in inputs if tensor in writers)
@@ -196,15 +196,15 @@ def read_qnn_graph(path: Path, model: Path | None = None) -> QnnGraph:
 
 
 def check_graph(graph: QnnGraph, precision: str, allow: Sequence[str] = ()) -> None:
-    """Raise ExportError naming what is not computed as `precision` ("float16", or like "w8a16") asks.
+    """Raise ExportError that names the operations which do not have `precision` ("float16", "w8a16", ...).
 
-    `allow` are shell wildcards for names of ONNX nodes, such as "up_blocks.3.*".
+    `allow`: shell wildcards for names of ONNX nodes to accept, such as "up_blocks.3.*".
     """
     if precision == "float16":
         return
     if not graph.is_quantised:
         raise ExportError(
-            f"the compiled graph holds no quantised value, {precision} was asked for",
+            f"the compiled graph holds no quantised value, {precision} was requested",
             next_step="compile the quantised model",
         )
     faults = {op.node: f"{op.node} ({op.type}) runs in floating point" for op in graph.float_islands}
@@ -219,14 +219,14 @@ def check_graph(graph: QnnGraph, precision: str, allow: Sequence[str] = ()) -> N
 
 @dataclass(frozen=True)
 class DramBytes:
-    """Bytes that move between DRAM and the NPU's own memory in one run."""
+    """Bytes moved between DRAM and the NPU's own memory in one run."""
 
     read: int = 0
     written: int = 0
 
     @property
     def total(self) -> int:
-        """Both ways together."""
+        """Bytes read and written."""
         return self.read + self.written
 
     def __add__(self, other: DramBytes) -> DramBytes:
@@ -235,9 +235,9 @@ class DramBytes:
 
 @dataclass(frozen=True)
 class Traffic:
-    """DRAM traffic of one run as the compiler planned it, by module path; children stand apart.
+    """DRAM traffic of one run as the compiler scheduled it, by module path, without that of children.
 
-    `modules` has "" for operations that stem from no module. `edges` are the graph's inputs and outputs.
+    `modules` has "" for operations of no module. `edges` are the graph's inputs and outputs.
     """
 
     modules: dict[str, DramBytes] = field(default_factory=dict)
@@ -245,21 +245,21 @@ class Traffic:
 
     @property
     def total(self) -> DramBytes:
-        """Everything."""
+        """The sum of all modules and the edges."""
         return sum(self.modules.values(), self.edges)
 
     def under(self, path: str) -> DramBytes:
-        """Sum over the module at `path` and those below it."""
+        """Return the sum of the module at `path` and of its children."""
         inside = (b for m, b in self.modules.items() if m == path or m.startswith(path + "."))
         return sum(inside, DramBytes())
 
 
 def read_traffic(path: Path, graph: QnnGraph | None = None) -> Traffic:
-    """Sum the DMA transfers in a `*_schematic.bin`, the schedule that profiling_level=optrace leaves.
+    """Sum the DMA transfers in a `*_schematic.bin`, the schedule that profiling_level=optrace writes.
 
-    Only rows with is_dma = 1 move data; the others count operands that stay where they are. With `graph`,
-    of the same compilation, what the compiler put in counts for the module that it serves.
-    Raises VendorError where a heading or a row is not as known: no number is better than a wrong one.
+    Only rows with is_dma = 1 move data between DRAM and the NPU; the others count operands in place. With
+    `graph`, of the same compilation, operations that the compiler inserted count for the nearest module.
+    Raises VendorError for an unknown heading or row.
     """
     rows = _section(path, "bandwidth_information = [", "]")
     transfers: dict[int, DramBytes] = {}
@@ -296,7 +296,7 @@ def read_traffic(path: Path, graph: QnnGraph | None = None) -> Traffic:
 
 
 def _section(path: Path, heading: str, end: str) -> Iterator[str]:
-    """Yield the lines between `heading` and `end`; the file is far too large to read whole."""
+    """Yield the lines between `heading` and `end`, read one at a time: the file may have 200 MB."""
     found = False
     inside = False
     try:
@@ -304,7 +304,7 @@ def _section(path: Path, heading: str, end: str) -> Iterator[str]:
             for line in map(str.strip, file):
                 if line == heading:
                     if found:
-                        raise _not_understood(path, f"{heading!r} stands twice")
+                        raise _not_understood(path, f"{heading!r} occurs twice")
                     found = inside = True
                 elif line == end:
                     inside = False
@@ -325,21 +325,20 @@ def _tensor(name: str, values: Mapping[str, Any]) -> QnnTensor:
 
 
 def _onnx_names(path: Path) -> tuple[set[str], frozenset[str]]:
-    """Return the names of all nodes, and of nodes and values that are quantised to 8 bits in the file."""
-    import onnx
+    """Return the names of all nodes, and the names of nodes and values that the file quantises to 8 bits."""
+    import onnx_ir as ir
 
-    graph = onnx.load(path, load_external_data=False).graph
-    eight = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
-    types = {init.name: init.data_type for init in graph.initializer}
-    narrow: set[str] = set()
-    for node in graph.node:
-        if node.op_type == "QuantizeLinear" and len(node.input) > 2 and types.get(node.input[2]) in eight:
-            narrow |= {node.name, node.output[0]}
-    return {node.name for node in graph.node}, frozenset(narrow)
+    eight, nodes, narrow = (ir.DataType.INT8, ir.DataType.UINT8), set[str](), set[str]()
+    for node in ir.load(path).graph:
+        nodes.add(node.name or "")
+        zero_point = node.inputs[2] if node.op_type == "QuantizeLinear" and len(node.inputs) > 2 else None
+        if zero_point is not None and zero_point.dtype in eight:
+            narrow |= {node.name or "", node.outputs[0].name or ""}
+    return nodes, frozenset(narrow)
 
 
 def origin(name: str, known: AbstractSet[str]) -> str | None:
-    """Return the longest of the `known` names that `name` was made from by appending _something, if any."""
+    """Return the longest of the `known` names to which appending "_<text>" gives `name`, if there is one."""
     while name and name not in known:
         name = name.rpartition("_")[0]
     return name or None
@@ -348,7 +347,7 @@ def origin(name: str, known: AbstractSet[str]) -> str | None:
 def _nearest(
     name: str, own: Mapping[str, str | None], neighbours: Callable[[str], Iterable[str]]
 ) -> str | None:
-    """Return the ONNX node of the operation itself, else of the first found around it."""
+    """Return the ONNX node of the operation itself, else of the nearest operation that has one."""
     seen, queue = {name}, [name]
     for current in queue:
         if (node := own[current]) is not None:
@@ -361,6 +360,6 @@ def _nearest(
 
 def _not_understood(path: Path, why: str) -> VendorError:
     return VendorError(
-        f"{path.name} is not in the format that we know ({why})",
+        f"{path.name} has an unknown format ({why})",
         next_step="use the onnxruntime-qnn of constraints.txt, or report its version",
     )

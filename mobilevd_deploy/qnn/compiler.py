@@ -1,13 +1,9 @@
-"""The Hexagon compiler and the NPU's simulator, as onnxruntime-qnn brings them to any x86 Linux machine.
+"""Compile ONNX for the NPU with the Hexagon compiler in onnxruntime-qnn, on any x86-64 Linux machine.
 
-lint             what is known to go wrong, said before the compiler is asked
 compile_context  ONNX -> ContextBinary: a binary for one chip, the wrapper that loads it, the graph read back
 measure_traffic  bytes to and from DRAM per module, from the compiler's schedule
-NpuSimRunner     runs a context binary here, as the phone's NPU would compute it
 
-The library works in a child process, because it may crash, take all memory, or never end; its verbose log is
-read as it comes, because only there it says why it refuses an operation. The only file that imports
-onnxruntime_qnn, and late.
+The compiler runs in a child process: see qnn.process.
 """
 
 from __future__ import annotations
@@ -30,18 +26,18 @@ from mobilevd_deploy.qnn.compiled import DramBytes, QnnGraph, Traffic, read_qnn_
 from mobilevd_deploy.qnn.process import PROVIDER, run_child
 from mobilevd_deploy.qnn.targets import Target, read_target
 
-# onnxruntime writes the newest version that it knows; the wrapper's one node needs none of it.
+# onnxruntime writes the newest versions that it knows. The wrapper's one node does not need them.
 _WRAPPER_IR, _WRAPPER_OPSET = 10, 21
 _KEPT_METADATA = ("ep_compatibility_info", "external_dependencies")
 
 
 @dataclass(frozen=True)
 class ContextBinary:
-    """A compiled model: `context` is the binary, `wrapper` the ONNX file that loads it from beside itself.
+    """A compiled model: `context` is the binary, `wrapper` the ONNX file that loads it from its own folder.
 
     `soc` and `arch` are read back from the binary. `qnn_api` is the version of the QNN interface and `sdk`
-    that of the SDK that wrote it; a phone needs a runtime at least as new. `graph` is what was compiled.
-    `dram` is what a run will move, by the compiler's own sum; None where it gave none.
+    the version of the SDK that wrote it; a phone needs a runtime at least as new. `graph` is the compiled
+    graph. `dram` is the compiler's own sum of the bytes that a run moves; None if it reported none.
     """
 
     wrapper: Path
@@ -67,16 +63,16 @@ def compile_context(
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> ContextBinary:
-    """Compile an ONNX file, all of it, as <target>.onnx and <target>.bin in `folder`.
+    """Compile a whole ONNX file to <target>.onnx and <target>.bin in `folder`.
 
-    `float16`: `model` is in float32 and computed in float16; else it is quantised (QDQ). Both files are made
-    aside and renamed. The graph is read back but not judged: `check_graph` does that. `stop` ends the
-    compiler from another thread, with CancelledError here.
+    `float16`: `model` is in float32 and is computed in float16; else it is quantised (QDQ). Both files are
+    written aside and renamed. The graph is read back but not checked: `check_graph` does that. Setting `stop`
+    in another thread ends the compiler, and this function raises CancelledError.
 
     Raises:
-        ExportError: the compiler refuses operations; they are named, with its reasons.
-        VendorError: it failed, crashed, ran out of time, or made something else than it was asked for.
-        ResourceError: it needs more memory than `options` allow, or than the machine has.
+        ExportError: the compiler refuses operations; the error names them, with the compiler's reasons.
+        VendorError: the compiler failed, crashed, ran out of time, or compiled for another chip.
+        ResourceError: it needs more memory than `options` allow or the machine has.
         UsageError: onnxruntime-qnn is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,10 +114,10 @@ def measure_traffic(
     *,
     float16: bool,
 ) -> Traffic:
-    """Compile `model` and sum the DRAM traffic that the compiler scheduled; nothing is kept.
+    """Compile `model` and sum the DRAM traffic that the compiler scheduled; no file is kept.
 
-    The schedule takes some 200 MB of disk per large block while it is read. Errors as in `compile_context`;
-    VendorError too for a sum that is not the compiler's own.
+    The schedule of a large block needs about 200 MB of disk while it is read. Raises the errors of
+    `compile_context`, and VendorError if the sum differs from the compiler's own.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -138,36 +134,31 @@ def measure_traffic(
 
 
 def _compare_sums(schedule: DramBytes, own: DramBytes | None, graph: QnnGraph, model: Path) -> None:
-    """Refuse a schedule that adds up to something else than the compiler says.
+    """Raise VendorError if the schedule's sum differs from the compiler's.
 
-    Only inputs and outputs may make a difference: small maps are padded on their way, which the compiler's
-    sum counts and its schedule does not.
+    Only inputs and outputs may differ: small maps are padded, which the compiler's sum includes and its
+    schedule does not.
     """
     if own is None:
         return
     edges = {"input": 0, "output": 0}
     for tensor in graph.tensors.values():
         if tensor.role in edges:
-            # A map's rows and columns come in eights.
+            # The padded numbers of rows and columns are multiples of 8.
             *outer, height, width = (1, 1, *tensor.shape)
             edges[tensor.role] += 4 * math.prod(outer) * (height + 7) * (width + 7)
     more = own.read - schedule.read, own.written - schedule.written
     if not (0 <= more[0] <= edges["input"] and 0 <= more[1] <= edges["output"]):
         raise VendorError(
             f"{model}: the schedule adds up to {schedule}, the compiler's own sum is {own}",
-            next_step="its schedules are not understood: install the onnxruntime-qnn of pyproject.toml",
+            next_step="this version's schedules have another format: install the onnxruntime-qnn of "
+            "pyproject.toml",
         )
-
-
-# ---- lint rules ----
-
-
-# ---- files of a compilation ----
 
 
 @contextlib.contextmanager
 def _fresh_folder(path: Path) -> Iterator[Path]:
-    """Make an empty folder, whatever a run that was killed has left there, and remove it afterwards."""
+    """Make an empty folder, after removing what a killed run may have left, and remove it afterwards."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     try:
@@ -177,7 +168,7 @@ def _fresh_folder(path: Path) -> Iterator[Path]:
 
 
 def _limits(options: NpuOptions) -> tuple[int, float]:
-    """Return the bytes and seconds that a compilation may take which starts now."""
+    """Return the limits, in bytes and seconds, of a compilation that starts now."""
     memory = int(options.compiler_memory_gb * 1e9) or memory_bytes()[1]
     return memory, options.compiler_hours * 3600
 
@@ -200,9 +191,9 @@ def _compile_job(model: Path, target: Target, options: NpuOptions, float16: bool
 
 
 def _rewrite_wrapper(path: Path, context: str) -> tuple[Path, str]:
-    """Make the wrapper refer to the file name `context`; return the binary that it referred to, and the SDK.
+    """Make the wrapper refer to the file name `context`; return the present path of the binary, and the SDK.
 
-    It also gets an old IR version, and loses what exporters left in the model's metadata.
+    Also lowers the IR version, and removes metadata of exporters.
     """
     import onnx
 
@@ -234,9 +225,3 @@ def _graph_json(folder: Path) -> Path:
     if len(graphs) != 1:
         raise VendorError(f"the compiler described {len(graphs)} graphs, not one")
     return graphs[0]
-
-
-# ---- the child process, seen from outside ----
-
-
-# ---- the child process, from inside ----

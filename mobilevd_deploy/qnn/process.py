@@ -1,4 +1,8 @@
-"""The vendor's compiler and simulator in a child process: progress, limits, errors."""
+"""Run Qualcomm's compiler and simulator in a child process: progress, limits, errors.
+
+A child process, because the library may crash, use all memory or never end. Its verbose log is read line by
+line: only the log gives the reasons for a refused operation. No other file imports onnxruntime_qnn.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +30,11 @@ from mobilevd_deploy.base.processes import die_with_parent, own_python, peak_byt
 from mobilevd_deploy.base.progress import Progress, duration
 from mobilevd_deploy.errors import ExportError, MobileVDError, ResourceError, UsageError, VendorError, listed
 from mobilevd_deploy.qnn.compiled import DramBytes, origin
-from mobilevd_deploy.qnn.split import tensor_shapes
 
 PROVIDER = "QNNExecutionProvider"
 
 
-# Where the compiler's stages begin, as parts of the whole; measured on the demo's UNet.
+# Share of the compilation's time before each stage; measured on the demo's UNet.
 _STAGES = {"Graph Optimizations": 0.2, "Graph Sequencing for Target": 0.7, "VTCM Allocation": 0.9}
 
 
@@ -42,7 +45,7 @@ _FULL_DISK_BYTES = 2**20
 
 
 class _Log:
-    """What the library says of itself: versions, stages, refused operations and their reasons."""
+    """What the library's log says: versions, stages, refused operations and the reasons."""
 
     _ERRORS = ("[E:onnxruntime", "<E>", "terminate called", "  what():")
     _HARMLESS = ("unexpected GraphHtpSettings option", "Unsupported nodes in QNN EP")
@@ -72,7 +75,7 @@ class _Log:
         if "Validation FAILED for" in line:
             self._unit, self._members = line.rpartition("(")[2].partition(")")[0], []
         elif "GetCapability pass" in line:
-            # The first pass may refuse what the second one, after the layout has changed, takes.
+            # The second pass, after a change of layout, may accept what the first one refused.
             self.refused.clear()
         elif "ComposeGraph Graph name" in line:
             self.is_refused = bool(self.refused)
@@ -95,7 +98,7 @@ class _Log:
         elif "REASON :" in line and self._members:
             reason = line.partition("REASON :")[2].strip()
             reason = re.sub(r"\.?\w+ node `.*` will not be assigned.*", "", reason)
-            # Quantised operations come as a group, with the borders around the one that it is named for.
+            # A quantised operation comes as a group with its Q and DQ, and the group has its name.
             kind, name = next((m for m in self._members if m[0] == self._unit), self._members[0])
             self.refused[name] = (kind, reason)
 
@@ -117,7 +120,7 @@ def check_installed() -> None:
             next_step=f"on such a machine: {step}",
         )
     if importlib.util.find_spec("onnxruntime_qnn") is None:
-        raise UsageError("onnxruntime-qnn is not installed, which holds the Hexagon compiler", next_step=step)
+        raise UsageError("the Hexagon compiler (onnxruntime-qnn) is not installed", next_step=step)
 
 
 def run_child(
@@ -129,7 +132,7 @@ def run_child(
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> _Ran:
-    """Run a job with `folder` as its working folder; `what` begins every error."""
+    """Run a job with `folder` as its working folder. Error messages start with `what`."""
     check_installed()
     code = f"from {__name__} import _child_main; _child_main(sys.argv[1], {os.getpid()})"
     begun, log = time.monotonic(), _Log(progress or Progress())
@@ -163,7 +166,7 @@ def _follow(
     timeout_s: float,
     stop: threading.Event | None,
 ) -> int:
-    """Read the child's log to its end and hold it to its limits; return its peak memory in bytes."""
+    """Read the child's log to its end and enforce the limits; return its peak memory in bytes."""
     assert process.stdout is not None
     poller, peak, begun = select.poll(), 0, time.monotonic()
     poller.register(process.stdout)
@@ -173,7 +176,7 @@ def _follow(
             log.feed(chunk)
             if not chunk:
                 return peak
-        if log.is_refused:  # to compile the rest could take minutes, for nothing
+        if log.is_refused:  # compiling the rest could take minutes
             process.kill()
             return peak
         if stop is not None and stop.is_set():
@@ -181,13 +184,13 @@ def _follow(
         peak = max(peak, peak_bytes(process.pid))
         if memory_bytes is not None and peak > memory_bytes:
             raise ResourceError(
-                f"{what} takes more than {memory_bytes / 1e9:.2f} GB{_during(log)}",
+                f"{what} needs more than {memory_bytes / 1e9:.2f} GB{_during(log)}",
                 next_step="close other programs, raise npu.compiler_memory_gb in the recipe if it is set, "
                 "or cut the UNet into more parts (npu.parts)",
             )
         if time.monotonic() - begun > timeout_s:
             raise VendorError(
-                f"{what} was not done after {duration(timeout_s)}{_during(log)}",
+                f"{what} has not ended after {duration(timeout_s)}{_during(log)}",
                 next_step="raise npu.compiler_hours in the recipe, or choose a lower npu.optimization_mode",
             )
 
@@ -195,7 +198,7 @@ def _follow(
 def _failure(
     what: str, model: Path, status: int, result: Mapping[str, Any], log: _Log
 ) -> MobileVDError | None:
-    """Say why the child did not do its job; None if it did."""
+    """Return the error of a child that failed; None if it succeeded."""
     if log.refused and (log.is_refused or status):
         return ExportError(
             f"{what}: {len(log.refused)} operations do not run on the NPU"
@@ -204,31 +207,29 @@ def _failure(
         )
     if status == 0 and "error" not in result:
         return None
-    said = "".join(f"\n  {line.strip()}" for line in dict.fromkeys(log.errors))
-    if status == -signal.SIGKILL or "bad_alloc" in said or "MemoryError" in str(result.get("error")):
+    logged = "".join(f"\n  {line.strip()}" for line in dict.fromkeys(log.errors))
+    if status == -signal.SIGKILL or "bad_alloc" in logged or "MemoryError" in str(result.get("error")):
         return ResourceError(
-            f"{what}: memory ran out{_during(log)}{said}",
+            f"{what}: memory ran out{_during(log)}{logged}",
             next_step="close other programs, or make the graph smaller",
         )
     if status < 0:
         return VendorError(
-            f"{what}: Qualcomm's library crashed ({signal.Signals(-status).name}){_during(log)}{said}",
+            f"{what}: Qualcomm's library crashed ({signal.Signals(-status).name}){_during(log)}{logged}",
             next_step="try another npu.optimization_mode, or another graph form",
         )
-    return VendorError(f"{what}: {result.get('error', f'it ended with status {status}')}{said}")
+    return VendorError(f"{what}: {result.get('error', f'it ended with status {status}')}{logged}")
 
 
 def _describe_refused(model: Path, refused: Mapping[str, tuple[str, str]]) -> Iterator[str]:
-    import onnx
+    from mobilevd_deploy.base.graphs import fixed_shape, read_shaped
 
-    graph = onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False)).graph
-    shapes = tensor_shapes(graph)
-    nodes = {node.name: node for node in graph.node}
+    nodes = {node.name: node for node in read_shaped(model).graph if node.name}
     ours = {name: node for name in refused if (node := origin(name, nodes.keys())) is not None}
     for name in ours or refused:
         kind, reason = refused[name]
-        node = nodes.get(ours.get(name, ""))
-        shape = shapes.get(node.output[0]) if node is not None else None
+        made_by = nodes.get(ours.get(name, ""))
+        shape = fixed_shape(made_by.outputs[0]) if made_by is not None else None
         size = f" -> {'x'.join(map(str, shape))}" if shape else ""
         hint = "; its layer has no quantised output" if "standalone DQ" in reason else ""
         yield f"{ours.get(name, name)} ({kind}{size}): {reason}{hint}"
@@ -243,21 +244,21 @@ def _child_main(job: str, parent_pid: int) -> None:
     die_with_parent(parent_pid)
     try:
         result = _do(json.loads(job))
-    except BaseException as error:  # reported by the parent, in its own words
+    except BaseException as error:  # the parent reports it
         result = {"error": f"{type(error).__name__}: {error}"}
     result["peak_bytes"] = peak_bytes()
     write_durably(Path("result.json"), json.dumps(result))
     sys.stdout.flush()
-    # The library's own tear-down takes long for a large graph, and may crash when all is done.
+    # The library takes long to unload a large graph, and may crash then.
     os._exit(1 if "error" in result else 0)
 
 
 def _do(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Create a session, which compiles or loads; run it if there are `feeds`."""
+    """Create a session, which compiles or loads the model; run it if the job has `feeds`."""
     import onnxruntime
     import onnxruntime_qnn
 
-    # The reasons for a refusal stand in the verbose log alone; a simulation would drown in it.
+    # Only the verbose log has the reasons for a refusal. A simulation would write too much of it.
     severity = 2 if "feeds" in job else 0
     onnxruntime.set_default_logger_severity(severity)
     onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())

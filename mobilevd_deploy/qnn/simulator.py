@@ -1,4 +1,4 @@
-"""Context binaries on Qualcomm's x86 simulator of the HTP."""
+"""Run context binaries on Qualcomm's x86 simulator of the HTP."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 SIMULATE_UP_TO_FLOPS = 20e9
-"""A component with more is not simulated: on two cores its run would take from minutes to days."""
+"""A component with more FLOPs is not simulated: on two cores its run would take minutes to days."""
 
 
 class NpuSimRunner:
-    """A context binary on the simulator of the NPU, which computes as the chip does, and far slower.
+    """Runs a context binary on the simulator of the NPU, which computes like the chip but far slower.
 
-    It needs what `compile_context` wrote: the wrapper with the binary beside it. The process lives for one
-    call, however long that takes: what is too large to be simulated is for the caller to decide.
+    Needs the files of `compile_context`: the wrapper, and the binary in the same folder. Each call starts a
+    process, without a time limit: the caller decides what is too large (`SIMULATE_UP_TO_FLOPS`).
     """
 
     def __init__(self, wrapper: Path) -> None:

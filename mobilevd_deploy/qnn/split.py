@@ -1,11 +1,12 @@
-"""Cut an ONNX graph into parts that run one after the other, where few values cross.
+"""Cut an ONNX graph into parts that run one after the other, at places where few values cross.
 
-    cut = plan_cut(model, parts)          which nodes go where, and what crosses
-    write_parts(model_file, cut)          one ONNX file a part, beside the whole: they share its weights
+    cut = plan_cut(model, parts)          which nodes each part has, and which values cross
+    write_parts(model_file, cut)          one ONNX file per part, beside the whole: they share its weights
 
-A part's inputs are the graph's own, or outputs of parts before it. In a quantised graph only what a
-DequantizeLinear gave may cross: as float32, quantised again on the other side with the same scale and zero
-point, which changes no value. What stems from constants alone is no value: each part holds what it needs.
+A part's inputs are inputs of the whole graph or outputs of earlier parts. In a quantised graph only outputs
+of a DequantizeLinear may cross: as float32, quantised again in the next part with the same scale and zero
+point, which changes no value. Constants, and what is computed from constants alone, do not cross: each part
+has its own.
 """
 
 from __future__ import annotations
@@ -15,34 +16,32 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto
+import onnx_ir as ir
 
+from mobilevd_deploy.base.graphs import fixed_shape, read_shaped
 from mobilevd_deploy.errors import ExportError
-
-if TYPE_CHECKING:
-    import onnx
-
 
 ALLOCATION_LIMIT = 2**31
 """Bytes that one graph may allocate on the NPU; source: ai-hub-models #129, #274."""
 
 COMPILER_LIMIT = 6_500_000_000
-"""Bytes of memory that the compiler may take for one graph, so that 16 GB take two at a time. MobileVD's UNet
-in such parts is compiled in less than half the time of the whole, and moves 3 % more to and from DRAM.
-Source: docs/explanation/full-size.md."""
+"""Bytes of memory that the compiler may need for one graph, so that 16 GB are enough for two at a time.
 
-# A cut may lie this share of a part's size away from where parts would be equal, to find a cheaper place.
+MobileVD's UNet in such parts compiles in less than half the time of the whole, and moves 3 % more bytes to
+and from DRAM. Source: docs/explanation/full-size.md.
+"""
+
+# To find a cheaper place, a cut may move by this share of a part's size.
 _SLACK = 0.3
 _QUANTISE, _DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
-_UNSIGNED = (TensorProto.UINT8, TensorProto.UINT16)
+_UNSIGNED = (ir.DataType.UINT8, ir.DataType.UINT16)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Nodes of the whole graph by index, and the names of what goes in and out."""
+    """Nodes by index in the whole graph, and the names of the inputs and outputs."""
 
     nodes: tuple[int, ...]
     inputs: tuple[str, ...]
@@ -51,38 +50,47 @@ class Part:
 
 @dataclass(frozen=True)
 class Cut:
-    """The parts in running order, and for each border the bytes that cross it, as float32."""
+    """The parts in the order in which they run, and the bytes of float32 that cross each border."""
 
     parts: tuple[Part, ...]
     crossing_bytes: tuple[int, ...]
 
 
-def weight_bytes(model: ModelProto, float_bytes: int) -> int:
-    """Bytes of a graph's constants, floats counted with `float_bytes` each (2 where it runs in float16)."""
-    return sum(_constant_bytes(tensor, float_bytes) for tensor in model.graph.initializer)
+def constant_bytes(value: ir.Value, float_bytes: int) -> int:
+    """Bytes of an initializer, with `float_bytes` per float."""
+    tensor = value.const_value
+    assert tensor is not None
+    width = float_bytes if tensor.dtype == ir.DataType.FLOAT else tensor.dtype.numpy().itemsize
+    return tensor.size * width
 
 
-def compiler_bytes(model: ModelProto, float_bytes: int) -> int:
-    """About how much memory the Hexagon compiler takes for a graph whose shapes are inferred, at most.
+def weight_bytes(model: ir.Model, float_bytes: int) -> int:
+    """Bytes of a graph's constants, with `float_bytes` per float (2 if the graph runs in float16)."""
+    return sum(constant_bytes(value, float_bytes) for value in model.graph.initializers.values())
 
-    Fits what it took for MobileVD's UNet at W8A16, whole and in parts, and for the parts of HD in float16:
+
+def compiler_bytes(model: ir.Model, float_bytes: int) -> int:
+    """Estimate the peak memory, in bytes, of the Hexagon compiler for a graph with inferred shapes.
+
+    Fitted to measurements of MobileVD's UNet at W8A16, whole and in parts, and of the parts of HD in float16:
     1 to 16 GB (benchmarks/results/full_size.json, hd.json).
     """
     flow = _Flow(model)
     return _compiler_bytes(flow, flow.order, float_bytes)
 
 
-def compiler_work(model: ModelProto) -> int:
-    """How many values a graph computes whose shapes are inferred: what the compiler's time goes with."""
+def compiler_work(model: ir.Model) -> int:
+    """Count the values that a graph with inferred shapes computes. Compile time scales with this count."""
     flow = _Flow(model)
     return sum(flow.node_values(i) for i in flow.order)
 
 
-def fewest_parts(model: ModelProto, float_bytes: int, limit: int = ALLOCATION_LIMIT) -> int:
-    """Return how many parts `plan_cut` has to make.
+def fewest_parts(model: ir.Model, float_bytes: int, limit: int = ALLOCATION_LIMIT) -> int:
+    """Return the number of parts for `plan_cut`.
 
-    Each stays below `limit` bytes, a tenth to spare, and below `COMPILER_LIMIT` for the compiler, or as near
-    to it as cuts come: one operation may be above. Raises ExportError: no number of parts is below `limit`.
+    It is the smallest number whose parts all have less than 0.9 `limit` bytes of weights and need at most
+    `COMPILER_LIMIT` bytes to compile. If one operation alone needs more to compile, it is the number that
+    comes closest. Raises ExportError if no number of parts keeps the weights below the limit.
     """
     flow, allowed = _Flow(model), 0.9 * limit
     shares = weight_bytes(model, float_bytes) / allowed, compiler_bytes(model, float_bytes) / COMPILER_LIMIT
@@ -113,13 +121,13 @@ def _compiler_bytes(flow: _Flow, nodes: Sequence[int], float_bytes: int) -> int:
     return round(0.4e9 + 4.5 * weights + 0.45 * attention + (1.6 if float_bytes == 2 else 1.0) * others)
 
 
-def plan_cut(model: ModelProto, parts: int) -> Cut:
-    """Choose where to cut: into parts of about equal size, at the place where the fewest bytes cross.
+def plan_cut(model: ir.Model, parts: int) -> Cut:
+    """Choose where to cut a graph with inferred shapes into parts of similar size, so that few bytes cross.
 
-    A part's size is its share of all values that the graph computes, which is what the compiler's time and
-    memory go with, and its weights, as they stand in the file, over `ALLOCATION_LIMIT`.
+    The size of a part is its share of all values that the graph computes, with which the compiler's time and
+    memory scale, plus the bytes of its weights in the file over `ALLOCATION_LIMIT`.
 
-    Weights need not be loaded, but shapes have to be inferred. Raises ExportError: there are too few places.
+    Raises ExportError if the graph has too few places to cut.
     """
     flow = _Flow(model)
     places = flow.places()
@@ -145,16 +153,14 @@ def plan_cut(model: ModelProto, parts: int) -> Cut:
 
 
 def write_parts(path: Path, cut: Cut) -> tuple[Path, ...]:
-    """Write each part as <stem>-<n>of<N>.onnx beside `path`, whose external weights it refers to.
+    """Write each part as <stem>-<n>of<N>.onnx beside `path`. The parts refer to its external weights.
 
-    Values that cross keep their names. Raises ExportError: a part that is not valid ONNX.
+    Values that cross keep their names. Raises ExportError if a part is not valid ONNX.
     """
-    model = onnx.load(path, load_external_data=False)
-    shapes = _values(onnx.shape_inference.infer_shapes(model))
-    flow, written = _Flow(model), []
+    model, written = read_shaped(path), []
     for number, part in enumerate(cut.parts, start=1):
         target = path.with_name(f"{path.stem}-{number}of{len(cut.parts)}.onnx")
-        onnx.save(_part_model(model, flow, part, shapes), target)
+        ir.save(ir.Model(_part_graph(model.graph, part), ir_version=model.ir_version), target)
         try:
             onnx.checker.check_model(str(target))
         except onnx.checker.ValidationError as error:
@@ -164,107 +170,104 @@ def write_parts(path: Path, cut: Cut) -> tuple[Path, ...]:
 
 
 class _Flow:
-    """The nodes that carry values, in order, and what each reads, makes and holds."""
+    """The nodes that carry values, in order, and the values and constants that each reads and makes.
 
-    def __init__(self, model: ModelProto) -> None:
-        graph = model.graph
-        self.graph = graph
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.inputs = [value.name for value in graph.input if value.name not in self.constants]
-        self.producers = {name: i for i, node in enumerate(graph.node) for name in node.output}
-        self.shapes = _values(model)
-        fixed = set(self.constants)
+    A node is its index in the graph. Constants, and what nodes compute from constants alone, are fixed.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.graph = model.graph
+        self.nodes = list(model.graph)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self._fixed: set[ir.Value] = set(model.graph.initializers.values())
         self.order: list[int] = []
-        for i, node in enumerate(graph.node):
-            if all(name in fixed for name in node.input if name):  # a Constant reads nothing
-                fixed.update(node.output)
+        for i, node in enumerate(self.nodes):
+            if all(value in self._fixed for value in node.inputs if value is not None):
+                self._fixed.update(node.outputs)  # a Constant reads nothing
             else:
                 self.order.append(i)
         self.carrying = frozenset(self.order)
-        self._fixed = fixed
-        self._is_quantised = any(graph.node[i].op_type == _QUANTISE for i in self.order)
+        self._is_quantised = any(self.nodes[i].op_type == _QUANTISE for i in self.order)
 
     def node_bytes(self, index: int, float_bytes: int = 4) -> int:
         """Bytes of the constants that a node reads, directly or through nodes of constants alone."""
-        held = (self.constants.get(name) for name in self._needs([index]).constants)
-        return sum(_constant_bytes(tensor, float_bytes) for tensor in held if tensor is not None)
+        return sum(constant_bytes(value, float_bytes) for value in self._needs([index]).constants)
 
     def node_values(self, index: int) -> int:
-        """How many values a node computes; quantising and back is part of the operation before."""
-        node = self.graph.node[index]
+        """Count the values that a node computes. Q and DQ count for nothing: the compiler fuses them."""
+        node = self.nodes[index]
         if node.op_type in (_QUANTISE, _DEQUANTISE):
             return 0
-        return sum(math.prod(self.shapes[name].shape) for name in node.output if name in self.shapes)
+        return sum(_size(value) for value in node.outputs)
 
     def is_attention(self, index: int) -> bool:
-        """Whether a node is a softmax or a product of two values, of which the compiler makes little."""
-        node = self.graph.node[index]
-        product = node.op_type == "MatMul" and self._fixed.isdisjoint(node.input)
+        """Whether a node is a softmax or a product of two values; these take the compiler less memory."""
+        node = self.nodes[index]
+        product = node.op_type == "MatMul" and self._fixed.isdisjoint(node.inputs)
         return product or node.op_type == "Softmax"
 
     def places(self) -> dict[int, int]:
-        """Return the positions in `order` behind which the graph may be cut, with the bytes that cross."""
-        last_read: dict[str, int] = {}
+        """Return the positions in `order` after which the graph may be cut, with the bytes that cross."""
+        last_read: dict[ir.Value, int] = {}
         for position, index in enumerate(self.order):
-            for name in self._reads(index):
-                last_read[name] = position
-        for value in self.graph.output:
-            last_read[value.name] = len(self.order)
-        live: set[str] = set()
+            for value in self._reads(index):
+                last_read[value] = position
+        for value in self.graph.outputs:
+            last_read[value] = len(self.order)
+        live: set[ir.Value] = set()
         places: dict[int, int] = {}
         for position, index in enumerate(self.order[:-1]):
-            live.update(name for name in self.graph.node[index].output if name in last_read)
-            live = {name for name in live if last_read[name] > position}
-            if live and all(self._may_cross(name) for name in live):
-                places[position] = sum(4 * math.prod(self.shapes[name].shape) for name in live)
+            live.update(value for value in self.nodes[index].outputs if value in last_read)
+            live = {value for value in live if last_read[value] > position}
+            if live and all(self._may_cross(value) for value in live):
+                places[position] = sum(4 * _size(value) for value in live)
         return places
 
     def parts(self, groups: Sequence[Sequence[int]]) -> Iterator[Part]:
-        """Describe the parts that these groups of value-carrying nodes make."""
-        wanted = {value.name for value in self.graph.output}
-        readers = [{name for index in group for name in self._reads(index)} for group in groups]
+        """Describe the part that each group of value-carrying nodes makes."""
+        wanted = set(self.graph.outputs)
+        readers = [{value for index in group for value in self._reads(index)} for group in groups]
         for number, group in enumerate(groups):
-            made = {name for index in group for name in self.graph.node[index].output}
+            made = {value for index in group for value in self.nodes[index].outputs}
             later = wanted.union(*readers[number + 1 :])
-            needs = self._needs(group)
             yield Part(
-                tuple(sorted({*group, *needs.nodes})),
-                tuple(sorted(readers[number] - made, key=self._age)),
-                tuple(sorted(made & later, key=self._age)),
+                tuple(sorted({*group, *self._needs(group).nodes})),
+                self._names(readers[number] - made),
+                self._names(made & later),
             )
 
-    def quantiser_of(self, name: str) -> NodeProto | None:
-        """Return the DequantizeLinear that gave a value, if one did."""
-        index = self.producers.get(name)
-        node = None if index is None else self.graph.node[index]
-        return node if node is not None and node.op_type == _DEQUANTISE else None
-
-    def _may_cross(self, name: str) -> bool:
-        if name not in self.shapes or self.shapes[name].kind != TensorProto.FLOAT:
+    def _may_cross(self, value: ir.Value) -> bool:
+        if fixed_shape(value) is None or value.dtype != ir.DataType.FLOAT:
             return False
-        if not self._is_quantised:
-            return True
-        node = self.quantiser_of(name)
-        return node is not None and self.constants[node.input[2]].data_type in _UNSIGNED
+        pair = _dequantiser(value)
+        return not self._is_quantised or (pair is not None and _zero_point(pair).dtype in _UNSIGNED)
 
-    def _reads(self, index: int) -> Iterator[str]:
-        return (name for name in self.graph.node[index].input if name and name not in self._fixed)
+    def _reads(self, index: int) -> Iterator[ir.Value]:
+        return (v for v in self.nodes[index].inputs if v is not None and v not in self._fixed)
 
-    def _age(self, name: str) -> tuple[int, int]:
-        if name in self.inputs:
-            return -1, self.inputs.index(name)
-        return self.producers[name], 0
+    def _names(self, values: Iterable[ir.Value]) -> tuple[str, ...]:
+        """Return names: inputs of the graph first, then the others in the order of the nodes."""
+        inputs = {value: i for i, value in enumerate(self.graph.inputs)}
+
+        def age(value: ir.Value) -> tuple[int, int]:
+            node = value.producer()
+            return (-1, inputs[value]) if node is None else (self.index[node], value.index() or 0)
+
+        return tuple(str(value.name) for value in sorted(values, key=age))
 
     def _needs(self, nodes: Iterable[int]) -> _Needs:
         found = _Needs(set(), set())
-        queue = [name for index in nodes for name in self.graph.node[index].input if name in self._fixed]
+        queue: list[ir.Value | None] = [
+            value for index in nodes for value in self.nodes[index].inputs if value in self._fixed
+        ]
         while queue:
-            name = queue.pop()
-            if name in self.constants:
-                found.constants.add(name)
-            elif (index := self.producers[name]) not in found.nodes:
+            value = queue.pop()
+            node = None if value is None else value.producer()
+            if value is not None and node is None:
+                found.constants.add(value)
+            elif node is not None and (index := self.index[node]) not in found.nodes:
                 found.nodes.add(index)
-                queue += self.graph.node[index].input
+                queue += node.inputs
         return found
 
 
@@ -272,83 +275,54 @@ class _Flow:
 class _Needs:
     """Constants, and nodes of constants alone, that some nodes read."""
 
-    constants: set[str]
+    constants: set[ir.Value]
     nodes: set[int]
 
 
-@dataclass(frozen=True)
-class _Value:
-    shape: tuple[int, ...]
-    kind: int
+def _size(value: ir.Value) -> int:
+    """Return the number of elements of a value; 0 if its shape is not known."""
+    shape = fixed_shape(value)
+    return 0 if shape is None else math.prod(shape)
 
 
-def _values(model: ModelProto) -> dict[str, _Value]:
-    graph = model.graph
-    return {
-        value.name: _Value(
-            tuple(d.dim_value for d in value.type.tensor_type.shape.dim), value.type.tensor_type.elem_type
-        )
-        for value in (*graph.input, *graph.output, *graph.value_info)
-        if value.type.tensor_type.HasField("shape")
-    }
+def _dequantiser(value: ir.Value) -> ir.Node | None:
+    """Return the DequantizeLinear that makes a value, if one does."""
+    node = value.producer()
+    return node if node is not None and node.op_type == _DEQUANTISE else None
 
 
-def _constant_bytes(tensor: TensorProto, float_bytes: int) -> int:
-    floating = tensor.data_type == TensorProto.FLOAT
-    width = float_bytes if floating else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return math.prod(tensor.dims) * width
+def _zero_point(pair: ir.Node) -> ir.Value:
+    assert pair.inputs[2] is not None
+    return pair.inputs[2]
 
 
-def _part_model(whole: ModelProto, flow: _Flow, part: Part, shapes: dict[str, _Value]) -> ModelProto:
-    nodes = [NodeProto.FromString(whole.graph.node[i].SerializeToString()) for i in part.nodes]
-    again = [pair for name in part.inputs for pair in _quantise_again(flow, name)]
-    renamed = {q.input[0]: dq.output[0] for q, dq in zip(again[::2], again[1::2], strict=True)}
-    for node in nodes:
-        for i, name in enumerate(node.input):
-            node.input[i] = renamed.get(name, name)
-    nodes = [*again, *nodes]
-    read = {name for node in nodes for name in node.input}
-
-    def declared(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
-        return [onnx.helper.make_tensor_value_info(n, shapes[n].kind, shapes[n].shape) for n in names]
-
-    graph = onnx.helper.make_graph(
-        nodes,
-        whole.graph.name,
-        declared(part.inputs),
-        declared(part.outputs),
-        [tensor for tensor in whole.graph.initializer if tensor.name in read],
-    )
-    return onnx.helper.make_model(graph, ir_version=whole.ir_version, opset_imports=whole.opset_import)
-
-
-def _quantise_again(flow: _Flow, name: str) -> Iterator[NodeProto]:
-    """Yield the pair that a value which crossed needs on this side; none for inputs of the whole graph."""
-    source = flow.quantiser_of(name) if name not in flow.inputs else None
-    if source is None:
-        return
-    scale, zero_point = source.input[1:3]
-    module = source.name.rpartition("/")[0]
-    inner, outer = f"{name}_inner", f"{name}_again"
-    yield onnx.helper.make_node(
-        _QUANTISE, [name, scale, zero_point], [inner], f"{module}/{_QUANTISE}_again_{name}"
-    )
-    yield onnx.helper.make_node(
-        _DEQUANTISE, [inner, scale, zero_point], [outer], f"{module}/{_DEQUANTISE}_again_{name}"
-    )
+def _part_graph(whole: ir.Graph, part: Part) -> ir.Graph:
+    """Extract a part. Values that crossed are quantised again, with their own scale and zero point."""
+    graph = ir.convenience.extract(whole, part.inputs, part.outputs)
+    sources, first = ir.convenience.create_value_mapping(whole), graph[0]
+    for crossed in graph.inputs:
+        pair = _dequantiser(sources[str(crossed.name)])
+        if pair is None:  # an input of the whole graph, or a value of a float graph
+            continue
+        uses, value, module = list(crossed.uses()), crossed, (pair.name or "").rpartition("/")[0]
+        grid = [_held(graph, constant) for constant in pair.inputs[1:3]]
+        for op, suffix in ((_QUANTISE, "inner"), (_DEQUANTISE, "again")):
+            name, made = f"{module}/{op}_again_{crossed.name}", ir.val(f"{crossed.name}_{suffix}")
+            graph.insert_before(first, ir.node(op, [value, *grid], outputs=[made], name=name))
+            value = made
+        for node, index in uses:
+            node.replace_input_with(index, value)
+    # `extract` returns initializers in no fixed order.
+    for name in whole.initializers:
+        if name in graph.initializers:
+            graph.register_initializer(graph.initializers.pop(name))
+    return graph
 
 
-def tensor_shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
-    """Return the static shape of every tensor that the graph names."""
-    return {
-        value.name: tuple(
-            d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim
-        )
-        for value in (*graph.input, *graph.output, *graph.value_info)
-        if value.type.tensor_type.HasField("shape")
-    }
-
-
-def read_shaped(model: Path) -> onnx.ModelProto:
-    """Read a graph without its weights, with shapes."""
-    return onnx.shape_inference.infer_shapes(onnx.load(model, load_external_data=False))
+def _held(graph: ir.Graph, constant: ir.Value | None) -> ir.Value:
+    """Return the part's own initializer for a constant of the whole graph."""
+    assert constant is not None
+    assert constant.name is not None
+    if constant.name not in graph.initializers:
+        graph.register_initializer(ir.Value(name=constant.name, const_value=constant.const_value))
+    return graph.initializers[constant.name]

@@ -1,4 +1,9 @@
-"""How far a quantised component is from its float one, by input and by block."""
+"""Compare a quantised component with its float form, by input and by block.
+
+answers        how far the output moves when one input changes
+conditioning   the same, relative to the float network
+sensitivity    the SQNR with only one block quantised
+"""
 
 from __future__ import annotations
 
@@ -16,10 +21,10 @@ Runner = Callable[[Tensors], npt.ArrayLike]
 
 
 def answers(run: Runner, samples: Sequence[Tensors], given: Sequence[Array]) -> dict[str, float]:
-    """Return by input how far the output of `run` moves when this input alone is taken from another sample.
+    """Return by input how far the output of `run` moves, as RMS, when only this input is from another sample.
 
-    The RMS over the first samples, each with the next; `given` is what `run` gives for these, and how many
-    they are. Raises UsageError for fewer than two samples.
+    `given` holds the outputs of `run` for the first samples. Each of these samples takes the input from the
+    sample after it. Raises UsageError for fewer than two samples.
     """
     if len(samples) < 2:
         raise UsageError("conditioning needs two samples or more")
@@ -34,10 +39,10 @@ def answers(run: Runner, samples: Sequence[Tensors], given: Sequence[Array]) -> 
 
 
 def conditioning(given: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
-    """Return by input how much a network answers to it over how much the reference does; see `answers`.
+    """Return by input how far the output of a network moves relative to the reference; see `answers`.
 
-    1 is perfect, 0 an input that does not matter any more. An input to which the reference does not answer
-    either has 1, or inf if the network does.
+    1 is perfect; 0 is an input without any effect. If the output of the reference does not move, it is 1 if
+    the network's does not move either, else inf.
     """
     return {name: _ratio(value, reference[name]) for name, value in given.items()}
 
@@ -49,10 +54,10 @@ def _ratio(value: float, reference: float) -> float:
 
 
 def sensitivity(quantised: Quantised, inputs: Tensors) -> dict[str, float]:
-    """Return by block the SQNR of the output in dB with nothing but that block quantised, costliest first.
+    """Return by block the SQNR in dB of the output with only that block quantised, lowest first.
 
-    A block is a resblock, a transformer or the like with all its modules, or a module that stands alone.
-    Ranges stay as they are. A block that changes nothing has inf.
+    A block is a resblock, transformer or layer with all its modules, or a module outside of these. Ranges
+    stay as they are. A block that changes nothing has inf.
     """
     reference = quantised.run_float(inputs)
     alone: dict[str, float] = {}

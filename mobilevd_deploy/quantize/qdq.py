@@ -1,4 +1,10 @@
-"""The quantised graph as AIMET writes it, repaired for the compiler."""
+"""Repairs of the QDQ graph that AIMET writes: what the NPU's compiler needs, at the same values.
+
+load_folded            reads the file and folds its constants
+convert_before_moves   changes bit widths before a reshape, not after it
+relabel                gives 16-bit second operands of MatMul the type that the NPU has a kernel for
+name_pairs             names each QuantizeLinear (Q) and DequantizeLinear (DQ) after a module
+"""
 
 from __future__ import annotations
 
@@ -7,219 +13,212 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir.passes.common
-from onnx import NodeProto, TensorProto, numpy_helper
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from mobilevd_deploy.base.graphs import infer_shapes
 from mobilevd_deploy.base.tensors import Array
 from mobilevd_deploy.errors import ExportError
-from mobilevd_deploy.npu.onnx_export import fold_constants
+from mobilevd_deploy.npu.onnx_export import fold_constants, unique
 
+QUANTISE, DEQUANTISE = PAIR = ("QuantizeLinear", "DequantizeLinear")
 
-def load_folded(path: Path) -> onnx.ModelProto:
-    """Read what was exported without torch's optimiser, and do what little of it a quantised graph needs."""
-    model = onnx_ir.from_proto(onnx.load(path))  # its files go away
-    onnx_ir.passes.common.ShapeInferencePass()(model)  # so that shapes of weights behind a DQ fold as well
-    fold_constants(model)
-    for node in model.graph:
-        # The exporter gives every convolution a bias; one of zeros, in floats, would keep it off the NPU.
-        if node.op_type == "Conv" and len(node.inputs) > 2 and (bias := node.inputs[2]) is not None:
-            zeros = bias.const_value
-            if zeros is not None and not zeros.numpy().any():
-                node.resize_inputs(2)
-    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
-    return onnx_ir.to_proto(model)
-
-
-PAIR = ("QuantizeLinear", "DequantizeLinear")
-
-
-# Ops that carry values through unchanged: what stands on their other side decides.
 MOVES = frozenset(
     {"Concat", "DepthToSpace", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
     | {"Unsqueeze"}
 )
-
+"""Ops that move values without changing them."""
 
 _DATA_ONLY_FIRST = frozenset({"Clip", "Pad", "Resize"} | MOVES - {"Concat"})
+_MIDDLE = 32768  # zero point of a symmetric range stored as uint16
+
+Origin = ir.Node | ir.Value  # a node, or a graph input or initializer
 
 
-_MIDDLE = 32768  # zero point of a symmetric range written as uint16
+def load_folded(path: Path) -> ir.Model:
+    """Read a file that was exported without torch's optimiser, and fold its constants.
 
-
-Origin = NodeProto | str  # a node, or the name of a graph input or initializer
-
-
-class QdqGraph:
-    """Who makes and who reads each tensor."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.graph = model.graph
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.producers = {name: node for node in model.graph.node for name in node.output}
-
-    def origins(self, tensor: str) -> Iterator[Origin]:
-        """Yield what a tensor's values come from, looking through moves."""
-        node = self.producers.get(tensor)
-        if node is None or node.op_type not in MOVES:
-            yield tensor if node is None else node
-            return
-        for name in self.operands(node):
-            yield from self.origins(name)
-
-    def operands(self, node: NodeProto) -> list[str]:
-        """Return the inputs that hold values, not shapes, axes or scales."""
-        if node.op_type in _DATA_ONLY_FIRST:
-            return [node.input[0]]
-        return [name for name in node.input if name and self._is_float(name)]
-
-    def _is_float(self, name: str) -> bool:
-        return name not in self.constants or self.constants[name].data_type == TensorProto.FLOAT
-
-    def dtype(self, pair: NodeProto) -> int:
-        """Return the integer type on the inner side of a Q or DQ."""
-        return self.constants[pair.input[2]].data_type
-
-    def value(self, name: str) -> Array:
-        """Return a constant as an array."""
-        return numpy_helper.to_array(self.constants[name])
-
-    def before_pairs(self, tensor: str) -> str:
-        """Return the float tensor that Q and DQ made this one from."""
-        node = self.producers.get(tensor)
-        while node is not None and node.op_type in PAIR:
-            tensor = node.input[0]
-            node = self.producers.get(tensor)
-        return tensor
-
-    def is_constant(self, dequantise: NodeProto) -> bool:
-        """Whether a DQ yields weights."""
-        stored = dequantise.input[0]
-        return stored in self.constants or self.producers[stored].input[0] in self.constants
-
-
-def convert_before_moves(model: onnx.ModelProto) -> None:
-    """Let values change their width before they are moved, in place.
-
-    before  uint16 -> DQ -> Reshape -> Q -> uint8      three operations in float for the compiler
-    after   uint16 -> DQ -> Q -> uint8 -> DQ -> Reshape    one Convert
-
-    A move takes every value where it was, so the result is the same.
+    The weights stay in the file: save the model before the file is removed.
     """
-    graph = QdqGraph(model)
-    replaced: dict[int, list[NodeProto]] = {}
-    renamed: dict[str, str] = {}
-    outputs = {value.name for value in model.graph.output}  # they keep their names
-    for index, node in enumerate(model.graph.node):
-        if node.op_type != "QuantizeLinear":
-            continue
-        moves, before = list[NodeProto](), graph.producers.get(node.input[0])
-        while before is not None and before.op_type in MOVES - {"Concat", "Split"}:
-            moves.insert(0, before)
-            before = graph.producers.get(before.input[0])
-        if not moves or before is None or before.op_type != "DequantizeLinear":
-            continue
-        if graph.dtype(before) == graph.dtype(node):
-            continue
-        dequantise = next(n for n in model.graph.node if n.input[:1] == node.output[:1])
-        if dequantise.output[0] in outputs:
-            continue
-        narrow, wide = f"{node.output[0]}_before", f"{dequantise.output[0]}_before"
-        chain = [
-            onnx.helper.make_node(node.op_type, [before.output[0], *node.input[1:]], [narrow], node.name),
-            onnx.helper.make_node(
-                dequantise.op_type, [narrow, *dequantise.input[1:]], [wide], dequantise.name
-            ),
-        ]
-        for move in moves:
-            copied = NodeProto()
-            copied.CopyFrom(move)
-            copied.input[0] = chain[-1].output[0]
-            copied.output[0] = f"{move.output[0]}_{node.output[0]}"
-            chain.append(copied)
-        replaced[index] = chain
-        renamed[dequantise.output[0]] = chain[-1].output[0]
-    if not replaced:
+    model = ir.load(path)
+    infer_shapes(model)  # so that shapes of weights behind a DQ fold as well
+    fold_constants(model)
+    for node in model.graph:
+        # The exporter gives every convolution a bias. A bias of zeros in float32 would keep it off the NPU.
+        if node.op_type == "Conv" and len(node.inputs) > 2 and (bias := node.inputs[2]) is not None:
+            zeros = bias.const_value
+            if zeros is not None and not zeros.numpy().any():
+                node.resize_inputs(2)
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+# ---- reading a QDQ graph ----
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """Return an input that the op requires."""
+    value = node.inputs[index]
+    assert value is not None, node
+    return value
+
+
+def producer(value: ir.Value, op_type: str) -> ir.Node | None:
+    """Return the node that makes a value, if it is of this type."""
+    node = value.producer()
+    return node if node is not None and node.op_type == op_type else None
+
+
+def operands(node: ir.Node) -> list[ir.Value]:
+    """Return the inputs that hold values, not shapes, axes or scales."""
+    if node.op_type in _DATA_ONLY_FIRST:
+        return [operand(node, 0)]
+    return [
+        value
+        for value in node.inputs
+        if value is not None and (not value.is_initializer() or value.dtype == ir.DataType.FLOAT)
+    ]
+
+
+def origins(value: ir.Value) -> Iterator[Origin]:
+    """Yield the nodes, inputs and initializers that a value comes from, looking through moves."""
+    node = value.producer()
+    if node is None or node.op_type not in MOVES:
+        yield value if node is None else node
         return
-    nodes = [n for i, node in enumerate(model.graph.node) for n in replaced.get(i, [node])]
-    for node in nodes:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-    read = set(outputs)
-    kept: list[NodeProto] = []
-    for node in reversed(nodes):
-        if any(name in read for name in node.output):
-            read.update(node.input)
-            kept.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(reversed(kept))
+    for moved in operands(node):
+        yield from origins(moved)
 
 
-def relabel(model: onnx.ModelProto) -> None:
-    """Give 16-bit second operands of matrix products the type that the NPU has a kernel for, in place.
-
-    before  uint16, zero point 32768 -> DQ -> MatMul        narrowed to 8 bits by the compiler
-    after   uint16, zero point 32768 -> DQ -> Q -> int16, zero point 0 -> DQ -> MatMul
-
-    Same scale, same values. Raises ExportError for a range that is not symmetric.
-    """
-    graph, zero = QdqGraph(model), numpy_helper.from_array(np.zeros((), np.int16), "relabel_zero_point")
-    nodes: list[NodeProto] = []
-    done: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.op_type == "MatMul" and (pair := unsigned_operand(graph, node)) is not None:
-            scale, zero_point = pair.input[1:3]
-            if int(graph.value(zero_point)) != _MIDDLE:
-                raise ExportError(
-                    f"{node.name}: the range of its second operand is not symmetric",
-                    next_step=f"make the quantiser behind {pair.name} symmetric, or give it 8 bits by a rule",
-                )
-            operand = node.input[1]
-            if operand not in done:
-                done[operand] = f"{operand}_signed"
-                inner = f"{operand}_int16"
-                for op, before, after in zip(PAIR, (operand, inner), (inner, done[operand]), strict=True):
-                    name = f"{node.name}_relabel_{op}"
-                    nodes.append(onnx.helper.make_node(op, [before, scale, zero.name], [after], name))
-            node.input[1] = done[operand]
-        nodes.append(node)
-    if done:
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
-        model.graph.initializer.append(zero)
+def dequantisers(value: ir.Value) -> Iterator[ir.Node]:
+    """Yield each DQ that a value comes from, looking through moves."""
+    for origin in origins(value):
+        if isinstance(origin, ir.Node) and origin.op_type == DEQUANTISE:
+            yield origin
 
 
-def unsigned_operand(graph: QdqGraph, matmul: NodeProto) -> NodeProto | None:
-    """Return the DQ from which a MatMul's second operand comes as uint16, unless it is a weight."""
-    for origin in graph.origins(matmul.input[1]):
-        if (
-            isinstance(origin, NodeProto)
-            and origin.op_type == "DequantizeLinear"
-            and not graph.is_constant(origin)
-            and graph.dtype(origin) == TensorProto.UINT16
-        ):
-            return origin
+def integer_type(pair: ir.Node) -> ir.DataType | None:
+    """Return the integer type on the inner side of a Q or DQ, which its zero point has."""
+    return operand(pair, 2).dtype
+
+
+def constant(value: ir.Value) -> Array:
+    """Return an initializer as an array."""
+    assert value.const_value is not None, value
+    return value.const_value.numpy()
+
+
+def before_pairs(value: ir.Value) -> ir.Value:
+    """Return the float value that one or more Q and DQ made this one from."""
+    while (node := value.producer()) is not None and node.op_type in PAIR:
+        value = operand(node, 0)
+    return value
+
+
+def is_weight(dequantise: ir.Node) -> bool:
+    """Whether the values of a DQ are constants."""
+    stored = operand(dequantise, 0)
+    quantise = stored.producer()
+    return quantise is None or operand(quantise, 0).is_initializer()
+
+
+def module_of(node: ir.Node) -> str:
+    """Return the module path in a node's name."""
+    return (node.name or "").rpartition("/")[0]
+
+
+def unsigned_operand(matmul: ir.Node) -> ir.Node | None:
+    """Return the DQ that makes a MatMul's second operand from uint16, unless it is a weight."""
+    for pair in dequantisers(operand(matmul, 1)):
+        if not is_weight(pair) and integer_type(pair) == ir.DataType.UINT16:
+            return pair
     return None
 
 
-def module_of(node: NodeProto) -> str:
-    """Return the module path in a node's name."""
-    return node.name.rpartition("/")[0]
+# ---- repairs ----
 
 
-def name_pairs(model: onnx.ModelProto) -> None:
+def convert_before_moves(model: ir.Model) -> None:
+    """Change the bit width of values before they are moved, in place.
+
+    before  uint16 -> DQ -> Reshape -> Q -> uint8          the compiler runs three ops in float
+    after   uint16 -> DQ -> Q -> uint8 -> DQ -> Reshape    one Convert
+
+    A move does not change values, so the result is the same.
+    """
+    for quantise in list(model.graph):
+        if quantise.op_type != QUANTISE:
+            continue
+        moves, before = list[ir.Node](), operand(quantise, 0).producer()
+        while before is not None and before.op_type in MOVES - {"Concat", "Split"}:
+            moves.insert(0, before)
+            before = operand(before, 0).producer()
+        if not moves or before is None or before.op_type != DEQUANTISE:
+            continue
+        dequantise = quantise.outputs[0].consumers()[0]
+        if integer_type(before) == integer_type(quantise) or dequantise.outputs[0].is_graph_output():
+            continue
+        chain: list[ir.Node] = []
+        for node in (quantise, dequantise, *moves):
+            first = chain[-1].outputs[0] if chain else before.outputs[0]
+            made = ir.val(f"{node.outputs[0].name}_of_{quantise.outputs[0].name}")
+            inputs = [first, *node.inputs[1:]]
+            chain.append(ir.node(node.op_type, inputs, node.attributes, outputs=[made], name=node.name))
+        model.graph.insert_before(quantise, chain)
+        dequantise.outputs[0].replace_all_uses_with(chain[-1].outputs[0])
+    RemoveUnusedNodesPass()(model)
+
+
+def relabel(model: ir.Model) -> None:
+    """Give 16-bit second operands of matrix products the type that the NPU has a kernel for, in place.
+
+    before  uint16, zero point 32768 -> DQ -> MatMul        the compiler narrows it to 8 bits
+    after   uint16, zero point 32768 -> DQ -> Q -> int16, zero point 0 -> DQ -> MatMul
+
+    Scale and values stay the same. Raises ExportError for a range that is not symmetric.
+    """
+    graph = model.graph
+    zero = ir.Value(name="relabel_zero_point", const_value=ir.tensor(np.zeros((), np.int16)))
+    done: dict[ir.Value, ir.Value] = {}
+    for node in graph:
+        if node.op_type != "MatMul" or (pair := unsigned_operand(node)) is None:
+            continue
+        scale, zero_point = operand(pair, 1), operand(pair, 2)
+        if int(constant(zero_point)) != _MIDDLE:
+            raise ExportError(
+                f"{node.name}: the range of its second operand is not symmetric",
+                next_step=f"make the quantiser behind {pair.name} symmetric, or give it 8 bits by a rule",
+            )
+        wide = operand(node, 1)
+        if wide not in done:
+            value = wide
+            for op, suffix in zip(PAIR, ("int16", "signed"), strict=True):
+                made = ir.val(f"{wide.name}_{suffix}")
+                name = f"{node.name}_relabel_{op}"
+                graph.insert_before(node, ir.node(op, [value, scale, zero], outputs=[made], name=name))
+                value = made
+            done[wide] = value
+        node.replace_input_with(1, done[wide])
+    if done:
+        graph.register_initializer(zero)
+
+
+def name_pairs(model: ir.Model) -> None:
     """Name each Q and DQ after the module that made its values, or that reads them if they are weights."""
-    readers: dict[str, str] = {}
-    for node in reversed(model.graph.node):
-        owner = readers.get(node.output[0], "graph") if node.op_type in PAIR else module_of(node)
-        readers |= dict.fromkeys(node.input, owner)
-    owners = {value.name: value.name for value in model.graph.input}
+    makers = {value: value.name for value in model.graph.inputs}
     taken: Counter[str] = Counter()
-    for node in model.graph.node:
+    for node in model.graph:
         if node.op_type in PAIR:
-            owner = owners.get(node.input[0]) or readers[node.input[0]]
-            name = f"{owner}/{node.op_type}"
-            taken[name] += 1
-            node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+            owner = makers.get(operand(node, 0)) or _reader(node)
+            node.name = unique(f"{owner}/{node.op_type}", taken)
         else:
             owner = module_of(node)
-        owners |= dict.fromkeys(node.output, owner)
+        makers |= dict.fromkeys(node.outputs, owner)
+
+
+def _reader(pair: ir.Node) -> str:
+    """Return the module of the first node that reads what comes from a Q or DQ."""
+    reader = next(iter(pair.outputs[0].consumers()), None)
+    if reader is None:
+        return "graph"
+    return _reader(reader) if reader.op_type in PAIR else module_of(reader)

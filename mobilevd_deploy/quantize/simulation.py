@@ -1,14 +1,10 @@
-"""Integers in place of floats, with AIMET: calibrate, simulate, write ONNX that the NPU takes whole.
+"""Quantisation with AIMET: calibrate, simulate, and write ONNX whose every op the NPU can run.
 
 quantise          a deploy-form network and samples -> Quantised, its simulation
-Quantised.export  ONNX with QuantizeLinear and DequantizeLinear (Q, DQ), repaired and checked
-relabel           the repair: 16-bit second operands of matrix products
-check_quantised   refuses what would compile, and be wrong or run in float32 without a word
-answers           how far does the output move with each input?
-conditioning      does each input still matter as much as before?
-sensitivity       which block costs how much?
+Quantised.export  ONNX with QuantizeLinear and DequantizeLinear (Q, DQ), repaired (quantize.qdq) and checked
+                  (quantize.qdq_check)
 
-Rules of the hardware are in export/htp_quantsim.json, in AIMET's format.
+The rules of the hardware are in export/htp_quantsim.json, in AIMET's format.
 """
 
 from __future__ import annotations
@@ -29,19 +25,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mobilevd_deploy.base.files import written_aside
+from mobilevd_deploy.base.graphs import save_graph
 from mobilevd_deploy.base.tensors import Array, Tensors
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import QuantScheme
 from mobilevd_deploy.errors import ExportError, UsageError
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.npu.onnx_export import DATA, MODEL, name_nodes, quiet
+from mobilevd_deploy.npu.onnx_export import DATA, MODEL, check_file, name_nodes, quiet
 from mobilevd_deploy.quantize.qdq import convert_before_moves, load_folded, name_pairs, relabel
 from mobilevd_deploy.quantize.qdq_check import check_quantised
 
@@ -67,19 +63,20 @@ def quantise(
 ) -> Quantised:
     """Turn a deploy-form network into its quantised simulation, calibrated on `samples`.
 
-    The network is changed in place: its arithmetic modules become AIMET's and every module gets quantisers.
+    The network is changed in place: AIMET's modules replace its arithmetic modules, and every module gets
+    quantisers.
 
     Args:
-        network: as `build_npu` makes it, in the forms linear = "conv" and group_norm = "instance".
+        network: a result of `build_npu` in the forms linear = "conv" and group_norm = "instance".
         samples: inputs by name in the order of the network's arguments, float32. Read one at a time.
         scheme: bits, headroom and rules of the recipe.
-        state: where the ranges are kept. If the file is there and was made with this scheme, network and
-            first sample, no other sample is read. Otherwise it is written.
-        apart: every module has a range of its own, also those that AIMET lets share one.
+        state: file of the ranges. If it exists and was made with this scheme, network and first sample, no
+            other sample is read. Otherwise it is written.
+        apart: give every module its own range, including those for which AIMET uses one shared range.
 
     Raises:
         UsageError: AIMET is not installed, or there is no sample.
-        ExportError: AIMET can not follow the network, a module never ran, or its values are not finite.
+        ExportError: AIMET cannot trace the network, a module never ran, or its values are not finite.
     """
     aimet = _load_aimet()
     stream = iter(samples)
@@ -119,9 +116,9 @@ def quantise(
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """A calibrated simulation; made by `quantise`. `sim` is AIMET's QuantizationSimModel.
+    """A calibrated simulation, made by `quantise`. `sim` is AIMET's QuantizationSimModel.
 
-    `shared`: modules whose outputs AIMET gives one range, as a concatenation and what it joins.
+    `shared`: groups of modules whose outputs share one range, such as a concatenation and its inputs.
     """
 
     sim: Any
@@ -130,13 +127,13 @@ class Quantised:
 
     @torch.no_grad()
     def run(self, inputs: Tensors) -> Array:
-        """Return the network's output as the integers give it, float32, for inputs in argument order."""
+        """Return the output of the quantised network as float32, for inputs in argument order."""
         with _silence():
             output: Tensor = self.sim.model(*as_arguments(inputs))
         return np.asarray(output.as_subclass(torch.Tensor).numpy())
 
     def run_float(self, inputs: Tensors) -> Array:
-        """Return the output of the same network without any quantiser."""
+        """Return the output of the same network without quantisers."""
         with self._without(lambda _: True):
             return self.run(inputs)
 
@@ -144,11 +141,11 @@ class Quantised:
         """Write `folder`/model.onnx with its integer weights in model.onnx.data, repaired and checked.
 
         Inputs and outputs stay float32. Nodes are named <module path>/<op> as in a float export, a Q or DQ
-        after the module whose values it holds. `inputs` are example values. Raises ExportError: AIMET or
-        torch can not write it, or the graph is one that `check_quantised` refuses.
+        after the module whose values it quantises. `inputs` are example values. Raises ExportError if AIMET
+        or torch cannot write the graph, or if `check_quantised` refuses it.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        # AIMET leaves files behind that no graph refers to.
+        # AIMET also writes files that no graph refers to.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".aimet-") as aside:
             raw = Path(aside) / MODEL
             network, arguments, aimet = self.sim.model, as_arguments(inputs), _load_aimet()
@@ -166,31 +163,24 @@ class Quantised:
                     optimize=False,
                     verbose=False,
                     prequantize_constants=True,
-                    export_int32_bias=False,  # they are there
+                    export_int32_bias=False,  # `int32_biases` has added them
                     force_activation_as="unsigned",
                 )
             model = load_folded(raw)
-        name_nodes(model)
-        convert_before_moves(model)
-        name_pairs(model)
-        relabel(model)
-        check_quantised(model, self._is_float)
-        path, data = folder / MODEL, folder / DATA
-        data.unlink(missing_ok=True)  # onnx appends
-        onnx.save(model, path, save_as_external_data=True, location=DATA, size_threshold=1024)
-        if data.exists():
-            data.chmod(path.stat().st_mode)  # onnx makes it for its owner alone
-        try:
-            onnx.checker.check_model(str(path))
-        except onnx.checker.ValidationError as error:
-            raise ExportError(f"{path}: AIMET wrote what is not valid ONNX: {error}") from error
+            name_nodes(model)
+            convert_before_moves(model)
+            name_pairs(model)
+            relabel(model)
+            check_quantised(model, self._is_float)
+            save_graph(model, folder / MODEL, DATA)
+        check_file(folder / MODEL, f"the quantised export of {type(network).__name__}")
 
     def _is_float(self, module: str) -> bool:
         return FLOAT in bits_of(self.scheme, module)
 
     @contextlib.contextmanager
     def _without(self, chosen: Callable[[str], bool]) -> Iterator[None]:
-        """Take the quantisers out of the modules whose path is `chosen`."""
+        """Remove the quantisers of the modules whose path is `chosen`, within a with statement."""
         slots = [
             (container, key, container[key])
             for path, module in self.sim.named_qmodules()
@@ -210,7 +200,7 @@ class Quantised:
 class _Aimet:
     sim: Any  # QuantizationSimModel
     export: Any
-    int32_biases: Any  # a context in which every bias has a quantiser; runs the network to find their scales
+    int32_biases: Any  # context manager: gives every bias a quantiser; runs the network to find the scales
     quantiser: Any  # QuantizeDequantize
     multiply: Any
     arithmetic: Mapping[type[nn.Module], Callable[[Any], nn.Module]]
@@ -218,7 +208,7 @@ class _Aimet:
 
 @functools.cache
 def _load_aimet() -> _Aimet:
-    """Import AIMET, which takes ten seconds, and teach it `Constant`."""
+    """Import AIMET, which takes 7 to 14 s, and register a quantised form of `Constant`."""
     try:
         with _silence():
             import aimet_torch.onnx
@@ -229,7 +219,7 @@ def _load_aimet() -> _Aimet:
             from aimet_torch.quantsim import QuantizationSimModel
     except ImportError as error:
         raise UsageError(
-            f"quantising needs AIMET, which can not be imported: {error}",
+            f"quantising needs AIMET, which cannot be imported: {error}",
             next_step="pip install 'mobilevd-deploy[npu]'",
         ) from error
 
@@ -259,7 +249,7 @@ def _load_aimet() -> _Aimet:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep AIMET's and torch's chatter, hundreds of lines, off the terminal."""
+    """Keep the messages of AIMET and torch, hundreds of lines, off the terminal."""
     with quiet():
         yield
         for name in ("Quant", "Utils", "ConnectedGraph"):
@@ -272,7 +262,7 @@ def _blaming_aimet(what: str, network: nn.Module) -> Iterator[None]:
         yield
     except (OSError, MemoryError, ExportError):
         raise
-    except Exception as error:  # AIMET and torch raise what they like
+    except Exception as error:  # AIMET and torch raise many types
         raise ExportError(
             f"AIMET could not {what} {type(network).__name__}: {_first_line(error)}",
             next_step="report this with the model's configuration",
@@ -280,7 +270,7 @@ def _blaming_aimet(what: str, network: nn.Module) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)  # the rest is code to paste
+    return next(iter(str(error).splitlines()), type(error).__name__)  # the rest is example code
 
 
 def as_arguments(inputs: Tensors) -> tuple[Tensor, ...]:
@@ -292,18 +282,18 @@ def _run_all(model: nn.Module, samples: Iterable[Tensors]) -> None:
     for sample in samples:
         with _blaming_aimet("calibrate", model):
             model(*as_arguments(sample))
-        del sample  # before the next one is made
+        del sample  # before the next one is read
 
 
 class _Hollow(TorchFunctionMode):
-    """Run a network for its shapes and its course: what costs most gives values that mean nothing.
+    """Run a network fast for tracing: shapes and call order are correct, values are meaningless.
 
-    AIMET runs it four times to trace it, to count inputs and outputs, and to find the scales of biases; of
-    all that no value matters.
+    AIMET runs the network four times to trace it, to count inputs and outputs, and to find the scales of
+    biases. None of these uses the values.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Take one channel in and one out, repeated; round nothing."""
+        """Compute one output channel from one input channel and repeat it; do not quantise."""
         if func in (torch.fake_quantize_per_tensor_affine, torch.fake_quantize_per_channel_affine):
             return args[0].view_as(args[0])
         if func is F.linear or (func is F.conv2d and args[6:] == (1,)):  # no groups
@@ -332,8 +322,8 @@ def bits_of(scheme: QuantScheme, path: str) -> tuple[int, int]:
 
 
 def _fill_gaps(sim: Any, aimet: _Aimet) -> None:
-    # AIMET leaves a product with one positive number without a range, counting on the compiler to derive it,
-    # and padding; the int32 bias of a convolution behind it then has a scale of its own, which no sum has.
+    # AIMET gives no range to a product with one positive number, because a compiler can derive it, and none
+    # to padding. The int32 bias of a convolution behind it would then have another scale than its sum.
     bare: Any = (aimet.multiply, nn.ZeroPad2d)
     for module in sim.qmodules():
         if isinstance(module, bare) and module.output_quantizers[0] is None:
@@ -349,8 +339,8 @@ def _shared(sim: Any) -> tuple[tuple[str, ...], ...]:
 
 
 def _set_bits(sim: Any, scheme: QuantScheme) -> None:
-    # What shares a range goes on sharing it with those of the same bits.
-    narrow: dict[int, tuple[Any, Any]] = {}  # quantisers by id, each with its twin of 8 bits
+    # Modules that share a range still share it if they have the same bits; others get a separate range.
+    narrow: dict[int, tuple[Any, Any]] = {}  # quantisers by id, each with its copy of 8 bits
     for path, module in sim.named_qmodules():
         weights, activations = bits_of(scheme, path)
         parameters = module.param_quantizers
@@ -358,7 +348,7 @@ def _set_bits(sim: Any, scheme: QuantScheme) -> None:
             if weights == FLOAT:
                 parameters[name] = None
             elif quantiser is not None and isinstance(module, (nn.Conv2d, nn.Linear)):
-                quantiser.bitwidth = weights  # the vectors of a norm stay at 8 bits
+                quantiser.bitwidth = weights  # the weights of a norm stay at 8 bits
         for container in (module.input_quantizers, module.output_quantizers):
             for i, quantiser in enumerate(container):
                 if activations == FLOAT:
@@ -367,12 +357,12 @@ def _set_bits(sim: Any, scheme: QuantScheme) -> None:
                     _, twin = narrow.setdefault(id(quantiser), (quantiser, copy.deepcopy(quantiser)))
                     twin.bitwidth = 8
                     if twin.is_overwrite_allowed():
-                        twin.symmetric = False  # only 16-bit operands have to be
+                        twin.symmetric = False  # only 16-bit operands must be symmetric
                     container[i] = twin
 
 
 class _Traced(Tensor):
-    """A tensor that knows which leaf module made it, through whatever moves its values."""
+    """A tensor that keeps the name of the leaf module that made it, also when its values are moved."""
 
     source: str | None = None
 
@@ -387,9 +377,9 @@ class _Traced(Tensor):
 
 @torch.no_grad()
 def input_sources(network: nn.Module, inputs: Tensors) -> dict[str, list[str | None]]:
-    """Return, for each leaf module, which leaf module each of its inputs comes from; None: an input.
+    """Return the leaf module that makes each input of each leaf module; None for inputs of the network.
 
-    Shapes tell that, so it runs on tensors without values.
+    Shapes are enough for that, so the network runs on the meta device.
     """
     sources: dict[str, list[str | None]] = {}
 
@@ -416,9 +406,9 @@ def input_sources(network: nn.Module, inputs: Tensors) -> dict[str, list[str | N
 def _convert_between(
     sim: Any, sources: Mapping[str, Sequence[str | None]], scheme: QuantScheme, aimet: _Aimet
 ) -> None:
-    """Give a module a quantiser of its own bits for each input that comes with other bits.
+    """Add a quantiser with the module's bits to each input that has other bits.
 
-    The NPU's operations take and give integers of one width, and a Q and DQ in between converts.
+    An operation of the NPU has inputs and outputs of one width; a Q and DQ in between converts.
     """
     modules = dict(sim.named_qmodules())
     for path, i, _ in borders(modules, sources, functools.partial(bits_of, scheme)):
@@ -431,10 +421,10 @@ def borders(
     sources: Mapping[str, Sequence[str | None]],
     bits: Callable[[str], tuple[int, int]],
 ) -> Iterator[tuple[str, int, str]]:
-    """Yield each input (module, index) that comes with other bits than the module's, and what it comes from.
+    """Yield (module, input index, source module) for each input whose bits differ from the module's.
 
-    `modules`: AIMET's by path, with the quantisers that `bits` (weights, activations) of a path asks for. An
-    input with a quantiser of its own is no border.
+    `modules`: AIMET's by path. Their quantisers follow `bits`, which returns (weights, activations) for a
+    path. An input that has its own quantiser is left out.
     """
 
     def origin(path: str | None) -> tuple[str, int] | None:
@@ -443,7 +433,7 @@ def borders(
                 return path, FLOAT
             if path in modules and (quantiser := modules[path].output_quantizers[0]) is not None:
                 return path, int(quantiser.bitwidth)
-            path = sources[path][0]  # it only moves values
+            path = sources[path][0]  # this module only moves values
         return None
 
     for path, module in modules.items():
@@ -481,10 +471,10 @@ def _check_ranges(sim: Any) -> None:
 
 @torch.no_grad()
 def _use_all_steps(sim: Any) -> None:
-    """Make the integers of weights as large as they can be without rounding anew.
+    """Make the integers of weights as large as possible by a whole factor, which changes no rounding.
 
-    AIMET stores weights with few distinct values as the smallest integers that hold them: an identity as
-    ones. The NPU's 16-bit products drop the low byte of the sum, so small integers give coarse outputs.
+    AIMET stores weights with few distinct values as the smallest possible integers, for example an identity
+    as ones. The NPU's 16-bit products drop the low byte of the sum, so small integers give coarse outputs.
     """
     for module in sim.qmodules():
         quantiser = dict(module.param_quantizers.items()).get("weight")
@@ -498,9 +488,9 @@ def _use_all_steps(sim: Any) -> None:
 
 @torch.no_grad()
 def _stretch(sim: Any, headroom: float) -> None:
-    """Widen the ranges of 16-bit activations, but not those that hold by definition, as a softmax's."""
+    """Widen the ranges of 16-bit activations, except fixed ranges such as a softmax's."""
     activations = {
-        id(quantiser): quantiser  # some modules share one
+        id(quantiser): quantiser  # some modules share a quantiser
         for module in sim.qmodules()
         for quantiser in chain(module.input_quantizers, module.output_quantizers)
         if quantiser is not None and quantiser.bitwidth == 16 and quantiser.is_overwrite_allowed()
@@ -520,25 +510,19 @@ def _digest(network: nn.Module, first: Tensors, choices: tuple[QuantScheme, bool
 
 
 def _restore(sim: Any, state: Path, key: str) -> bool:
-    """Take the ranges from an earlier run; False where there are none that fit."""
+    """Load the ranges of an earlier run; return False if there are none that match."""
     try:
         saved = torch.load(state, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         return False
-    # Other quantisers: an older version of this toolkit, or of AIMET, made it.
+    # Other quantisers: another version of this toolkit or of AIMET made the file.
     if saved["key"] != key or saved["quantisers"].keys() != sim.quantizer_state_dict().keys():
         return False
     sim.model.load_state_dict(saved["quantisers"], strict=False)
     return True
 
 
-# ---- the written graph ----
-
-
-# ---- what was lost ----
-
-
 def block_of(path: str) -> str:
-    """Return the path of the resblock, transformer or layer that a module is part of, or the module's own."""
+    """Return the path of the resblock, transformer or layer that contains a module, else the module's own."""
     match = _BLOCK.match(path)
     return match[0] if match else path

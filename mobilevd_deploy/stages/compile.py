@@ -1,4 +1,4 @@
-"""Stages that compile a component for a chip and run the binary on the HTP simulator."""
+"""Stages that compile a component for a chip and run its binary on the HTP simulator."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilevd_deploy.artifact.manifest import Component, FileEntry, NpuBinary, NpuPart
+from mobilevd_deploy.base.graphs import read_shaped
 from mobilevd_deploy.base.processes import StageCost, memory_bytes, side_by_side
 from mobilevd_deploy.base.progress import Progress, shares
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
@@ -32,7 +33,6 @@ from mobilevd_deploy.qnn.split import (
     compiler_work,
     fewest_parts,
     plan_cut,
-    read_shaped,
     write_parts,
 )
 from mobilevd_deploy.qnn.targets import find_target
@@ -70,7 +70,7 @@ def largest_magnitudes(network: nn.Module, samples: Iterable[Tensors]) -> dict[s
 
     def watch(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
-            # A NaN stays: it is not below any limit.
+            # np.maximum keeps a NaN, which is not below any limit.
             magnitudes[path] = float(np.maximum(magnitudes.get(path, 0.0), output.abs().max().item()))
 
         return hook
@@ -91,7 +91,7 @@ def largest_magnitudes(network: nn.Module, samples: Iterable[Tensors]) -> dict[s
 
 
 def compile_component(job: ExportJob, context: StageContext, name: ComponentName, target: str) -> StageOutput:
-    """Compile one component for one chip, in parts where it is cut; every finished part is a piece."""
+    """Compile one component for one chip, whole or in parts. Every finished part is recorded as a piece."""
     return context.steps.run("rest", _compile, job, name, target, context.pieces)
 
 
@@ -106,7 +106,7 @@ def _compile(
         if finding.next_step:
             raise ExportError(f"{name}: {finding}", next_step=finding.next_step)
         progress.say(f"{name}: {finding}")
-    # Modules that a rule leaves in float are allowed to run in float.
+    # Modules with a rule of 32 bits may run in float.
     rules = job.recipe.quant.of(name).rules if job.recipe.quant else ()
     floats = [f"{rule.modules}/*" for rule in rules if 32 in (rule.weights, rule.activations)]
     root = job.folder.artifact / name / target
@@ -142,7 +142,7 @@ def _compile(
             functools.partial(compile_part, path, part, share)
             for (path, _, _), part, share in zip(cut, names, shares(progress, work), strict=True)
         ]
-        # The compiler has one thread for most of its time.
+        # The compiler uses one thread for most of its time.
         made = side_by_side(tasks, needed, work, budget=memory_bytes()[1], workers=os.cpu_count() or 1)
     parts = [
         record.values | {"inputs": inputs, "outputs": outputs}
@@ -157,7 +157,7 @@ def _compile(
 def _cut(
     job: ExportJob, name: ComponentName, model: Path, pieces: Pieces, progress: Progress
 ) -> Iterator[list[tuple[Path, list[str], list[str]]]]:
-    """Yield the files to compile with their inputs and outputs: the model, or proven parts of it."""
+    """Yield (file, inputs, outputs) of each graph to compile: the model, or its parts after a check."""
     assert job.recipe.npu is not None
     component, quantised = job.components[name], job.recipe.quant is not None
     whole = read_shaped(model)
@@ -171,7 +171,7 @@ def _cut(
     progress.say(f"{name}: cut into {count} parts; {crossing} cross, as float32")
     files = write_parts(model, cut)
     try:
-        pieces.run("row of parts", lambda: check_parts(job, component, files, cut), progress)
+        pieces.run("check of parts", lambda: check_parts(job, component, files, cut), progress)
         yield [(f, [*part.inputs], [*part.outputs]) for f, part in zip(files, cut.parts, strict=True)]
     finally:
         for file in files:
@@ -179,11 +179,11 @@ def _cut(
 
 
 def check_parts(job: ExportJob, component: Component, files: Sequence[Path], cut: Cut) -> StageOutput:
-    """Run the parts in a row on onnxruntime and compare with the output of the whole."""
+    """Run the parts in order on onnxruntime and compare the output with that of the whole graph."""
     judge, output = job.judges()[0], component.outputs[0].name
     chain = PartsRunner(cut.parts, lambda part: OnnxRunner(files[cut.parts.index(part)]))
     given = chain.run(judge.feeds(component))[output]
-    drift, what = sqnr_db(judge.outputs[component.name], given), "the row of its parts"
+    drift, what = sqnr_db(judge.outputs[component.name], given), "its parts, run in order,"
     if job.recipe.quant is None:
         require(component.name, f"{what} vs float", drift, job.recipe.floors.onnx_sqnr_db)
     else:
@@ -192,7 +192,7 @@ def check_parts(job: ExportJob, component: Component, files: Sequence[Path], cut
 
 
 def note_compiled(job: ExportJob, values: Mapping[str, Any], name: ComponentName, target: str) -> None:
-    """Enter the binary."""
+    """Add the binary."""
     root, first = job.folder.artifact, values["parts"][0]
     parts = []
     for part in values["parts"]:
@@ -207,7 +207,7 @@ def note_compiled(job: ExportJob, values: Mapping[str, Any], name: ComponentName
 
 
 def precision(recipe: Recipe) -> str:
-    """Return what a recipe compiles to: like "w8a16", or "float16"."""
+    """Return the precision of a recipe's binaries, such as "w8a16" or "float16"."""
     return recipe.quant.precision if recipe.quant else "float16"
 
 
@@ -217,12 +217,12 @@ def precision(recipe: Recipe) -> str:
 def simulate_component(
     job: ExportJob, context: StageContext, name: ComponentName, target: str
 ) -> StageOutput:
-    """Run one binary on the simulator, on the first judge; compare with AIMET and with the float run."""
+    """Run one binary on the simulator on the first judge; compare with AIMET's simulation and with float."""
     return context.steps.run("rest", run_simulator, job, name, target)
 
 
 def run_simulator(job: ExportJob, name: ComponentName, target: str, progress: Progress) -> StageOutput:
-    """Run a binary on the first judge and hold it against its floors."""
+    """Run a binary on the first judge, compare, and raise ParityError below the floor."""
     component = job.components[name]
     if component.flops > SIMULATE_UP_TO_FLOPS:
         progress.say(f"{name}: not simulated, {component.flops / 1e9:.0f} GFLOPs are too many")
@@ -234,13 +234,14 @@ def run_simulator(job: ExportJob, name: ComponentName, target: str, progress: Pr
     drift = sqnr_db(judge.outputs[name], given)
     agreement = None
     if job.recipe.quant is None:
-        require(name, "the simulator's float16 vs float", drift, job.recipe.floors.float16_sqnr_db)
+        _, floor = job.recipe.agreement_floor(name)
+        require(name, "the simulator's float16 vs float", drift, floor)
     else:
         agreement = json_number(job.require_agreement(component, "the simulator", given, drift))
     return StageOutput((), {"simulated": True, "drift": json_number(drift), "agreement": agreement})
 
 
 def note_simulated(job: ExportJob, values: Mapping[str, Any], name: ComponentName, target: str) -> None:
-    """Enter the simulator's SQNR."""
+    """Add the simulator's SQNR."""
     if values["simulated"]:
         job.drift.setdefault(f"npu.{target}", {})[name] = values["drift"]

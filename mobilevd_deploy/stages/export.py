@@ -1,4 +1,4 @@
-"""The export of one component: reference answers, rewrites, ONNX, comparison."""
+"""The stage that exports one component: reference outputs, rewrites, ONNX, comparison."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from mobilevd_deploy.stages.probe import Probe, make_probe
 from mobilevd_deploy.stages.records import StageOutput
 
 PROBE_SEED = 20241207
-# The rewrites do not depend on the map's size; a larger one is proven on about this many pixels.
+# The rewrites do not depend on the map's size. Larger maps are checked on about this many pixels.
 _PROBE_PIXELS = 128
 
 
 def export_component(job: ExportJob, context: StageContext, name: ComponentName) -> StageOutput:
-    """Take one component from the checkpoint to a float ONNX file that is proven equal."""
+    """Export one component from the checkpoint to a float ONNX file, and compare the two."""
     steps, folder, work = context.steps, job.float_folder(name), job.folder.work
     checkpoint, spec, recipe = job.checkpoint, job.spec, job.recipe
     steps.run("answer", _answer, name, checkpoint, work)
@@ -55,7 +55,7 @@ def export_component(job: ExportJob, context: StageContext, name: ComponentName)
 
 
 def note_exported(job: ExportJob, values: Mapping[str, Any], name: ComponentName) -> None:
-    """Enter the component, its SQNR and, for the UNet, the reports of its rewrites."""
+    """Add the component, its SQNR and, for the UNet, the reports of its rewrites."""
     inputs, outputs = component_tensors(name, job.spec)
     root, roles = job.folder.artifact, {MODEL: "model", DATA: "data"}
     files = {roles[path.name]: FileEntry.of(root, path) for path in graph_files(job.float_folder(name))}
@@ -66,10 +66,10 @@ def note_exported(job: ExportJob, values: Mapping[str, Any], name: ComponentName
 
 
 def _answer(name: ComponentName, checkpoint: Checkpoint, work: Path, progress: Progress) -> None:
-    """Keep inputs of a probe, and what the trained network gives for them."""
+    """Save a probe: inputs, and the outputs of the trained network for them."""
     inputs, outputs = component_tensors(name, checkpoint.spec)
-    # What an earlier network gave is passed on: on random embeddings, which no encoder would ever give, a
-    # trained UNet multiplies the rounding of float32 by ten.
+    # Inputs that another component makes are its real outputs. On random embeddings, which no encoder makes,
+    # a trained UNet multiplies the rounding errors of float32 by ten.
     given = {}
     for tensor in inputs:
         kind, _, which = str(tensor.source).partition(":")
@@ -90,7 +90,7 @@ def _answer(name: ComponentName, checkpoint: Checkpoint, work: Path, progress: P
 def _rewrite_component(
     name: ComponentName, checkpoint: Checkpoint, recipe: Recipe, work: Path, progress: Progress
 ) -> tuple[PassReport, ...]:
-    """Keep the weights of the deploy form; return what the rewrites did, each proven."""
+    """Rewrite the network and save the weights of its deploy form; return the reports of the passes."""
     deployed, reports = deploy_form(name, checkpoint.load(name), checkpoint.spec, recipe, progress)
     write_weights(weights_path(work, name), deployed)
     return reports
@@ -138,14 +138,14 @@ def _read_probe(work: Path, name: ComponentName, spec: ModelSpec) -> Probe:
 
 
 def _read_deploy_form(name: ComponentName, spec: ModelSpec, recipe: Recipe, work: Path) -> nn.Module:
-    """Build the deploy form around the weights that `_rewrite_component` kept, memory-mapped."""
+    """Build the deploy form with the weights that `_rewrite_component` saved, memory-mapped."""
     network = deploy_skeleton(name, spec, recipe)
     read_weights(weights_path(work, name), network)
     return network
 
 
 def build_deploy_form(name: ComponentName, checkpoint: Checkpoint, recipe: Recipe, work: Path) -> nn.Module:
-    """Build the deploy form; rewrite the network again if an earlier export removed the rewritten weights."""
+    """Build the deploy form; rewrite the network again if an earlier run removed the rewritten weights."""
     if not weights_path(work, name).exists():
         _rewrite_component(name, checkpoint, recipe, work, Progress())
     return _read_deploy_form(name, checkpoint.spec, recipe, work)
@@ -154,9 +154,9 @@ def build_deploy_form(name: ComponentName, checkpoint: Checkpoint, recipe: Recip
 def deploy_form(
     name: ComponentName, network: nn.Module, spec: ModelSpec, recipe: Recipe, progress: Progress
 ) -> tuple[nn.Module, tuple[PassReport, ...]]:
-    """Rewrite a trained component (the UNet; each pass proven) and build its deploy form, in place.
+    """Rewrite a trained component in place (only the UNet has passes) and build its deploy form.
 
-    Raises RewriteError.
+    Raises RewriteError if a pass changes the outputs.
     """
     reports = _rewrite(network, spec, recipe, progress) if isinstance(network, MobileVDUNet) else ()
     return build_npu(name, network, spec, recipe.graph), reports
@@ -170,7 +170,7 @@ def _rewrite(
     side = least * max(1, math.isqrt(_PROBE_PIXELS // (2 * least * least)))
     if height * width > 2 * side * side:
         height, width = side, 2 * side
-        progress.say(f"unet: rewrites are proven on latents of {width}x{height}, the export at full size")
+        progress.say(f"unet: rewrites are checked on latents of {width}x{height}, the export at full size")
     probe = UNetProbe.make(unet, height, width)
     return run_passes(unet, select_passes(rewrites(recipe)), probe, recipe.floors.rewrite_sqnr_db)
 

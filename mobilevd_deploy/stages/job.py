@@ -1,4 +1,4 @@
-"""What the stages of one export share: the job, and the form in which deploy.py lists them."""
+"""What the stages of one export share: the job, and `Stage`, the entries of deploy.py's table."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ MORE_PICTURES_OR_BITS = "calibrate with more pictures, or keep layers at 16 bit 
 
 @dataclass
 class ExportJob:
-    """One export: what it starts from, and what its stages found so far.
+    """One export: its inputs, and the results of its stages so far.
 
     Attributes:
         checkpoint, recipe: what is exported, and how.
-        pictures: calibration pictures, the last `JUDGES` of which only judge; None for a float export.
+        pictures: calibration pictures; the last `JUDGES` only judge. None for a float export.
         folder: where the artifact is built.
-        components: manifest entries of the components that are exported; later stages add to them.
+        components: manifest entries of the exported components; later stages add to them.
         drift: SQNR in dB by stage and component, None for identical outputs.
         passes: reports of the UNet's rewrites.
         magnitudes: largest magnitude of each layer's output by component, for float16.
@@ -82,11 +82,11 @@ class ExportJob:
         return folder / MODEL
 
     def sample_path(self, index: int) -> Path:
-        """File that holds a picture and what every float component gave for it."""
+        """File of a picture and the outputs of every float component for it."""
         return self.folder.work / "calibration" / f"{index}.npz"
 
     def simulated_path(self, name: str) -> Path:
-        """File of what AIMET's simulation of a component gave for the first judge."""
+        """File of the output of AIMET's simulation of a component for the first judge."""
         return self.folder.work / name / "simulated.npz"
 
     # ---- pictures that calibrate, and pictures that judge ----
@@ -111,7 +111,7 @@ class ExportJob:
         return [self.load_sample(path) for path in self.sample_paths()[-JUDGES:]]
 
     def judged(self, component: Component) -> tuple[list[Tensors], list[Array]]:
-        """Return every judge's inputs, and the float outputs of the judges that this component has."""
+        """Return the inputs for every judge, and the float outputs for the judges of this component."""
         judges = self.judges()
         count = 1 if component.flops > JUDGE_ALL_UP_TO_FLOPS else len(judges)
         exact = [judge.outputs[component.name] for judge in judges[:count]]
@@ -122,23 +122,20 @@ class ExportJob:
     def require_agreement(self, component: Component, what: str, given: Array, drift: float) -> float:
         """Compare an output for the first judge with AIMET's simulation; return their SQNR in dB.
 
-        `drift` is the output's SQNR in dB against the float run. With 8-bit activations rounding differences
-        propagate, so there the floor applies to `drift`.
+        `drift` is the output's SQNR in dB against the float run. `Recipe.agreement_floor` decides which of
+        the two has the floor. Raises ParityError.
         """
-        assert self.recipe.quant is not None
-        floors = self.recipe.floors
+        reference, floor = self.recipe.agreement_floor(component.name)
         with np.load(self.simulated_path(component.name)) as expected:
             agreement = sqnr_db(expected["given"], given)
-        if self.recipe.quant.of(component.name).narrowest >= 16:
-            require(component.name, f"{what} vs AIMET", agreement, floors.simulator_db)
-        else:
-            require(component.name, f"{what} vs float", drift, floors.quantised_sqnr_db)
+        compared = ("AIMET", agreement) if reference == "quantised" else ("float", drift)
+        require(component.name, f"{what} vs {compared[0]}", compared[1], floor)
         return agreement
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage runs with: steps in child processes, pieces that survive a kill, and progress."""
+    """What a stage runs with: steps in child processes, pieces that a later run can reuse, and progress."""
 
     steps: Steps
     pieces: Pieces
@@ -151,12 +148,12 @@ class Stage:
 
     Attributes:
         name: unique in the export.
-        share: of the time, in any unit, for the estimate of the time left.
-        inputs: plain values that decide the outcome, apart from the checkpoint and the stages before.
+        share: relative time, in any unit, for the estimate of the time left.
+        inputs: plain values that decide the result, apart from the checkpoint and the stages before.
         act: does the work: act(job, context, *arguments).
-        note: enters the stage's values, new or from an earlier run: note(job, values, *arguments).
+        note: adds the stage's values, new or from an earlier run, to the job: note(job, values, *arguments).
         arguments: component and chip.
-        disk_bytes: about how much `act` and all later stages of its kind write.
+        disk_bytes: estimate of what `act` and all later stages of its kind write.
     """
 
     name: str

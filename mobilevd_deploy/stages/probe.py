@@ -1,4 +1,4 @@
-"""Fixed inputs, the outputs they should give, and how far a test is from its reference."""
+"""Fixed inputs, their reference outputs, and the SQNR of other outputs against the reference."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from mobilevd_deploy.runtime.noise import uniform, unit_noise
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs by name, and the outputs that the trained network gives for them."""
+    """Inputs by name, and the outputs of the trained network for them."""
 
     inputs: Tensors
     reference: Tensors
 
     def drift(self, outputs: Mapping[str, npt.ArrayLike]) -> float:
-        """Return the SQNR in dB of the worst of `outputs` against the reference; names must be equal."""
+        """Return the lowest SQNR in dB of `outputs` against the reference.
+
+        Raises UsageError if the names of the outputs differ.
+        """
         if set(outputs) != set(self.reference):
             raise UsageError(f"outputs {sorted(outputs)} are not the reference's {sorted(self.reference)}")
         return min(sqnr_db(reference, outputs[name]) for name, reference in self.reference.items())
@@ -37,7 +40,7 @@ def make_probe(
     """Make inputs from `seed`, run `reference` on them and keep both.
 
     Inputs in `given` are taken from there. Of the others, input i uses noise stream i: uniform over the
-    spec's range where it has one, standard normal otherwise.
+    spec's range if it has one, else standard normal.
     """
     values: Tensors = {}
     for stream, spec in enumerate(inputs):

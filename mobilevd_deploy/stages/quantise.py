@@ -1,4 +1,4 @@
-"""Stages that calibrate, quantise with AIMET, and judge the result on pictures that did not calibrate."""
+"""Stages that calibrate, quantise with AIMET, and judge the result on pictures not used for calibration."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _ENCODINGS = "encodings.pt"
 
 
 def calibrate(job: ExportJob, context: StageContext) -> StageOutput:
-    """Run the float graphs on every picture, one component after the other, and keep their outputs."""
+    """Run the float graphs on every picture, one component at a time, and keep their outputs."""
     components = job.components.values()
     files: tuple[Path, ...] = ()
     costs: dict[str, StageCost] = {}
@@ -75,7 +75,7 @@ def _answer_pictures(job: ExportJob, name: ComponentName, progress: Progress) ->
 
 
 def note_calibrated(job: ExportJob, values: Mapping[str, Any]) -> None:
-    """Nothing: calibration leaves files alone."""
+    """Do nothing: calibration only writes files."""
 
 
 # ---- quantise ----
@@ -119,7 +119,7 @@ def run_aimet(job: ExportJob, name: ComponentName, progress: Progress) -> StageO
 
 
 def answers_of_quantised(job: ExportJob, name: ComponentName, _: Progress) -> dict[str, float]:
-    """Run the QDQ graph, compare it with AIMET's simulation, and return its answers to each input.
+    """Run the QDQ graph, compare it with AIMET's simulation, and return how far each input moves its output.
 
     onnxruntime is faster than AIMET, and this is the graph that is compiled.
     """
@@ -133,14 +133,14 @@ def answers_of_quantised(job: ExportJob, name: ComponentName, _: Progress) -> di
 
 
 def answers_of_float(job: ExportJob, name: ComponentName, _: Progress) -> dict[str, float]:
-    """Return the answers of the float graph to each input."""
+    """Return how far each input moves the output of the float graph."""
     component = job.components[name]
     feeds, exact = job.judged(component)
     return answers(runs_graph(job.float_folder(name), component), feeds, exact)
 
 
 def require_conditioning(job: ExportJob, name: str, ratios: Mapping[str, float]) -> None:
-    """Refuse a component in which an input no longer matters as it did."""
+    """Raise ParityError if an input has far more or less effect than in the float component."""
     floor = job.recipe.floors.conditioning
     for tensor, ratio in ratios.items():
         if not floor <= ratio <= 1 / floor:
@@ -152,7 +152,7 @@ def require_conditioning(job: ExportJob, name: str, ratios: Mapping[str, float])
 
 
 def note_quantised(job: ExportJob, values: Mapping[str, Any], name: ComponentName) -> None:
-    """Enter the quantised graph's files and its figures."""
+    """Add the files and the measurements of the quantised graph."""
     root, roles = job.folder.artifact, {MODEL: "quantised", DATA: "quantised_data"}
     files = {roles[path.name]: FileEntry.of(root, path) for path in graph_files(job.quantised_folder(name))}
     component = job.components[name]
@@ -166,7 +166,7 @@ def note_quantised(job: ExportJob, values: Mapping[str, Any], name: ComponentNam
 
 
 def judge_clip(job: ExportJob, context: StageContext) -> StageOutput:
-    """Run the quantised graphs one after the other and compare the clip with the float clip."""
+    """Run the quantised graphs in order and compare the clip with the float clip."""
     return context.steps.run("rest", _judge_clip, job)
 
 
@@ -195,5 +195,5 @@ def _judge_clip(job: ExportJob, _: Progress) -> StageOutput:
 
 
 def note_clip(job: ExportJob, values: Mapping[str, Any]) -> None:
-    """Enter the clip's PSNR."""
+    """Add the clip's PSNR."""
     job.clip_psnr_db = values["psnr_db"]

@@ -1,9 +1,9 @@
-"""Stages that a later run need not repeat: records of what was made from what, in the partial artifact.
+"""Records of finished stages in the partial artifact, so that a later run does not repeat them.
 
-A stage's input digest covers the key of the whole run, the stage's name and own inputs, and digest and output
-files of every stage before it. Its record is written in one rename, after its files are on the disk: so a
-process that is killed leaves a finished stage or none. A record counts only while its digest fits and its
-files are intact. A long stage keeps records of its pieces in the same way.
+The input digest of a stage covers the key of the whole run, the stage's name and own inputs, and the digest
+and output files of every earlier stage. Its record is written with one rename, after its files are on the
+disk, so a killed process leaves a finished stage or none. A record is valid only if its digest matches and
+its files are intact. A long stage keeps records of its pieces in the same way.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _FOLDER = "stages"
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage made: files below the partial folder, and values that JSON can hold.
+    """The result of a stage: files below the partial folder, and values that JSON can hold.
 
-    `steps`: what those parts of it cost that ran in a process of their own.
+    `steps`: time and memory of its steps that ran in processes of their own.
     """
 
     files: tuple[Path, ...] = ()
@@ -43,7 +43,7 @@ class StageOutput:
 class StageRecord:
     """A finished stage as stored. File paths are relative to the partial folder.
 
-    `values` went through JSON, so tuples are lists, in a fresh record as in a reused one.
+    `values` went through JSON, so tuples are lists, in a new record as in a reused one.
     """
 
     name: str
@@ -55,10 +55,10 @@ class StageRecord:
 
 
 class Stages:
-    """Runs stages in order, or finds them done by an earlier run in the same partial folder.
+    """Runs stages in order, or reuses those of an earlier run in the same partial folder.
 
-    `key` holds what all stages depend on: the checkpoint's sha256, versions of toolkit and tools. If the
-    folder was begun with another key, it is emptied. A stage must not change the files of those before it.
+    `key` holds what all stages depend on: the checkpoint's sha256, versions of toolkit and tools. A folder of
+    another key is emptied. A stage must not change the files of earlier stages.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Stages:
 
     @property
     def costs(self) -> dict[str, StageCost]:
-        """Time and memory of each stage so far, measured when it really ran.
+        """Time and memory of each stage so far, measured in the run that executed it.
 
-        Where a stage had several steps, they follow it as "<stage>: <step>".
+        The steps of a stage with several follow it as "<stage>: <step>".
         """
         costs: dict[str, StageCost] = {}
         for name, record in self._records.items():
@@ -93,9 +93,9 @@ class Stages:
     ) -> StageRecord:
         """Return the stage's record: that of an earlier run if nothing changed, else after `action`.
 
-        `inputs`: everything that decides the outcome, apart from the key and the stages before.
-        `disk_bytes`: about how much `action` will write. Raises ResourceError if the disk has less or fills
-        up; whatever else `action` raises goes through. The stage then counts as not run.
+        `inputs`: everything that decides the result, apart from the key and the earlier stages.
+        `disk_bytes`: estimate of what `action` writes. Raises ResourceError if the disk has less or fills up,
+        and the errors of `action`. After an error the stage counts as not run.
         """
         if name in self._records:
             raise ValueError(f"stage {name!r} ran already")
@@ -112,7 +112,7 @@ class Stages:
         return record
 
     def pieces(self, name: str, inputs: Mapping[str, Any]) -> Pieces:
-        """Return the pieces of the stage `name` that is about to run with these `inputs`."""
+        """Return the pieces of the stage `name`, to be run with these `inputs`."""
         return Pieces(self._partial, name, self._digest(name, inputs))
 
     def _digest(self, name: str, inputs: Mapping[str, Any]) -> str:
@@ -122,9 +122,9 @@ class Stages:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a stage finished of its work, so that a run that comes after a kill goes on from there.
+    """Records of the finished pieces of a stage, so that a run after a kill continues from there.
 
-    `stage` and `digest` are the stage's. May be used in threads and in a child process.
+    `stage` and `digest` are the stage's. Can be used in threads and in a child process.
     """
 
     partial: PartialArtifact
@@ -132,7 +132,7 @@ class Pieces:
     digest: str
 
     def run(self, name: str, action: Callable[[], StageOutput], progress: Progress) -> StageRecord:
-        """Return the record of a piece: of an earlier run if the stage's inputs are the same, else anew."""
+        """Return the record of a piece: that of an earlier run with the same inputs, else a new one."""
         name = f"{self.stage}, {name}"
         if found := _find(self.partial, name, self.digest):
             progress.say(f"{name}: done in an earlier run")

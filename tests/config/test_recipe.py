@@ -50,6 +50,22 @@ def test_defaults_are_written_out_and_read_back():
     assert from_dict(Recipe, values) == recipe
 
 
+@pytest.mark.parametrize(
+    ("quant", "expected"),
+    [
+        (None, ("float", 1.0)),
+        (QuantScheme(activations=8), ("float", 2.0)),
+        (QuantScheme(rules=(QuantRule("a", activations=8, component="unet"),)), ("float", 2.0)),
+        (QuantScheme(rules=(QuantRule("a", activations=8, component="decoder"),)), ("quantised", 3.0)),
+        (QuantScheme(rules=(QuantRule("a", activations=32),)), ("quantised", 3.0)),
+    ],
+    ids=["float16", "a8", "a-block-of-8-bits", "another-component", "a16"],
+)
+def test_what_a_binary_must_agree_with(quant, expected):
+    floors = Floors(float16_sqnr_db=1, quantised_sqnr_db=2, simulator_db=3)
+    assert Recipe("r", quant=quant, floors=floors).agreement_floor("unet") == expected
+
+
 def test_a_raised_limit_decides_nothing_about_a_binary():
     options = NpuOptions(targets=("SM8650", "SM8750"))
     raised = dataclasses.replace(options, targets=("SM8750",), compiler_memory_gb=20, compiler_hours=8)
@@ -108,6 +124,7 @@ def test_a_file_by_path(tmp_path):
         ("[floors]\nonnx_sqnr_db = inf", "finite"),
         ('[floors]\nonnx_sqnr_db = "90"', "expected float"),
         ("[floors]\nconditioning = 1.5", "conditioning: 1.5"),
+        ("[floors]\nconditioning = 0", "conditioning: 0"),
         ("[quant]\nweights = 3", "weights"),
         ("[quant]\nheadroom = 0.5", "headroom: 0.5"),
         ("[quant]\nsamples = 0", "samples: 0"),

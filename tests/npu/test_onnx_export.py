@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import onnxsim
 import pytest
@@ -236,7 +237,7 @@ def test_a_full_disk_is_not_the_graphs_fault(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", full)
+    monkeypatch.setattr(onnx_ir, "save", full)
     with pytest.raises(OSError, match="No space left"):
         export_onnx(little.conv, {"image": INPUTS["image"]}, ["map"], tmp_path, OPTIONS)
 

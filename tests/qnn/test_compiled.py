@@ -433,7 +433,7 @@ def test_what_the_compiler_put_in_counts_for_whom_it_serves(tmp_path):
 )
 def test_unknown_schedule_is_an_error_and_not_a_number(tmp_path, old, new):
     assert old in SCHEDULE
-    with pytest.raises(VendorError, match=r"not in the format that we know"):
+    with pytest.raises(VendorError, match=r"has an unknown format"):
         read_traffic(schedule(tmp_path, SCHEDULE.replace(old, new)))
 
 

@@ -341,7 +341,7 @@ def test_missing_wrapper(tmp_path):
 
 
 def test_memory_limit(model, tmp_path):
-    with pytest.raises(ResourceError, match=r"takes more than 0\.04 GB") as caught:
+    with pytest.raises(ResourceError, match=r"needs more than 0\.04 GB") as caught:
         compile_float(model, tmp_path, npu=NpuOptions(compiler_memory_gb=0.04))
     assert "npu.compiler_memory_gb" in str(caught.value.next_step)
     assert not [*tmp_path.iterdir()]
@@ -353,7 +353,7 @@ def test_a_compilation_may_take_what_is_free_when_it_starts(model, tmp_path, mon
         lambda: compile_float(model, tmp_path),
         lambda: measure_traffic(model, SM8650, NpuOptions(), float16=True),
     ):
-        with pytest.raises(ResourceError, match=r"takes more than 0\.03 GB"):
+        with pytest.raises(ResourceError, match=r"needs more than 0\.03 GB"):
             compilation()
 
 
@@ -373,7 +373,7 @@ def children(monkeypatch) -> list[subprocess.Popen[bytes]]:
 
 def test_time_limit_ends_the_child(model, tmp_path, stub, children):
     stub("time.sleep(60)")
-    with pytest.raises(VendorError, match=r"not done after 0\.5 s") as caught:
+    with pytest.raises(VendorError, match=r"has not ended after 0\.5 s") as caught:
         compile_float(model, tmp_path / "out", npu=NpuOptions(compiler_hours=0.5 / 3600))
     assert "npu.compiler_hours" in str(caught.value.next_step)
     assert [child.returncode for child in children] == [-signal.SIGKILL]

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mobilevd_deploy.artifact.artifact import Artifact
+from mobilevd_deploy.base.graphs import read_shaped
 from mobilevd_deploy.base.tensors import Array
 from mobilevd_deploy.errors import ExportError
 from mobilevd_deploy.qnn.split import (
@@ -30,7 +32,7 @@ from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
 
 def cut_and_run(path: Path, parts: int, feeds: dict[str, Array]) -> tuple[Cut, dict[str, Array]]:
     """Cut, write, run the parts on onnxruntime, and remove them."""
-    cut = plan_cut(onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)), parts)
+    cut = plan_cut(read_shaped(path), parts)
     files = write_parts(path, cut)
     given = PartsRunner(cut.parts, lambda part: OnnxRunner(files[cut.parts.index(part)])).run(feeds)
     for file in files:
@@ -70,11 +72,11 @@ def test_the_row_of_parts_gives_what_the_whole_gives(unet: Path, parts: int) -> 
 
 def test_every_node_is_in_a_part_and_work_is_shared_out(unet: Path) -> None:
     model = onnx.shape_inference.infer_shapes(onnx.load(unet, load_external_data=False))
-    cut = plan_cut(model, 3)
+    cut = plan_cut(ir.from_proto(model), 3)
     assert {i for part in cut.parts for i in part.nodes} == set(range(len(model.graph.node)))
     files = write_parts(unet, cut)
-    sizes = [weight_bytes(onnx.load(file, load_external_data=False), 4) for file in files]
-    assert sum(sizes) < 1.05 * weight_bytes(model, 4)
+    sizes = [weight_bytes(ir.load(file), 4) for file in files]
+    assert sum(sizes) < 1.05 * weight_bytes(ir.load(unet), 4)
     computed = [values_of(onnx.load(file, load_external_data=False)) for file in files]
     assert sum(computed) == values_of(model)
     assert max(computed) < 0.45 * sum(computed)
@@ -120,18 +122,19 @@ def chain(weights: int) -> onnx.ModelProto:
 
 
 def test_the_cheapest_place_near_the_middle_is_taken() -> None:
-    cut = plan_cut(chain(9), 2)
+    cut = plan_cut(ir.from_proto(chain(9)), 2)
     assert cut.crossing_bytes == (4 * 4,)
     assert cut.parts[1].inputs in (("t4",), ("m4",))
 
 
 def test_more_parts_than_places_are_refused() -> None:
     with pytest.raises(ExportError, match="no place for cut 4 of 7"):
-        plan_cut(chain(2), 8)
+        plan_cut(ir.from_proto(chain(2)), 8)
 
 
 def test_how_many_parts_a_limit_needs() -> None:
-    model = chain(9)
+    proto = chain(9)
+    model = ir.from_proto(proto)
     size = weight_bytes(model, 2)
     assert size == weight_bytes(model, 4) / 2
     assert fewest_parts(model, 2, limit=2 * size) == 1
@@ -139,9 +142,9 @@ def test_how_many_parts_a_limit_needs() -> None:
     # Three would do, were all of them equal.
     count = fewest_parts(model, 2, limit=size // 2)
     assert count >= 3
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
     for part in plan_cut(model, count).parts:
-        read = {name for i in part.nodes for name in model.graph.node[i].input}
+        read = {name for i in part.nodes for name in proto.graph.node[i].input}
         assert sum(2 * int(np.prod(initializers[n].dims)) for n in read if n in initializers) <= 0.45 * size
 
 
@@ -159,7 +162,7 @@ def test_one_operation_may_take_the_compiler_more_than_wanted() -> None:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 8))],
         [shape, axes],
     )
-    model = onnx.shape_inference.infer_shapes(helper.make_model(graph), data_prop=True)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(helper.make_model(graph), data_prop=True))
     assert compiler_bytes(model, 2) > 2 * COMPILER_LIMIT
     assert fewest_parts(model, 2) == 2
 
@@ -183,7 +186,7 @@ def test_what_attention_gives_takes_the_compiler_less(float_bytes: int, other: f
     )
     expected = 0.4e9 + 4.5 * float_bytes * channels**2
     expected += 0.45 * (2 * tokens**2 + tokens * channels) + other * tokens * channels
-    shaped = onnx.shape_inference.infer_shapes(model)
+    shaped = ir.from_proto(onnx.shape_inference.infer_shapes(model))
     assert compiler_bytes(shaped, float_bytes) == pytest.approx(expected)
 
 
@@ -198,7 +201,7 @@ def test_weights_near_the_limit_count() -> None:
     empty = [TensorProto(name=f"w{i}", data_type=TensorProto.FLOAT, dims=s) for i, s in enumerate(shapes)]
     ends = [helper.make_tensor_value_info(names[i], TensorProto.FLOAT, (1, 8)) for i in (0, -1)]
     graph = helper.make_graph(nodes, "wide", ends[:1], ends[1:], empty)
-    model = onnx.shape_inference.infer_shapes(helper.make_model(graph))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(helper.make_model(graph)))
     assert fewest_parts(model, 4) == 2
 
 
@@ -219,7 +222,8 @@ def test_what_a_constant_node_gives_does_not_cross() -> None:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 8))],
         weights,
     )
-    first, last = plan_cut(onnx.shape_inference.infer_shapes(helper.make_model(graph)), 2).parts
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(helper.make_model(graph)))
+    first, last = plan_cut(model, 2).parts
     assert len(first.outputs) == 1
     assert last.inputs == first.outputs
     assert 0 in last.nodes

@@ -15,12 +15,14 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevd_deploy.base.graphs import read_shaped
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import GraphForms, QuantRule, QuantScheme
@@ -30,10 +32,9 @@ from mobilevd_deploy.npu.onnx_export import DATA, MODEL
 from mobilevd_deploy.npu.unet import NpuUNet
 from mobilevd_deploy.passes.runner import PASSES
 from mobilevd_deploy.qnn.split import plan_cut, write_parts
-from mobilevd_deploy.quantize import qdq as quantize_qdq
 from mobilevd_deploy.quantize import simulation as quantize
 from mobilevd_deploy.quantize.judging import answers, conditioning, sensitivity
-from mobilevd_deploy.quantize.qdq import relabel
+from mobilevd_deploy.quantize.qdq import MOVES, integer_type, relabel
 from mobilevd_deploy.quantize.qdq_check import check_interface, check_operands, check_quantised
 from mobilevd_deploy.quantize.simulation import RULES, Quantised, block_of, quantise
 from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
@@ -132,16 +133,16 @@ def test_values_change_their_width_before_they_are_moved(tmp_path: Path) -> None
     norm = ops.group_norm(nn.GroupNorm(2, 8), GraphForms(group_norm="instance"))
     little = quantise_little(norm, QuantScheme(rules=(QuantRule("middle.*", activations=8),)))
     little.export(tmp_path, little_sample(0), ["y"])
-    model = onnx.load(tmp_path / MODEL)
-    graph, conversions = quantize_qdq.QdqGraph(model), 0
-    for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and node.input[0] in graph.producers:
-            before = graph.producers[node.input[0]]
-            conversions += before.op_type == "DequantizeLinear" and graph.dtype(before) != graph.dtype(node)
-            if before.op_type == "Reshape" and (dq := graph.producers[before.input[0]]).op_type.startswith(
-                "D"
-            ):
-                assert graph.dtype(dq) == graph.dtype(node), node.name
+    conversions = 0
+    for node in ir.load(tmp_path / MODEL).graph:
+        before = node.inputs[0].producer()
+        if node.op_type == "QuantizeLinear" and before is not None:
+            is_dequantiser = before.op_type == "DequantizeLinear"
+            conversions += is_dequantiser and integer_type(before) != integer_type(node)
+            if before.op_type == "Reshape":
+                source = before.inputs[0].producer()
+                if source.op_type.startswith("D"):
+                    assert integer_type(source) == integer_type(node), node.name
     assert conversions == 2  # into the norm, and out of it
     exact, written = little.run(little_sample(3)), OnnxRunner(tmp_path / MODEL).run(little_sample(3))["y"]
     assert sqnr_db(exact, written) > 40
@@ -356,7 +357,7 @@ def test_weights_are_stored_as_integers(graph: onnx.ModelProto) -> None:
 def test_interface_stays_as_it_was(graph: onnx.ModelProto) -> None:
     assert [value.name for value in graph.graph.input] == [*sample(0)]
     assert [value.name for value in graph.graph.output] == ["latents"]
-    check_interface(graph)
+    check_interface(ir.from_proto(graph))
     assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 21)]
 
 
@@ -375,11 +376,10 @@ def test_nodes_are_named_after_modules(graph: onnx.ModelProto, quantised: Quanti
 def test_parts_of_a_quantised_graph_give_what_the_whole_gives(exported: Path, parts: int) -> None:
     """What crosses is quantised again on the other side, so that no part holds a value without a range."""
     expected = OnnxRunner(exported / MODEL).run(sample(5))["latents"]
-    whole = onnx.shape_inference.infer_shapes(onnx.load(exported / MODEL, load_external_data=False))
-    cut = plan_cut(whole, parts)
+    cut = plan_cut(read_shaped(exported / MODEL), parts)
     files = write_parts(exported / MODEL, cut)
     for file in files:
-        check_quantised(onnx.load(file))
+        check_quantised(ir.load(file))
     given = PartsRunner(cut.parts, lambda part: OnnxRunner(files[cut.parts.index(part)])).run(sample(5))
     for file in files:
         file.unlink()
@@ -393,9 +393,10 @@ def test_second_operands_are_relabelled(graph: onnx.ModelProto) -> None:
     assert len(products) == 2 * (2 + 1)  # two heads apart over space, all at once over time
     for node in products:
         assert types[producers[node.input[1]].input[2]] == TensorProto.INT16
-    before = graph.SerializeToString()
-    relabel(graph)
-    assert graph.SerializeToString() == before, "twice is not once more"
+    model = ir.from_proto(graph)
+    before = ir.to_proto(model)
+    relabel(model)
+    assert ir.to_proto(model) == before, "twice is not once more"
 
 
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -469,12 +470,10 @@ def test_integers_of_other_bits_are_converted(inside: Literal[8, 16], tmp_path: 
     )
     little = quantise_little(nn.Sequential(nn.Conv2d(8, 8, 1), nn.GELU()), scheme)
     little.export(tmp_path, little_sample(0), ["y"])
-    graph = quantize_qdq.QdqGraph(onnx.load(tmp_path / MODEL))
-    readers = {name: node for node in graph.graph.node for name in node.input}
-    convs = [node for node in graph.graph.node if node.op_type == "Conv"]
+    convs = [node for node in ir.load(tmp_path / MODEL).graph if node.op_type == "Conv"]
     for conv in convs:
-        assert graph.dtype(graph.producers[conv.input[0]]) == graph.dtype(readers[conv.output[0]])
-    assert len({graph.dtype(readers[conv.output[0]]) for conv in convs}) == 2
+        assert integer_type(conv.inputs[0].producer()) == integer_type(conv.outputs[0].consumers()[-1])
+    assert len({integer_type(conv.outputs[0].consumers()[-1]) for conv in convs}) == 2
 
 
 def test_what_shares_a_range_parts_where_bits_differ(tmp_path: Path) -> None:
@@ -487,11 +486,11 @@ def test_what_shares_a_range_parts_where_bits_differ(tmp_path: Path) -> None:
     assert joins
     assert all(widths[path] == (8 if path.startswith("down_blocks") else 16) for path in widths)
     mixed.export(tmp_path, sample(0), ["latents"])
-    graph = quantize_qdq.QdqGraph(onnx.load(tmp_path / MODEL))
-    readers = {name: node for node in graph.graph.node for name in node.input}
-    for join in (node for node in graph.graph.node if node.name in [f"{path}/Concat" for path in joins]):
-        types = {graph.dtype(graph.producers[name]) for name in join.input}
-        assert types == {graph.dtype(readers[join.output[0]])} == {TensorProto.UINT16}, join.name
+    graph = ir.load(tmp_path / MODEL).graph
+    for join in (node for node in graph if node.name in [f"{path}/Concat" for path in joins]):
+        types = {integer_type(value.producer()) for value in join.inputs}
+        after = integer_type(join.outputs[0].consumers()[-1])
+        assert types == {after} == {ir.DataType.UINT16}, join.name
 
 
 class Functional(nn.Module):
@@ -541,26 +540,25 @@ def test_traps_of_networks_are_refused(middle: nn.Module, message: str, tmp_path
 
 def test_every_pair_is_needed(graph: onnx.ModelProto) -> None:
     """Take any one Q and DQ out of the middle, and the reader is named."""
-    producers = {name: node for node in graph.graph.node for name in node.output}
-    moves = quantize_qdq.MOVES
-    tried = 0
-    for node in graph.graph.node:
-        for i, name in enumerate(node.input):
-            pair = producers.get(name)
-            if node.op_type in {"QuantizeLinear", "DequantizeLinear"} | moves or pair is None:
+    model, tried = ir.from_proto(graph), 0
+    pairs = {"QuantizeLinear", "DequantizeLinear"}
+    for node in model.graph:
+        if node.op_type in pairs | MOVES:
+            continue
+        for i, value in enumerate(node.inputs):
+            pair = value.producer()
+            if pair is None or pair.op_type != "DequantizeLinear" or pair.inputs[0].producer() is None:
                 continue
-            if pair.op_type != "DequantizeLinear" or pair.input[0] not in producers:
-                continue
-            source = producers[pair.input[0]].input[0]
-            if producers[source].op_type in {"DequantizeLinear"} | moves if source in producers else False:
+            source = pair.inputs[0].producer().inputs[0]
+            if source.producer() is not None and source.producer().op_type in {"DequantizeLinear"} | MOVES:
                 continue  # the relabelled, and what moved between two pairs
-            node.input[i] = source
+            node.replace_input_with(i, source)
             with pytest.raises(ExportError, match=re.escape(node.name)):
-                check_quantised(graph)
-            node.input[i] = name
+                check_quantised(model)
+            node.replace_input_with(i, value)
             tried += 1
     assert tried > 50
-    check_quantised(graph)
+    check_quantised(model)
 
 
 # ---- graphs that must be refused ----
@@ -575,7 +573,7 @@ CONSTANTS = """
 """.replace("WEIGHTS", ",".join(["127"] * 64)).replace("FEW", ",".join(["127"] * 56 + ["1"] * 8))
 
 
-def qdq(body: str) -> onnx.ModelProto:
+def qdq(body: str) -> ir.Model:
     """Build a graph from ONNX text; `a -> b` stands for a Q and a DQ with scale s and zero point z."""
     lines = []
     for line in filter(None, map(str.strip, body.splitlines())):
@@ -592,7 +590,7 @@ def qdq(body: str) -> onnx.ModelProto:
     model = onnx.parser.parse_model(text)
     for node in model.graph.node:
         node.name = f"block.{node.output[0]}/{node.op_type}"
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(model, data_prop=True))
 
 
 CONV = """
@@ -821,20 +819,21 @@ def test_every_gap_is_named_up_to_eight() -> None:
 
 def test_integers_at_the_interface_are_refused() -> None:
     model = qdq("x -> y")
-    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT16
+    model.graph.inputs[0].dtype = ir.DataType.UINT16
     with pytest.raises(ExportError, match=r"^x: an input or output that is not float32"):
         check_quantised(model)
 
 
 def test_relabelling_changes_no_value() -> None:
     model = qdq("x -> xd \n p = MatMul(xd, xd) \n p -> y")
-    before = onnx.reference.ReferenceEvaluator(model)
+    before = onnx.reference.ReferenceEvaluator(ir.to_proto(model))
     inputs = {"x": np.random.default_rng(0).normal(size=(2, 8, 4, 4)).astype(np.float32)}
     (expected,) = before.run(None, inputs)
     relabel(model)
-    onnx.checker.check_model(model, full_check=True)
+    relabelled = ir.to_proto(model)
+    onnx.checker.check_model(relabelled, full_check=True)
     check_operands(model)
-    (after,) = onnx.reference.ReferenceEvaluator(model).run(None, inputs)
+    (after,) = onnx.reference.ReferenceEvaluator(relabelled).run(None, inputs)
     assert np.array_equal(after, expected)
 
 
@@ -846,9 +845,9 @@ def test_an_asymmetric_range_can_not_be_relabelled() -> None:
 
 def test_weights_are_not_relabelled() -> None:
     model = qdq(GOOD["linear layer on tokens"])
-    before = model.SerializeToString()
+    before = ir.to_proto(model)
     relabel(model)
-    assert model.SerializeToString() == before
+    assert ir.to_proto(model) == before
 
 
 # ---- what was lost ----

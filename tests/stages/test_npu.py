@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import jsonschema
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from onnx import TensorProto
@@ -41,7 +42,7 @@ from mobilevd_deploy.npu import ops
 from mobilevd_deploy.npu.onnx_export import export_onnx
 from mobilevd_deploy.quantize.calibration import choose_pictures, drawn_pictures
 from mobilevd_deploy.quantize.judging import conditioning
-from mobilevd_deploy.quantize.qdq import QdqGraph
+from mobilevd_deploy.quantize.qdq import integer_type
 from mobilevd_deploy.report.page import render_report
 from mobilevd_deploy.runtime.pipeline import ClipJob, Pipeline
 from mobilevd_deploy.stages import compile as compile_stages
@@ -401,14 +402,12 @@ def test_blocks_of_eight_bits_compile_and_agree(checkpoint: Path, halted: Path, 
     artifact = deploy(checkpoint, load_recipe(path), tmp_path / "out")
     simulated = artifact.manifest.drift["npu.SM8650"]["unet"]
     assert simulated == pytest.approx(artifact.manifest.drift["quantised"]["unet"], abs=2)
-    unet = onnx.load(artifact.root / "unet" / "quantised" / "model.onnx")
-    graph = QdqGraph(unet)
     kinds = {
-        graph.dtype(node)
-        for node in unet.graph.node
+        integer_type(node)
+        for node in onnx_ir.load(artifact.root / "unet" / "quantised" / "model.onnx").graph
         if node.op_type == "QuantizeLinear" and node.name.startswith("down_blocks.0.resnets")
     }
-    assert kinds == {TensorProto.UINT8}
+    assert kinds == {onnx_ir.DataType.UINT8}
     decoder = onnx.load(artifact.root / "decoder" / "quantised" / "model.onnx")
     assert TensorProto.UINT8 not in {tensor.data_type for tensor in decoder.graph.initializer}
     failed = [check for check in verify.verify(artifact, simulate=True) if not check.ok]
@@ -464,7 +463,7 @@ def test_parts_that_were_compiled_before_a_stop_stay(
         return real(model, *arguments, **options)
 
     def refuse(*_: Any) -> None:
-        raise AssertionError("the row of parts was compared already")
+        raise AssertionError("the parts were compared already")
 
     monkeypatch.setattr(compile_stages.os, "cpu_count", lambda: 1)  # one after the other
     monkeypatch.setattr(compile_stages, "compile_context", stop_at_the_second)
