@@ -131,7 +131,7 @@ def tune(
     if output.suffix != ".toml":
         raise UsageError(f"{output} is not a TOML file", next_step="name it like my.toml")
     checkpoint = open_checkpoint(checkpoint_path)
-    pictures = choose_pictures(checkpoint.spec, recipe, calibration)
+    pictures = choose_pictures(checkpoint.spec, recipe, calibration, progress)
     assert pictures is not None
     progress.plan({"inputs": 1, "measure blocks": 4, "search": 4})
     progress.begin("inputs")
