@@ -130,7 +130,7 @@ def run_child(
 ) -> _Ran:
     """Run a job with `folder` as its working folder; `what` begins every error."""
     check_installed()
-    code = f"from mobilevd_deploy.qnn.compiler import _child_main; _child_main(sys.argv[1], {os.getpid()})"
+    code = f"from {__name__} import _child_main; _child_main(sys.argv[1], {os.getpid()})"
     begun, log = time.monotonic(), _Log(progress or Progress())
     with subprocess.Popen(
         [*own_python(code), json.dumps(job)],
