@@ -104,7 +104,7 @@ def deploy(
     progress, output = progress or Progress(), Path(output)
     checkpoint = open_checkpoint(checkpoint_path)
     source, tools = Source(checkpoint.path.resolve().name, checkpoint.sha256), tool_versions(recipe)
-    pictures = choose_pictures(checkpoint.spec, recipe, calibration)
+    pictures = choose_pictures(checkpoint.spec, recipe, calibration, progress)
     if (finished := _same_artifact(output, source, recipe, tools, pictures)) is not None:
         progress.say(f"{output}: nothing has changed since it was made, so it stays as it is")
         return finished

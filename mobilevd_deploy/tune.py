@@ -140,7 +140,7 @@ def tune(
     if output.suffix != ".toml":
         raise UsageError(f"{output} is not a TOML file", next_step="choose a name such as my.toml")
     checkpoint = open_checkpoint(checkpoint_path)
-    pictures = choose_pictures(checkpoint.spec, recipe, calibration)
+    pictures = choose_pictures(checkpoint.spec, recipe, calibration, progress)
     assert pictures is not None
     progress.plan({"inputs": 1, "measure blocks": 4, "search": 4})
     progress.begin("inputs")

@@ -1,13 +1,35 @@
 """Pictures in, clips out.
 
-In a program a picture is float32 (1, 3, H, W) and a clip float32 (T, 3, H, W), RGB in [-1, 1]; outside it is
-whatever a person has: any image file or the first frame of a clip in, GIF, MP4 or PNG out.
+In a program a picture is float32 (1, 3, H, W) and a clip float32 (T, 3, H, W), RGB in [-1, 1]. Outside it is
+any image file or the first frame of a clip in, and GIF, MP4 or PNG out.
+
+How a file becomes a picture, in this order; the Android app has to do the same (`ImagePrep.java`):
+
+1. Decode. EXIF orientation turns the picture upright. Grey of more than 8 bits is reduced to 8 bits.
+2. Convert the colours to sRGB if the file has an ICC profile: relative colorimetric, no black point
+   compensation, 8 bits in and out, by LittleCMS. For a matrix profile (Display P3, Adobe RGB and what cameras
+   and phones write) that is, per pixel,
+
+       sRGB curve( clip( M_sRGB^-1  M_profile  profile curve(v / 255) ) ),  times 255, rounded,
+
+   where M holds a profile's colorants (relative to D50) in its columns. LittleCMS is within 1 level of this
+   formula (1 to 3 % of the values differ). A profile that moves no colour by more than 1 level is sRGB under
+   another name, and is not applied. Transparency is kept. A profile that is broken, or that is for another
+   kind of pixels, is ignored.
+3. Lay the picture over white where it is transparent.
+4. Scale it to cover the size, crop at the centre (`fit`): Pillow's Lanczos filter in 8 bits.
+5. v becomes v / 127.5 - 1 (in float64, then rounded to float32).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import itertools
+import os
+import re
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,31 +47,51 @@ Bytes = npt.NDArray[np.uint8]
 
 CLIP_SUFFIXES = (".gif", ".mp4", ".png")
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
+HEIF_SUFFIXES = {".heic", ".heics", ".heif", ".heifs", ".hif"}
+INSTALL_HEIF = "install mobilevd-deploy[heif]"
+
+# Pillow recognises these formats and decodes none of them by itself.
+_UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_ORIENTATION, _TURNED = 0x0112, range(2, 9)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """`pixels` float32 (1, 3, H, W) in [-1, 1], and `done`: a sentence about what was done to the file."""
+    """A picture as the model takes it.
+
+    Attributes:
+        pixels: float32 (1, 3, H, W) in [-1, 1].
+        done: a sentence about what was done to the file.
+        profile_ignored: the file has a colour profile that cannot be used, so its colours count as sRGB.
+    """
 
     pixels: Floats
     done: str
+    profile_ignored: bool = False
 
 
 def read_picture(path: str | Path, width: int, height: int) -> Picture:
     """Read any image file, or the first frame of a clip, and fit it to width x height px.
 
-    The picture is turned upright (EXIF), laid over white where it is transparent, and reduced to 8-bit sRGB.
-    Then the largest centred part with the aspect ratio of width x height is resized with a Lanczos filter:
-    scaled to cover, cropped at the centre. 8-bit values v become v / 127.5 - 1 (in float64, then rounded).
-    Raises MediaError for a missing, truncated or damaged file, one that is no image, or one of more than
-    179 million pixels.
+    The module's docstring says how. HEIC needs the package pillow-heif. Raises MediaError for a missing,
+    truncated or damaged file, one that is no image, or one of more than 179 million pixels.
     """
-    image, done = _read_rgb(Path(path))
+    path = Path(path)
+    image, done, profile_ignored = _read_rgb(path)
     fitted, fitting = fit(image, width, height)
     pixels = (np.asarray(fitted, dtype=np.float64) / 127.5 - 1.0).astype(np.float32)
-    return Picture(
-        pixels.transpose(2, 0, 1)[None].copy(), f"{Path(path).name}: {', '.join([*done, fitting])}"
-    )
+    what = f"{path.name}: {', '.join([*done, fitting])}"
+    return Picture(pixels.transpose(2, 0, 1)[None].copy(), what, profile_ignored)
+
+
+def picture_suffixes() -> frozenset[str]:
+    """Return the endings, in lower case, of the files that `read_picture` opens here."""
+    Image.init()
+    _register_heif()
+    endings = Image.registered_extensions().items()
+    readable = {ending for ending, kind in endings if kind in Image.OPEN and kind not in _UNREADABLE_FORMATS}
+    return frozenset(readable | VIDEO_SUFFIXES)
 
 
 def fit(image: Image.Image, width: int, height: int) -> tuple[Image.Image, str]:
@@ -72,17 +114,22 @@ def fit(image: Image.Image, width: int, height: int) -> tuple[Image.Image, str]:
     return fitted, f"{image.width}x{image.height} px scaled by {scale:.3g} to cover {width}x{height}{cut}"
 
 
-def _read_rgb(path: Path) -> tuple[Image.Image, list[str]]:
+def _read_rgb(path: Path) -> tuple[Image.Image, list[str], bool]:
+    """Return a file's picture in sRGB, what was done to it, and whether its colour profile was ignored."""
     if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-        return _first_frame(path), ["first frame"]
+        return _first_frame(path), ["first frame"], False
+    _register_heif()
     try:
         with warnings.catch_warnings():
             # What matters ends in an error below; the warnings are about odd metadata, or about pictures of
             # more than half of Pillow's limit, where a phone's camera gets.
             warnings.simplefilter("ignore")
             with Image.open(path) as opened:
+                # TIFF is turned while it is loaded, and then has no orientation any more.
+                turned = opened.getexif().get(_ORIENTATION) in _TURNED
                 opened.load()
-                return _to_rgb(opened)
+                image, done, profile_ignored = _to_rgb(opened)
+                return image, [*(["turned upright"] if turned else []), *done], profile_ignored
     except MediaError as error:
         raise MediaError(f"{path}: {error.what}") from error
     except FileNotFoundError:
@@ -92,53 +139,145 @@ def _read_rgb(path: Path) -> tuple[Image.Image, list[str]]:
     except Image.DecompressionBombError as error:
         raise MediaError(f"{path} is too large: {error}", next_step="scale it down first") from error
     except UnidentifiedImageError as error:
-        raise MediaError(
-            f"{path} is not an image that can be read", next_step="use PNG, JPEG, WebP, GIF, BMP or TIFF"
-        ) from error
+        raise _not_an_image(path) from error
     except Exception as error:  # decoders raise whatever comes: struct.error, SyntaxError, IndexError, ...
         raise MediaError(
             f"{path} is damaged or truncated: {error}", next_step="use an intact image"
         ) from error
 
 
-def _first_frame(path: Path) -> Image.Image:
-    import imageio_ffmpeg
+def _not_an_image(path: Path) -> MediaError:
+    with path.open("rb") as file:
+        start = file.read(12)
+    if not start:
+        return MediaError(f"{path} is empty", next_step="use an intact image")
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
+        if not _register_heif():
+            return MediaError(f"{path} is HEIC, which needs pillow-heif", next_step=INSTALL_HEIF)
+        return MediaError(f"{path} is damaged or truncated HEIC", next_step="use an intact image")
+    return MediaError(
+        f"{path} is not an image that can be read",
+        next_step="use PNG, JPEG, WebP, AVIF, HEIC, GIF, BMP or TIFF",
+    )
 
-    frames = imageio_ffmpeg.read_frames(str(path))
+
+def _register_heif() -> bool:
+    """Let Pillow read HEIC if pillow-heif is installed, and return whether it is."""
     try:
-        size = next(frames)["size"]
-        return Image.frombytes("RGB", size, next(frames))
-    except (OSError, RuntimeError, StopIteration, ValueError) as error:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _first_frame(path: Path) -> Image.Image:
+    """Return the first frame of a clip, upright, with pixels made square."""
+    # A clip may store pixels that are wider or higher than square (sar): enlarge the shorter side.
+    square = "scale=w='round(iw*max(1,sar))':h='round(ih*max(1,1/sar))',setsar=1"
+    try:
+        png = _ffmpeg(
+            ["-i", f"file:{path}", "-frames:v", "1", "-vf", square],
+            ["-pix_fmt", "rgb24", "-c:v", "png", "-f", "image2pipe", "pipe:1"],
+        )
+        with Image.open(io.BytesIO(png)) as frame:
+            return frame.convert("RGB")
+    except (OSError, RuntimeError) as error:  # Pillow's errors are OSErrors
         raise MediaError(
-            f"{path} is not a clip that can be read",
+            f"{path} is not a clip that can be read: {error}",
             next_step=f"see what `ffmpeg -i {path.name} -frames:v 1 frame.png` says, or name that picture",
         ) from error
-    finally:
-        frames.close()
 
 
-def _to_rgb(opened: Image.Image) -> tuple[Image.Image, list[str]]:
-    done = []
+def _ffmpeg(source: Sequence[str], target: Sequence[str], given: memoryview | bytes = b"") -> bytes:
+    """Run ffmpeg and return its standard output; `given` is its standard input.
+
+    Raises OSError with the cause in one line, and with its errno where the disk is full; RuntimeError where
+    there is no ffmpeg.
+    """
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-y", *source, *target]
+    done = subprocess.run(command, input=given, capture_output=True, check=False)
+    if done.returncode == 0:
+        return done.stdout
+    said = done.stderr.decode(errors="replace")
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(number) in said:
+            raise OSError(number, os.strerror(number))
+    # The first line is the cause; the others say what failed in turn. Each begins with "[part @ address] ".
+    lines = [re.sub(r"^(\[[^]]*\] *)+", "", line).strip() for line in said.splitlines()]
+    raise OSError(next(filter(None, lines), f"ffmpeg ended with code {done.returncode}"))
+
+
+def _to_rgb(opened: Image.Image) -> tuple[Image.Image, list[str], bool]:
+    """Return a decoded picture in sRGB, what was done to it, and whether its colour profile was ignored."""
+    done, profile_ignored = [], False
     if getattr(opened, "n_frames", 1) > 1:
         done.append(f"first of {opened.n_frames} frames")  # type: ignore[attr-defined]
     image = ImageOps.exif_transpose(opened)
-    if opened.getexif().get(0x0112, 1) != 1:
-        done.append("turned upright")
     if image.mode == "F" or image.mode.startswith("I"):
         done.append("reduced to 8 bits")
-        return _reduce(image).convert("RGB"), done
+        image = _reduce(image)
+    is_grey, alpha, rgb = image.mode in ("1", "L", "LA"), None, None
     if image.has_transparency_data:
-        over = image.convert("RGBA")
-        white = Image.new("RGBA", over.size, "white")
-        if over.getchannel("A").getextrema() != (255, 255):
-            done.append("laid over white")
-        return Image.alpha_composite(white, over).convert("RGB"), done
-    if image.mode == "LAB":
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    if profile := opened.info.get("icc_profile"):
+        try:
+            rgb, name = _from_profile(image, profile, is_grey)
+            done += [f"{name} converted to sRGB"] if name else []
+        except Exception:  # a profile is whatever somebody wrote into the file
+            profile_ignored = True
+            done.append("its colour profile cannot be used, so its colours count as sRGB")
+    if rgb is None and image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        if converted is not None:
-            return converted, done
-    return image.convert("RGB"), done
+        rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    if rgb is None:
+        rgb = image.convert("RGB")
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        if alpha.getextrema() != (255, 255):
+            done.append("laid over white")
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    return rgb, done, profile_ignored
+
+
+def _from_profile(image: Image.Image, embedded: bytes, is_grey: bool) -> tuple[Image.Image | None, str]:
+    """Return the picture in sRGB and the profile's name, or (None, "") if the profile is sRGB.
+
+    The module's docstring says how. Raises any exception for a profile that is broken or does not fit.
+    """
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+    is_cmyk = image.mode == "CMYK"
+    fitting = {"RGB ": ("RGB", not is_cmyk), "GRAY": ("L", is_grey), "CMYK": ("CMYK", is_cmyk)}
+    mode, fits = fitting[profile.profile.xcolor_space]
+    if not fits:
+        raise ValueError(f"a profile for {profile.profile.xcolor_space} does not fit {image.mode}")
+    transform = ImageCms.buildTransform(
+        profile,
+        ImageCms.createProfile("sRGB"),
+        mode,
+        "RGB",
+        ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        # LittleCMS replaces a curve by an optimised table, which is off by up to 10 levels for dark greys.
+        ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE,
+    )
+    if not is_cmyk:
+        colours = Image.fromarray(_colours(mode))
+        moved = np.asarray(transform.apply(colours)).astype(int) - np.asarray(colours.convert("RGB"))
+        if np.abs(moved).max() <= 1:
+            return None, ""
+    name = "".join(filter(str.isprintable, ImageCms.getProfileDescription(profile))).strip()
+    return transform.apply(image.convert(mode)), name or "its colour profile"
+
+
+def _colours(mode: str) -> Bytes:
+    """Return colours from all over a mode: every grey (256, 1), or a grid of RGB (289, 17, 3)."""
+    if mode == "L":
+        return np.arange(256, dtype=np.uint8)[:, None]
+    levels = np.linspace(0, 255, 17).astype(np.uint8)
+    return np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 17, 3)
 
 
 def _reduce(image: Image.Image) -> Image.Image:
@@ -312,29 +451,17 @@ def _write_gif(clip: Bytes, path: Path, fps: int) -> None:
 
 
 def _write_mp4(clip: Bytes, path: Path, fps: int) -> None:
-    import imageio_ffmpeg
-
     height, width = clip.shape[1:3]
     clip = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    # Said twice, to the converter and in the file: players disagree about what untagged small videos are.
-    convert = "-vf scale=out_color_matrix=bt709:out_range=tv"
+    size = f"{clip.shape[2]}x{clip.shape[1]}"
+    source = f"-f rawvideo -pix_fmt rgb24 -s {size} -r {fps} -i pipe:0".split()
+    # BT.709 both for the conversion and in the file: players disagree about untagged small videos.
+    convert = "-an -vf scale=out_color_matrix=bt709:out_range=tv -c:v libx264 -pix_fmt yuv420p"
     tag = "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv"
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (clip.shape[2], clip.shape[1]),
-        fps=fps,
-        codec="libx264",
-        pix_fmt_in="rgb24",
-        pix_fmt_out="yuv420p",
-        macro_block_size=1,
-        quality=None,
-        output_params=f"{convert} {tag} -crf 16 -preset medium -movflags +faststart".split(),
-    )
-    writer.send(None)
-    for frame in clip:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
-    written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    target = f"{convert} {tag} -crf 16 -preset medium -movflags +faststart".split()
+    _ffmpeg(source, [*target, f"file:{path}"], np.ascontiguousarray(clip).reshape(-1).data)
+    packets = _ffmpeg(["-i", f"file:{path}"], ["-c", "copy", "-f", "framecrc", "pipe:1"]).splitlines()
+    written = sum(not line.startswith(b"#") for line in packets)
     if written != len(clip):
         raise OSError(f"ffmpeg wrote {written} of {len(clip)} frames")
 

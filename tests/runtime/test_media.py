@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import errno
 import io
+import os
+import subprocess
+import sys
+import warnings
 import zlib
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 
-from mobilevd_deploy.errors import MediaError, UsageError
+from mobilevd_deploy.errors import MediaError, ResourceError, UsageError
+from mobilevd_deploy.runtime import media
 from mobilevd_deploy.runtime.media import contact_sheet, fit, read_picture, to_uint8, write_clip, write_frames
+from tests.support import icc
 
 RED, GREEN = (200, 30, 20), (10, 180, 40)
 
@@ -167,6 +174,308 @@ def test_an_animation_gives_its_first_frame(tmp_path):
     assert "first of 2 frames" in picture.done
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [0, *range(1, 9), 99])
+def test_every_orientation_shows_the_same_scene(tmp_path, orientation, suffix):
+    stored = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }.get(orientation)
+    scene = halves()
+    scene.paste("white", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"jpg": {"quality": 95, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    turned = scene if stored is None else scene.transpose(stored)
+    picture = read_picture(save(turned, tmp_path / f"a.{suffix}", exif=exif, **options), 32, 16)
+    assert np.abs(to_uint8(picture.pixels)[0].astype(int) - np.asarray(scene)).max() <= (
+        30 if suffix == "jpg" else 0
+    )
+    assert ("turned upright" in picture.done) == (stored is not None)
+
+
+# Colour profiles
+
+GAMMA = 2.19921875
+
+
+def adobe_curve(v):
+    return v**GAMMA
+
+
+PROFILES = {
+    "Display P3": (icc.DISPLAY_P3, icc.srgb_to_linear),
+    "Adobe RGB": (icc.ADOBE_RGB, adobe_curve),
+}
+
+
+def all_colours():
+    """Colours from all over RGB, as a picture of 64x64 px."""
+    levels = np.linspace(0, 255, 16).astype(np.uint8)
+    return np.stack(np.meshgrid(levels, levels, levels), -1).reshape(64, 64, 3)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [("png", "RGB"), ("tif", "RGB"), ("webp", "RGB"), ("png", "RGBA")]
+)
+def test_wide_gamut_colours_become_srgb(tmp_path, suffix, mode, profile):
+    colours = all_colours()
+    image = Image.fromarray(colours).convert(mode)
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = save(
+        image,
+        tmp_path / f"a.{suffix}",
+        icc_profile=icc.matrix_profile(profile, *PROFILES[profile]),
+        **options,
+    )
+    picture = read_picture(path, 64, 64)
+    expected = icc.in_srgb(colours, *PROFILES[profile]).astype(int)
+    assert np.abs(expected - colours).max() > 30, "the profile has to matter"
+    assert np.abs(to_uint8(picture.pixels)[0] - expected).max() <= 1
+    assert f"{profile} converted to sRGB" in picture.done
+    assert not picture.profile_ignored
+
+
+def test_a_palette_and_a_transparent_picture_are_converted_too(tmp_path):
+    profile = icc.matrix_profile("Display P3", *PROFILES["Display P3"])
+    red, green = (icc.in_srgb(np.array(colour), *PROFILES["Display P3"]) for colour in (RED, GREEN))
+    for mode in ("P", "RGBA"):
+        image = halves().quantize(16) if mode == "P" else halves("RGBA")
+        if mode == "RGBA":
+            image.paste((0, 0, 0, 0), (0, 0, 4, 16))
+        pixels = to_uint8(read_picture(save(image, tmp_path / "a.png", icc_profile=profile), 32, 16).pixels)[
+            0
+        ]
+        assert np.abs(pixels[8, 8].astype(int) - red).max() <= 1
+        assert np.abs(pixels[8, 28].astype(int) - green).max() <= 1
+        assert mode == "P" or (pixels[:, :4] == 255).all()
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("L", np.uint8), ("LA", np.uint8), ("I;16", np.uint16)])
+def test_grey_profiles(tmp_path, mode, dtype):
+    ramp = np.arange(256).reshape(16, 16)
+    image = Image.fromarray((ramp * (257 if dtype == np.uint16 else 1)).astype(dtype))
+    image = image.convert("LA") if mode == "LA" else image
+    path = save(image, tmp_path / "a.png", icc_profile=icc.grey_profile("Linear grey", lambda v: v))
+    picture = read_picture(path, 16, 16)
+    expected = np.rint(255 * icc.linear_to_srgb(ramp / 255))
+    for channel in range(3):
+        assert np.abs(to_uint8(picture.pixels)[0, :, :, channel] - expected).max() <= 1
+    assert "Linear grey converted to sRGB" in picture.done
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_a_cmyk_profile_is_used(tmp_path, suffix):
+    profile = icc.constant_cmyk_profile("Grey ink", (53.585, 0, 0))  # sRGB 128
+    path = save(halves("CMYK"), tmp_path / f"a.{suffix}", icc_profile=profile)
+    picture = read_picture(path, 32, 16)
+    assert np.abs(to_uint8(picture.pixels)[0].astype(int) - 128).max() <= 1
+    assert "Grey ink converted to sRGB" in picture.done
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        icc.matrix_profile("sRGB by another name", icc.SRGB, icc.srgb_to_linear),
+    ],
+    ids=["LittleCMS", "IEC"],
+)
+def test_an_srgb_profile_changes_nothing(tmp_path, profile):
+    path = save(Image.fromarray(all_colours()), tmp_path / "a.png", icc_profile=profile)
+    picture = read_picture(path, 64, 64)
+    assert np.array_equal(to_uint8(picture.pixels)[0], all_colours())
+    assert picture.done == "a.png: 64x64 px as it is"
+
+
+P3 = icc.matrix_profile("Display P3", *PROFILES["Display P3"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile"),
+    [
+        ("RGB", b"not a profile at all"),
+        ("RGB", P3[:200]),
+        ("RGB", P3[:16] + b"LUV " + P3[20:]),
+        ("RGB", icc.grey_profile("grey", lambda v: v)),
+        ("RGB", icc.constant_cmyk_profile("inks", (50, 0, 0))),
+        ("CMYK", P3),
+    ],
+    ids=["text", "cut off", "another space", "for grey", "for CMYK", "RGB on CMYK"],
+)
+def test_a_profile_that_cannot_be_used_is_ignored_with_a_notice(tmp_path, mode, profile):
+    path = save(halves(mode), tmp_path / "a.tif", icc_profile=profile)
+    picture = read_picture(path, 32, 16)
+    assert np.abs(to_uint8(picture.pixels)[0].astype(int) - np.asarray(halves())).max() <= 1
+    assert picture.profile_ignored
+    assert "its colour profile cannot be used, so its colours count as sRGB" in picture.done
+
+
+# Forms that people bring
+
+
+def png_of_16_bits(values):
+    """Write uint16 (H, W, 3 or 4) as PNG, which Pillow cannot."""
+
+    def chunk(name, data):
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    height, width, channels = values.shape
+    header = (
+        width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2 if channels == 3 else 6, 0, 0, 0])
+    )
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def as_bytes(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+JPEG = as_bytes(halves(), "JPEG", quality=95, subsampling=0)
+OTHER = halves().rotate(180)
+DEEP = np.asarray(halves()).astype(np.uint16) * 257
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "tolerance"),
+    [
+        ("UPPER.JPG", JPEG, 8),
+        ("photo.jfif", JPEG, 8),
+        ("no_ending", JPEG, 8),
+        ("jpeg_called.png", JPEG, 8),
+        ("trailing.jpg", JPEG + b"\0" * 5000, 8),
+        ("rgb16.png", png_of_16_bits(DEEP), 0),
+        ("rgba16.png", png_of_16_bits(np.pad(DEEP, ((0, 0), (0, 0), (0, 1)), constant_values=65535)), 0),
+        ("pages.tif", as_bytes(halves(), "TIFF", save_all=True, append_images=[Image.new("RGB", (9, 9))]), 0),
+        ("anim.webp", as_bytes(halves(), "WEBP", save_all=True, append_images=[OTHER], lossless=True), 0),
+        ("anim.png", as_bytes(halves(), "PNG", save_all=True, append_images=[OTHER]), 0),
+        ("cmyk.jpg", as_bytes(halves("CMYK"), "JPEG", quality=95), 8),
+        ("opaque_colour_elsewhere.png", as_bytes(halves(), "PNG", transparency=(1, 2, 3)), 0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_forms_that_cameras_and_tools_leave(tmp_path, name, content, tolerance):
+    (tmp_path / name).write_bytes(content)
+    pixels = to_uint8(read_picture(tmp_path / name, 32, 16).pixels)[0].astype(int)
+    # JPEG blurs the edge between the halves.
+    assert np.abs(pixels[:, 2:12] - RED).max() <= tolerance
+    assert np.abs(pixels[:, 20:30] - GREEN).max() <= tolerance
+
+
+def test_a_transparent_colour_of_an_rgb_picture_is_white(tmp_path):
+    picture = read_picture(save(halves(), tmp_path / "a.png", transparency=RED), 32, 16)
+    assert (picture.pixels[0, :, :, :16] == 1).all()
+    assert picture.pixels[0, :, 0, 20].tolist() == [level(v) for v in GREEN]
+
+
+def test_avif(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    path = save(halves(), tmp_path / "a.avif", quality=95, subsampling="4:4:4")
+    assert np.abs(to_uint8(read_picture(path, 32, 16).pixels)[0, 8, 4].astype(int) - RED).max() <= 8
+
+
+HEIC_START = (24).to_bytes(4, "big") + b"ftypheic\0\0\0\0mif1heic" + b"\0" * 2000
+
+
+def test_heic_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for name in ("a.heic", "a.jpg"):
+        (tmp_path / name).write_bytes(HEIC_START)
+        with pytest.raises(MediaError, match=f"{name} is HEIC, which needs pillow-heif") as caught:
+            read_picture(tmp_path / name, 8, 8)
+        assert caught.value.next_step == "install mobilevd-deploy[heif]"
+
+
+def test_heic_with_its_package(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    save(halves(), tmp_path / "a.heic", quality=95, icc_profile=P3)
+    picture = read_picture(tmp_path / "a.heic", 32, 16)
+    expected = icc.in_srgb(np.array(RED), *PROFILES["Display P3"]).astype(int)
+    assert np.abs(to_uint8(picture.pixels)[0, 8, 4] - expected).max() <= 8
+    assert "Display P3 converted to sRGB" in picture.done
+    (tmp_path / "b.heic").write_bytes(HEIC_START)
+    with pytest.raises(MediaError, match=r"b\.heic is damaged or truncated"):
+        read_picture(tmp_path / "b.heic", 8, 8)
+
+
+# First frames of clips
+
+
+def ffmpeg(*arguments):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", *map(str, arguments)]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "stored", "shown"),
+    [
+        ("1/1", "64x32", (64, 32)),
+        ("2/1", "32x32", (64, 32)),
+        ("1/2", "64x16", (64, 32)),
+        ("16/15", "60x32", (64, 32)),
+    ],
+)
+def test_pixels_that_are_not_square_are_shown_right(tmp_path, ratio, stored, shown):
+    """A red disc in the middle is as wide as it is high, however its pixels are stored."""
+    picture = Image.new("RGB", (256, 128), "white")
+    picture.paste(
+        RED, (64, 0), Image.radial_gradient("L").resize((128, 128)).point(lambda v: 255 * (v < 100))
+    )
+    save(picture, tmp_path / "a.png")
+    size = stored.replace("x", ":")
+    ffmpeg("-i", tmp_path / "a.png", "-vf", f"scale={size},setsar={ratio}", "-crf", "1", tmp_path / "a.mp4")
+    read = read_picture(tmp_path / "a.mp4", *shown)
+    assert read.done == "a.mp4: first frame, 64x32 px as it is"
+    upright = to_uint8(read_picture(tmp_path / "a.png", *shown).pixels)[0]
+    assert psnr(to_uint8(read.pixels)[0], upright) > 22
+    red = to_uint8(read.pixels)[0, :, :, 1] < 140
+    assert abs(int(red.any(axis=0).sum()) - int(red.any(axis=1).sum())) <= 2
+
+
+def test_a_turned_clip_with_wide_pixels(tmp_path):
+    save(halves(size=(32, 32)), tmp_path / "a.png")
+    ffmpeg("-i", tmp_path / "a.png", "-vf", "setsar=2/1", "-crf", "1", tmp_path / "wide.mp4")
+    ffmpeg("-display_rotation", "90", "-i", tmp_path / "wide.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    assert "32x64 px as it is" in read_picture(tmp_path / "turned.mp4", 32, 64).done
+
+
+def test_names_of_clips_are_never_options_or_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("-y.mp4", "http:x.mp4", "a b ü.mp4"):
+        write_clip(clip(2), Path(name), 7)
+        assert read_picture(name, 48, 32).done.endswith("first frame, 48x32 px as it is")
+
+
+def test_clips_are_read_and_written_in_silence(tmp_path, caplog, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_clip(clip(60, 33, 47), tmp_path / "a.mp4", 10)
+        read_picture(tmp_path / "a.mp4", 48, 32)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a clip"])
+def test_a_broken_clip_gives_one_line(tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(MediaError) as caught:
+        read_picture(tmp_path / "a.mp4", 8, 8)
+    assert "\n" not in caught.value.what
+    assert "Invalid data found" in caught.value.what or "moov atom not found" in caught.value.what
+
+
 # Fitting
 
 
@@ -231,6 +540,12 @@ def test_not_an_image(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(MediaError, match=r"a\.png"):
         read_picture(tmp_path / "a.png", 8, 8)
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(MediaError, match=r"a\.jpg is empty"):
+        read_picture(tmp_path / "a.jpg", 8, 8)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tiff", "webp"])
@@ -373,6 +688,21 @@ def test_places_that_cannot_be_written(tmp_path):
             write_clip(clip(), path, 7)
     assert (tmp_path / "taken.gif").is_dir()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken.gif"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("suffix", media.CLIP_SUFFIXES)
+def test_a_full_disk_is_named(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_text("old")
+    # Every write to /dev/full fails as on a full disk. This is the name that the clip is written under first.
+    (tmp_path / f".{os.getpid()}.new.a{suffix}").symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match="the disk is full") as caught:
+        write_clip(clip(), path, 7)
+    assert "\n" not in caught.value.what
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    assert path.read_text() == "old"
 
 
 def test_an_existing_clip_is_replaced_and_kept_when_writing_fails(tmp_path):
