@@ -182,9 +182,6 @@ def test_every_recipe_key_is_in_the_reference() -> None:
             assert f"| `{key}` |" in text.split(f"### `[{section}]`")[1]
 
 
-def test_no_page_names_what_does_not_belong_in_the_repository() -> None:
+def test_no_page_names_a_path_of_one_machine() -> None:
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert not re.search(
-            r"(?<![\w.])/(root|work)/|pypi\.org/simple|registry\.npmjs|\bsession\b|\bagent\b", text
-        ), page
+        assert not re.search(r"(?<![\w.])/(root|work|home)/", page.read_text(encoding="utf-8")), page
