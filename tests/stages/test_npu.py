@@ -263,7 +263,7 @@ def test_pipeline_forms_that_an_artifact_lacks_are_refused(exported: dict[str, A
 @pytest.mark.parametrize(
     ("floors", "message"),
     [
-        (Floors(quantised_sqnr_db=200), "quantised network gives"),
+        (Floors(quantised_sqnr_db=200), "the quantised network vs float: .* the floor is 200 dB"),
         (Floors(quantised_sqnr_db=0, conditioning=0.9999999), "when image changes"),
     ],
 )
