@@ -129,7 +129,7 @@ class PartialArtifact:
             Artifact.open(self.output)
         except ArtifactError as error:
             raise UsageError(
-                f"{self.output} exists and is not an intact artifact, so it is not replaced ({error.what})",
+                f"{self.output} exists and is not an intact artifact, so it is left unchanged ({error.what})",
                 next_step="choose another -o, or remove it yourself",
             ) from error
 
@@ -150,7 +150,7 @@ class PartialArtifact:
         self.root.parent.mkdir(parents=True, exist_ok=True)
         if self._is_foreign():
             raise UsageError(
-                f"{self.root} exists and was not created by this toolkit, so it is not used",
+                f"{self.root} exists and was not created by this toolkit, so it is left unchanged",
                 next_step="choose another -o, or remove it yourself",
             )
         self._take_lock()

@@ -159,7 +159,7 @@ def test_an_output_of_somebody_else(run: Run, tiny_checkpoint: Path, tmp_path: P
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     ended = run("export", tiny_checkpoint, "-r", "onnx", "-o", "mine", "--json")
     assert ended.code == 2
-    assert "not touched" in ended.json["error"]
+    assert "left unchanged" in ended.json["error"]
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
 
 
