@@ -40,7 +40,7 @@ def complete_target() -> list[tuple[str, str]]:
     """Return the first part number of each chip, with the chip's name."""
     from mobilevd_deploy.config.devices import table
 
-    return [(chip.sm[0].upper(), chip.name) for chip in table().chip]
+    return [(chip.part_number, chip.name) for chip in table().chip]
 
 
 def complete_artifact() -> list[str]:

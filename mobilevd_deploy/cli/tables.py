@@ -175,7 +175,7 @@ def render_devices(rows: Iterable[dict[str, Any]], *, live: bool) -> RenderableT
         table.add_row(
             row["phone"],
             row["chipset"],
-            ", ".join(row["sm"]),
+            ", ".join(row["sm"]).upper(),
             row["htp"] or "-",
             "-" if row["soc_model"] is None else str(row["soc_model"]),
             "yes" if row["hosted"] else "no",

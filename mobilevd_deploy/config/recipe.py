@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mobilevd_deploy.config.devices import find_chip
 from mobilevd_deploy.config.spec import ComponentName
 from mobilevd_deploy.config.strict import from_dict, read_named_toml, shipped_names
 from mobilevd_deploy.errors import SpecError, UsageError
@@ -128,12 +129,12 @@ class QuantScheme:
 class NpuOptions:
     """What the Hexagon compiler is told.
 
-    `targets` are part numbers of devices.toml ("SM8650"). `optimization_mode` is QNN's
-    htp_graph_finalization_optimization_mode. `parts`: how many the UNet is cut into; 0, as for the other
-    components: as few as stay below 2 GiB each, and below 6.5 GB for the compiler. Operations that run in
-    float32 although the graph asks for integers, or tensors narrower than asked, fail the export unless their
-    name matches `allow`. A compilation is ended above `compiler_memory_gb` (0: what memory is free when it
-    starts), and after `compiler_hours`.
+    `targets`: chips in any spelling that `find_chip` resolves, kept as part numbers ("SM8650").
+    `optimization_mode`: QNN's htp_graph_finalization_optimization_mode. `parts`: context binaries of the
+    UNet; 0, as for the other components: the fewest below 2 GiB each that compile in less than 6.5 GB.
+    Operations that run in float32 although the graph asks for integers, or tensors narrower than asked, fail
+    the export unless their name matches `allow`. A compilation is stopped above `compiler_memory_gb` (0: the
+    memory that is free when it starts), and after `compiler_hours`.
     """
 
     targets: tuple[str, ...] = ("SM8650",)
@@ -147,6 +148,11 @@ class NpuOptions:
     def __post_init__(self) -> None:
         if not self.targets:
             raise SpecError("npu.targets: there is none")
+        try:
+            # Stages and files are named by part number, so one chip must have one spelling.
+            object.__setattr__(self, "targets", tuple(find_chip(name).part_number for name in self.targets))
+        except UsageError as error:
+            raise SpecError(f"npu.targets: {error.what}", next_step=error.next_step) from error
         if twice := sorted({name for name in self.targets if self.targets.count(name) > 1}):
             raise SpecError(f"npu.targets: {twice[0]!r} is named twice")
         for name in ("vtcm_mb", "parts", "compiler_memory_gb"):
@@ -220,13 +226,15 @@ class Recipe:
     def compiled_for(self, targets: Sequence[str] = (), parts: int | None = None) -> Recipe:
         """Return the recipe for these chips, or its own, and with the UNet in `parts`, or in its own number.
 
-        A chip that is named twice counts once. Raises UsageError for a recipe without [npu].
+        `targets` may have any spelling; a chip that is named twice counts once. Raises UsageError for a
+        recipe without [npu], and for an unknown chip.
         """
         if self.npu is None:
             raise UsageError(
                 f"recipe {self.name} compiles for no chip", next_step="choose a recipe with [npu]"
             )
-        chips = tuple(dict.fromkeys(targets or self.npu.targets))
+        named = (find_chip(name).part_number for name in targets)
+        chips = tuple(dict.fromkeys(named)) or self.npu.targets
         npu = dataclasses.replace(self.npu, targets=chips, parts=parts or self.npu.parts)
         return dataclasses.replace(self, npu=npu)
 

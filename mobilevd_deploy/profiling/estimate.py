@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobilevd_deploy.config.devices import Chip, find, table
+from mobilevd_deploy.config.devices import Chip, chip_called, find, table
 from mobilevd_deploy.config.presets import Preset
 from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.config.strict import from_dict
@@ -225,7 +225,7 @@ def _planned(
     from mobilevd_deploy.profiling.store import load_traffic
 
     if artifact is not None:
-        rows = (row for r in load_traffic(artifact) if r.target.lower() in chip.sm for row in r.rows)
+        rows = (row for r in load_traffic(artifact) if chip_called(r.target) == chip for row in r.rows)
         return next((row for row in rows if row.path == "unet"), None)
     moved = next((row.moved for row in calibration.rows if row.counts == counts), None)
     if moved is None or chip.name != calibration.chip:

@@ -460,7 +460,7 @@ def own_binary(component: Component, target: HostedPhone) -> NpuBinary:
     """Return the artifact's binary of a component for the chip of a target; UsageError if it has none."""
     chip = chip_called(target.chipset)
     for binary in component.npu:
-        if chip is not None and binary.target.lower() in chip.sm:
+        if chip is not None and chip_called(binary.target) == chip:
             return binary
     there = ", ".join(binary.target for binary in component.npu)
     raise UsageError(
