@@ -26,6 +26,7 @@ from mobilevd_deploy.base.processes import memory_bytes
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.config.recipe import NpuOptions, Recipe
 from mobilevd_deploy.config.spec import ModelSpec
+from mobilevd_deploy.deploy import bytes_per_parameter
 from mobilevd_deploy.errors import MobileVDError
 from mobilevd_deploy.profiling.hub import client
 
@@ -36,9 +37,6 @@ from mobilevd_deploy.profiling.hub import client
 # differ by some 0.1 GB. Sources: the demo's manifest, benchmarks/results/full_size.json.
 _NPU = (1.7e9, 10.8)
 _FLOAT = (1.0e9, 8.9)
-# Weights on the disk, in bytes per parameter: float ONNX, quantised ONNX, a binary of 993 MB for 881 M
-# parameters (float16: 1.58 GB for 760 M), and once more what is built aside.
-_DISK = {"float": 4.0, "quantised": 1.1, "binary": 1.13, "binary16": 2.1}
 _APK_TOOLS = ("javac", "mvn", "npm", "aapt2", "zipalign", "apksigner")
 _JAVA = 17
 _IMPORT_SECONDS = 300
@@ -156,12 +154,10 @@ def _memory(recipe: Recipe, spec: ModelSpec) -> Finding:
 
 
 def _disk(recipe: Recipe, spec: ModelSpec, folder: Path) -> Finding:
-    kinds = ["float"]
-    if recipe.quant:
-        kinds.append("quantised")
-    if recipe.npu:
-        kinds += ["binary" if recipe.quant else "binary16"] * len(recipe.npu.targets)
-    needed = 2 * sum(_DISK[kind] for kind in kinds) * parameters(spec, recipe) + 0.2e9
+    stages = bytes_per_parameter(recipe)
+    chips = len(recipe.npu.targets) if recipe.npu else 0
+    written = stages["export"] + stages["quantise"] + chips * stages["compile"]
+    needed = written * parameters(spec, recipe) + 0.2e9
     free = shutil.disk_usage(folder).free
     detail = f"{spec.name} takes about {needed / 1e9:.1f} GB while it is built, {free / 1e9:.1f} GB are free"
     if free >= needed:

@@ -15,8 +15,10 @@ from mobilevd_deploy.cli.options import (
     Json,
     Quiet,
     RecipeName,
+    expanded,
     open_artifact,
     open_hub,
+    path_option,
     print_json,
     print_rich,
     show_progress,
@@ -35,6 +37,8 @@ def traffic(
     what: Annotated[
         str,
         typer.Argument(
+            metavar="ARTIFACT|PRESET",
+            parser=expanded,
             help="An artifact with context binaries, or a preset by name.",
             show_default=False,
             autocompletion=complete_artifact_or_preset,
@@ -55,7 +59,7 @@ def traffic(
         ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw the result into this PNG file.", show_default=False)
+        Path | None, path_option(help="Also draw the result into this PNG file.", show_default=False)
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -65,11 +69,15 @@ def traffic(
     A preset is compiled block by block with random weights, because schedules do not depend on values; graph
     forms and bits are those of --recipe. The result of an artifact is stored in ARTIFACT.profiles/.
     """
+    from mobilevd_deploy.base.places import require_file_place, require_scratch
     from mobilevd_deploy.config.recipe import load_recipe
     from mobilevd_deploy.profiling.traffic import measure, write_picture
 
-    if picture is not None and picture.suffix != ".png":
-        raise UsageError(f"{picture} is not a PNG file", next_step="use a name like traffic.png")
+    if picture is not None:
+        if picture.suffix != ".png":
+            raise UsageError(f"{picture} is not a PNG file", next_step="use a name like traffic.png")
+        require_file_place(picture)
+    require_scratch()
     with show_progress(quiet or as_json) as progress:
         report = measure(what, load_recipe(recipe), blocks or ["*"], mode, progress)
     if picture is not None:
