@@ -142,7 +142,7 @@ def refresh_jobs(artifact: Artifact, hub: Hub | None) -> tuple[Run, ...]:
 
 def resume_command(artifact: Artifact) -> str:
     """Return what goes on with an artifact's run; it is named, for another may be the newest by then."""
-    return shlex.join(["mobilevd-deploy", "profile", str(artifact.root), "--resume"])
+    return shlex.join(["mobilevd-deploy", "profile", "hub", str(artifact.root), "--resume"])
 
 
 class _HubRun:
@@ -162,7 +162,7 @@ class _HubRun:
     def submit(self) -> None:
         """Upload and submit whatever the ledger does not have."""
         self._book.put(self.run)
-        self._hub.go_on = f"{resume_command(self._artifact)}, which uploads nothing again"
+        self._hub.retry = f"{resume_command(self._artifact)}, which uploads nothing again"
         self._progress.begin(_SUBMIT)
         for component in self._components:
             self._progress.say(f"{component.name} ...")
