@@ -92,11 +92,11 @@ def deploy(
         output: folder of the artifact. If it holds an artifact from the same checkpoint, recipe, pictures and
             tools, that one is returned.
         progress: receives the stages as they begin and end.
-        calibration: pictures, or folders of them. If empty, pictures are drawn as the demo's training clips
-            are.
+        calibration: pictures, or folders of them. If empty, pictures are drawn like the demo's training
+            clips.
 
-    An interrupted export resumes at its last finished stage, in the hidden folder `.NAME.partial` beside the
-    output. After an export to binaries that folder stays, so that another chip costs its compilation alone.
+    An interrupted export resumes after its last finished stage, from the hidden folder `.NAME.partial` beside
+    the output. After an export to binaries that folder stays, so another chip only needs its compilation.
 
     Raises:
         CheckpointError, RewriteError, ExportError, ParityError, ResourceError: see errors.py.
@@ -233,7 +233,7 @@ def _finish(job: ExportJob, source: Source, tools: Mapping[str, str], stages: St
     files = {"report": FileEntry.of(folder.artifact, report)}
     for name in COMPONENTS:
         weights_path(folder.work, name).unlink(missing_ok=True)
-    # Another chip for the same network then costs its compilation alone.
+    # The rest stays, so that another chip only needs its compilation.
     return folder.finish(dataclasses.replace(manifest, files=files), keep=job.pictures is not None)
 
 

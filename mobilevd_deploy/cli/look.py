@@ -1,4 +1,4 @@
-"""Commands that look at things and change nothing: inspect, diff, doctor."""
+"""Commands that change nothing: inspect, diff, doctor."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def doctor(
 ) -> None:
     """Check whether this computer is ready for a recipe, and say how to get what is missing.
 
-    The exit code is 0 if everything is there that the recipe needs. AI Hub, a phone and the tools for the app
-    are optional and do not count.
+    The exit code is 0 if this computer has everything that the recipe needs. AI Hub, a phone and the tools
+    for the app are optional.
     """
     from mobilevd_deploy.cli.tables import finding_line
     from mobilevd_deploy.config.presets import load_preset

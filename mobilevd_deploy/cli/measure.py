@@ -64,7 +64,7 @@ def traffic(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Count the bytes to and from DRAM in the compiler's own schedule: planned, not measured.
+    """Count the bytes to and from DRAM in the compiler's schedule: planned, not measured.
 
     A preset is compiled block by block with random weights, because schedules do not depend on values; graph
     forms and bits are those of --recipe. The result of an artifact is stored in ARTIFACT.profiles/.
@@ -94,8 +94,7 @@ def traffic(
 def report(artifact: ArtifactFolder = None, as_json: Json = False) -> None:
     """Show the newest profiles and estimates of an artifact side by side.
 
-    The same is written as a page, ARTIFACT.profiles/report.html. The export has a page of its own inside the
-    artifact.
+    Also writes them as a page, ARTIFACT.profiles/report.html. The page of the export is ARTIFACT/report.html.
     """
     from mobilevd_deploy.base.files import write_durably
     from mobilevd_deploy.profiling.store import load_traffic, newest_profiles, profiles_dir

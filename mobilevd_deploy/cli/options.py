@@ -178,5 +178,5 @@ def fail(what: str, next_step: str | None, code: int, *, as_json: bool) -> int:
         if next_step:
             print(f" next: {next_step}", file=sys.stderr)
     except OSError:
-        pass  # nobody can read the message
+        pass  # no reader for the message
     return code

@@ -1,4 +1,4 @@
-"""`profile hub|phone|host|estimate`: four ways to a latency. `profile` alone is `profile hub`."""
+"""`profile hub|phone|host|estimate`: measure or estimate latencies. `profile` alone is `profile hub`."""
 
 from __future__ import annotations
 
