@@ -22,6 +22,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import FileEntry, Manifest, PipelineSpec, Quality, Source
@@ -128,6 +129,7 @@ def stage_table(job: ExportJob) -> list[Stage]:
     recipe, table = job.recipe, list[Stage]()
     per_parameter = bytes_per_parameter(recipe)
     sizes = job.checkpoint.parameters
+    inputs: dict[str, Any]
     float_inputs = {key: value for key, value in recipe.to_dict().items() if key not in _LATER}
     floors = {"floors": dataclasses.asdict(recipe.floors)}
     for name in COMPONENTS:
