@@ -22,11 +22,13 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import FileEntry, Manifest, PipelineSpec, Quality, Source
 from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.files import disk_guard
+from mobilevd_deploy.base.places import require_folder_place, require_scratch
 from mobilevd_deploy.base.processes import Steps
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.config.recipe import Recipe
@@ -91,17 +93,20 @@ def deploy(
         output: folder of the artifact. If it holds an artifact from the same checkpoint, recipe, pictures and
             tools, that one is returned.
         progress: receives the stages as they begin and end.
-        calibration: pictures, or folders of them. If empty, pictures are drawn as the demo's training clips
-            are.
+        calibration: pictures, or folders of them. If empty, pictures are drawn like the demo's training
+            clips.
 
-    An interrupted export resumes at its last finished stage, in the hidden folder `.NAME.partial` beside the
-    output. After an export to binaries that folder stays, so that another chip costs its compilation alone.
+    An interrupted export resumes after its last finished stage, from the hidden folder `.NAME.partial` beside
+    the output. After an export to binaries that folder stays, so another chip only needs its compilation.
 
     Raises:
         CheckpointError, RewriteError, ExportError, ParityError, ResourceError: see errors.py.
-        UsageError: `output` exists and is not an artifact of ours, or another run is writing it.
+        UsageError: `output` or the temporary folder cannot be written, `output` exists and is not an artifact
+            of ours, or another run is writing it.
     """
     progress, output = progress or Progress(), Path(output)
+    require_folder_place(output.parent)
+    require_scratch()
     checkpoint = open_checkpoint(checkpoint_path)
     source, tools = Source(checkpoint.path.resolve().name, checkpoint.sha256), tool_versions(recipe)
     pictures = choose_pictures(checkpoint.spec, recipe, calibration, progress)
@@ -122,13 +127,24 @@ def deploy(
 def stage_table(job: ExportJob) -> list[Stage]:
     """List the stages of an export in running order."""
     recipe, table = job.recipe, list[Stage]()
+    per_parameter = bytes_per_parameter(recipe)
+    sizes = job.checkpoint.parameters
+    inputs: dict[str, Any]
     float_inputs = {key: value for key, value in recipe.to_dict().items() if key not in _LATER}
     floors = {"floors": dataclasses.asdict(recipe.floors)}
-    sizes = [4 * job.checkpoint.parameters[name] for name in COMPONENTS]
-    for i, name in enumerate(COMPONENTS):
-        inputs, share, still_to_write = float_inputs, _SHARES[name], 2 * sum(sizes[i:])
+    for name in COMPONENTS:
+        writes = round(per_parameter["export"] * sizes[name])
+        arguments: tuple[str, ...] = (name,)
         table.append(
-            Stage(f"export {name}", share, inputs, export_component, note_exported, (name,), still_to_write)
+            Stage(
+                f"export {name}",
+                _SHARES[name],
+                float_inputs,
+                export_component,
+                note_exported,
+                arguments,
+                writes,
+            )
         )
     if job.pictures is not None:
         inputs = {"pictures": job.pictures.sha256}
@@ -136,9 +152,9 @@ def stage_table(job: ExportJob) -> list[Stage]:
     if recipe.quant:
         inputs = {"quant": dataclasses.asdict(recipe.quant)} | floors
         for name in COMPONENTS:
-            share = 3 * _SHARES[name]
+            share, writes = 3 * _SHARES[name], round(per_parameter["quantise"] * sizes[name])
             table.append(
-                Stage(f"quantise {name}", share, inputs, quantise_component, note_quantised, (name,))
+                Stage(f"quantise {name}", share, inputs, quantise_component, note_quantised, (name,), writes)
             )
         table.append(Stage("judge clip", 1, inputs, judge_clip, note_clip))
     elif recipe.npu:
@@ -148,15 +164,35 @@ def stage_table(job: ExportJob) -> list[Stage]:
         inputs = {"npu": recipe.npu.deciding(target)} if recipe.npu else {}
         for name in COMPONENTS:
             share, arguments = _SHARES[name], (name, target)
+            writes = round(per_parameter["compile"] * sizes[name])
+            compiled, simulated = f"compile {name} {target}", f"simulate {name} {target}"
             table += [
-                Stage(
-                    f"compile {name} {target}", 3 * share, inputs, compile_component, note_compiled, arguments
-                ),
-                Stage(
-                    f"simulate {name} {target}", share, floors, simulate_component, note_simulated, arguments
-                ),
+                Stage(compiled, 3 * share, inputs, compile_component, note_compiled, arguments, writes),
+                Stage(simulated, share, floors, simulate_component, note_simulated, arguments),
             ]
-    return table
+    return _with_all_to_come(table)
+
+
+def bytes_per_parameter(recipe: Recipe) -> dict[str, float]:
+    """Return the bytes per parameter that a stage writes: "export", "quantise", "compile" (for each chip).
+
+    Every stage writes aside what it keeps: float32 weights and ONNX; quantised ONNX; and context binaries,
+    measured as 993 MB for 881 M parameters in W8A16, 1.58 GB for 760 M in float16.
+    """
+    return {
+        "export": 2 * 4.0,
+        "quantise": 2 * 1.1 if recipe.quant else 0.0,
+        "compile": (2 * 1.13 if recipe.quant else 2 * 2.1) if recipe.npu else 0.0,
+    }
+
+
+def _with_all_to_come(table: Sequence[Stage]) -> list[Stage]:
+    """Add the bytes of all later stages to each stage, so that a small disk fails the first that runs."""
+    left, stages = 0, list[Stage]()
+    for stage in reversed(table):
+        left += stage.disk_bytes
+        stages.insert(0, dataclasses.replace(stage, disk_bytes=left))
+    return stages
 
 
 def _run_stage(stage: Stage, job: ExportJob, stages: Stages, progress: Progress) -> StageRecord:
@@ -199,12 +235,12 @@ def _finish(job: ExportJob, source: Source, tools: Mapping[str, str], stages: St
     files = {"report": FileEntry.of(folder.artifact, report)}
     for name in COMPONENTS:
         weights_path(folder.work, name).unlink(missing_ok=True)
-    # Another chip for the same network then costs its compilation alone.
+    # The rest stays, so that another chip only needs its compilation.
     return folder.finish(dataclasses.replace(manifest, files=files), keep=job.pictures is not None)
 
 
 def tool_versions(recipe: Recipe) -> dict[str, str]:
-    """Versions of everything that shapes an artifact; UsageError for a vendor's tool that is missing."""
+    """Return the versions of all tools that shape an artifact. Raises UsageError if one is missing."""
     names = (*_TOOLS, *("aimet-torch",) * bool(recipe.quant), *("onnxruntime-qnn",) * bool(recipe.npu))
     try:
         versions = {name: importlib.metadata.version(name) for name in names}

@@ -1,13 +1,13 @@
-"""What of this computer is ready for which job, tried rather than asked for, each with its remedy.
+"""Check what this computer is ready for by trying it, with a remedy for everything that is missing.
 
     quantise    AIMET imports
     compile     Qualcomm's compiler makes a small binary, and its simulator runs it
-    memory, disk    against what a model needs by a recipe
+    memory, disk    compared with the needs of a model and a recipe
     hub         the client, its configuration, and whether the service answers
-    phone       adb, a phone that lets us in, the app on it
+    phone       adb, an attached phone that allows debugging, the app on it
     apk         a JDK and Android's build tools
 
-Only what the recipe needs decides whether this computer is ready; the rest is for those who want it.
+This computer is ready if it has everything that the recipe needs; the other checks are optional.
 """
 
 from __future__ import annotations
@@ -26,27 +26,25 @@ from mobilevd_deploy.base.processes import memory_bytes
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.config.recipe import NpuOptions, Recipe
 from mobilevd_deploy.config.spec import ModelSpec
+from mobilevd_deploy.deploy import bytes_per_parameter
 from mobilevd_deploy.errors import MobileVDError
 from mobilevd_deploy.profiling.hub import client
 
 # Peak memory of the largest process of an export, in bytes: fixed part and bytes per parameter of the UNet.
 # Measured: the demo's 5.7 M parameters took 1.8 GB (AIMET), in float 1.0 GB (onnxruntime); the paper's 845 M
-# took 10.6 GB (onnxruntime, which judges what AIMET gave, and nearly as much AIMET itself; the compiler gets
-# parts that take less) and 8.5 GB (the trained network's answers). The first is told 2 % higher, as runs
-# differ by some 0.1 GB. Sources: the demo's manifest, benchmarks/results/full_size.json.
+# took 10.6 GB quantised (onnxruntime judging; AIMET needs nearly as much, the compiler's parts less) and 8.5
+# GB in float (the trained network's outputs). _NPU is 2 % above the measurement, as runs differ by 0.1 GB.
+# Sources: the demo's manifest, benchmarks/results/full_size.json.
 _NPU = (1.7e9, 10.8)
 _FLOAT = (1.0e9, 8.9)
-# Weights on the disk, in bytes per parameter: float ONNX, quantised ONNX, a binary of 993 MB for 881 M
-# parameters (float16: 1.58 GB for 760 M), and once more what is built aside.
-_DISK = {"float": 4.0, "quantised": 1.1, "binary": 1.13, "binary16": 2.1}
 _APK_TOOLS = ("javac", "mvn", "npm", "aapt2", "zipalign", "apksigner")
 _JAVA = 17
 _IMPORT_SECONDS = 300
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. `needed`: the recipe cannot do without. `remedy`: None if it is ready."""
+class DoctorFinding:
+    """The result of one check. `needed`: the recipe requires it. `remedy`: None if it is ready."""
 
     what: str
     ready: bool
@@ -55,14 +53,16 @@ class Finding:
     remedy: str | None = None
 
 
-def examine(recipe: Recipe, spec: ModelSpec, folder: Path, progress: Progress | None = None) -> list[Finding]:
-    """Look at everything; artifacts of `spec` by `recipe` are to be written into `folder`.
+def examine(
+    recipe: Recipe, spec: ModelSpec, folder: Path, progress: Progress | None = None
+) -> list[DoctorFinding]:
+    """Run all checks for exports of `spec` with `recipe` into `folder`.
 
-    Takes half a minute: AIMET is imported, a small graph compiled and simulated, the hub asked. Nothing is
-    changed and nothing raised: what goes wrong is a finding.
+    Takes about 30 s: imports AIMET, compiles and simulates a small graph, asks AI Hub for its devices.
+    Changes nothing and raises nothing: every failure is a finding.
     """
     progress = progress or Progress()
-    looks: tuple[tuple[str, Callable[[], Finding]], ...] = (
+    looks: tuple[tuple[str, Callable[[], DoctorFinding]], ...] = (
         ("AIMET", lambda: _aimet(recipe)),
         ("QNN compiler and simulator", lambda: _qnn(recipe)),
         ("memory", lambda: _memory(recipe, spec)),
@@ -79,28 +79,30 @@ def examine(recipe: Recipe, spec: ModelSpec, folder: Path, progress: Progress | 
     return findings
 
 
-def is_ready(findings: Iterable[Finding]) -> bool:
-    """Tell whether everything is ready that the recipe needs."""
+def is_ready(findings: Iterable[DoctorFinding]) -> bool:
+    """Return whether everything that the recipe needs is ready."""
     return all(finding.ready for finding in findings if finding.needed)
 
 
-def _aimet(recipe: Recipe) -> Finding:
+def _aimet(recipe: Recipe) -> DoctorFinding:
     needed, code = recipe.quant is not None, "import aimet_torch; print(aimet_torch.__version__)"
     try:
-        # In a process of its own: ten seconds of import that nothing else here needs, and it may crash.
+        # In a child process: the import takes 10 s, nothing else here needs it, and it may crash.
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=_IMPORT_SECONDS
         )
     except subprocess.TimeoutExpired:
-        slow = f"it was not imported within {_IMPORT_SECONDS} s"
-        return Finding("AIMET", False, needed, slow, "close other programs, then look again")
+        slow = f"the import took more than {_IMPORT_SECONDS} s"
+        return DoctorFinding("AIMET", False, needed, slow, "close other programs, then check again")
     if done.returncode == 0:
-        return Finding("AIMET", True, needed, f"version {done.stdout.split()[-1]}")
-    reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-    return Finding("AIMET", False, needed, reason, _npu_remedy())
+        return DoctorFinding("AIMET", True, needed, f"version {done.stdout.split()[-1]}")
+    reason = (done.stderr.strip().splitlines() or [f"the import ended with exit status {done.returncode}"])[
+        -1
+    ]
+    return DoctorFinding("AIMET", False, needed, reason, _npu_remedy())
 
 
-def _qnn(recipe: Recipe) -> Finding:
+def _qnn(recipe: Recipe) -> DoctorFinding:
     what, needed = "QNN compiler and simulator", recipe.npu is not None
     options = recipe.npu or NpuOptions()
     try:
@@ -129,11 +131,17 @@ def _qnn(recipe: Recipe) -> Finding:
     except (MobileVDError, ImportError, OSError) as error:
         said = error.what if isinstance(error, MobileVDError) else str(error)
         remedy = (error.next_step if isinstance(error, MobileVDError) else None) or _npu_remedy()
-        return Finding(what, False, needed, said.splitlines()[0], remedy)
+        return DoctorFinding(what, False, needed, said.splitlines()[0], remedy)
     if agreement < 40:
-        return Finding(what, False, needed, f"the simulator is wrong: {agreement:.0f} dB", _npu_remedy())
-    detail = f"QAIRT {made.sdk} compiled and simulated a layer for {made.soc}, {agreement:.0f} dB"
-    return Finding(what, True, needed, detail)
+        return DoctorFinding(
+            what,
+            False,
+            needed,
+            f"the simulator's output is wrong: {agreement:.0f} dB SQNR against torch",
+            _npu_remedy(),
+        )
+    detail = f"QAIRT {made.sdk} compiled and simulated a layer for {made.soc}, {agreement:.0f} dB SQNR"
+    return DoctorFinding(what, True, needed, detail)
 
 
 def _npu_remedy() -> str:
@@ -142,46 +150,45 @@ def _npu_remedy() -> str:
     return "pip install 'mobilevd-deploy[npu]'"
 
 
-def _memory(recipe: Recipe, spec: ModelSpec) -> Finding:
+def _memory(recipe: Recipe, spec: ModelSpec) -> DoctorFinding:
     fixed, each = _NPU if recipe.quant or recipe.npu else _FLOAT
     needed, there, free = fixed + each * parameters(spec, recipe), *memory_bytes()
     detail = (
-        f"{spec.name} by {recipe.name} takes about {needed / 1e9:.1f} GB, here are {there / 1e9:.1f} GB, "
-        f"{free / 1e9:.1f} of them free"
+        f"{spec.name} with {recipe.name} takes about {needed / 1e9:.1f} GB; this computer has "
+        f"{there / 1e9:.1f} GB, {free / 1e9:.1f} GB of them free"
     )
     if there >= needed and free >= needed:
-        return Finding("memory", True, True, detail)
+        return DoctorFinding("memory", True, True, detail)
     remedy = "close other programs" if there >= needed else "use a computer with more, or add swap"
-    return Finding("memory", False, True, detail, remedy)
+    return DoctorFinding("memory", False, True, detail, remedy)
 
 
-def _disk(recipe: Recipe, spec: ModelSpec, folder: Path) -> Finding:
-    kinds = ["float"]
-    if recipe.quant:
-        kinds.append("quantised")
-    if recipe.npu:
-        kinds += ["binary" if recipe.quant else "binary16"] * len(recipe.npu.targets)
-    needed = 2 * sum(_DISK[kind] for kind in kinds) * parameters(spec, recipe) + 0.2e9
+def _disk(recipe: Recipe, spec: ModelSpec, folder: Path) -> DoctorFinding:
+    stages = bytes_per_parameter(recipe)
+    chips = len(recipe.npu.targets) if recipe.npu else 0
+    written = stages["export"] + stages["quantise"] + chips * stages["compile"]
+    needed = written * parameters(spec, recipe) + 0.2e9
     free = shutil.disk_usage(folder).free
-    detail = f"{spec.name} takes about {needed / 1e9:.1f} GB while it is built, {free / 1e9:.1f} GB are free"
+    detail = (
+        f"{spec.name} takes about {needed / 1e9:.1f} GB while it is exported, {free / 1e9:.1f} GB are free"
+    )
     if free >= needed:
-        return Finding("disk", True, True, detail)
-    return Finding("disk", False, True, detail, "free some, or work on another disk")
+        return DoctorFinding("disk", True, True, detail)
+    return DoctorFinding("disk", False, True, detail, "free some space, or work on another disk")
 
 
-def _hub() -> Finding:
-
+def _hub() -> DoctorFinding:
     try:
         opened = client.Hub.open()
         count = len(opened.devices())
     except MobileVDError as error:
-        return Finding("AI Hub", False, False, error.what, error.next_step)
+        return DoctorFinding("AI Hub", False, False, error.what, error.next_step)
     if opened.exposed:
-        return Finding("AI Hub", False, False, *opened.exposed)
-    return Finding("AI Hub", True, False, f"{opened.url} lists {count} devices")
+        return DoctorFinding("AI Hub", False, False, *opened.exposed)
+    return DoctorFinding("AI Hub", True, False, f"{opened.url} lists {count} devices")
 
 
-def _phone() -> Finding:
+def _phone() -> DoctorFinding:
     from mobilevd_deploy.profiling.phone.adb import Adb
     from mobilevd_deploy.profiling.phone.run import require_app
 
@@ -189,21 +196,21 @@ def _phone() -> Finding:
         phone = Adb.open()
         require_app(phone)
     except MobileVDError as error:
-        return Finding("phone", False, False, error.what, error.next_step)
-    return Finding("phone", True, False, f"{phone.serial} is attached, and has the app")
+        return DoctorFinding("phone", False, False, error.what, error.next_step)
+    return DoctorFinding("phone", True, False, f"{phone.serial} is attached, and has the app")
 
 
-def _apk() -> Finding:
+def _apk() -> DoctorFinding:
     missing = [name for name in _APK_TOOLS if shutil.which(name) is None]
     remedy = "apt install openjdk-17-jdk-headless maven npm aapt zipalign apksigner"
     if missing:
-        return Finding("APK tools", False, False, f"not here: {', '.join(missing)}", remedy)
+        return DoctorFinding("APK tools", False, False, f"missing: {', '.join(missing)}", remedy)
     done = subprocess.run(["javac", "-version"], capture_output=True, text=True, check=False)
     found = re.search(r"javac (\d+)", done.stdout + done.stderr)
     version = int(found[1]) if found else 0
     if version < _JAVA:
-        return Finding("APK tools", False, False, f"JDK {version} is older than {_JAVA}", remedy)
-    return Finding("APK tools", True, False, f"JDK {version}, Maven, npm and Android's build tools")
+        return DoctorFinding("APK tools", False, False, f"JDK {version} is older than {_JAVA}", remedy)
+    return DoctorFinding("APK tools", True, False, f"JDK {version}, Maven, npm and Android's build tools")
 
 
 def parameters(spec: ModelSpec, recipe: Recipe) -> int:

@@ -1,7 +1,7 @@
-"""What is in a checkpoint, a preset or an artifact, and the published ladder beside ours.
+"""Describe a checkpoint, preset or artifact, and compare the paper's ablation with our counts.
 
-Everything is counted on module trees: the network is built on the meta device, the real passes rewrite
-it there, and its one-step map is called. Nothing is declared and no full-size weight is allocated.
+Everything is counted on module trees: the network is built on the meta device, the real passes rewrite it,
+and its one-step map is traced. No figure is declared, and no full-size weight is allocated.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LADDER_NOTES = (
     "layers and both products of attention. The paper counts by DeepSpeed's profiler, which adds norms, "
     "activations, biases and a mistaken cost of nearest-neighbour upsampling.",
     "From '+ optimised cross-attention' on ours is lower by up to 0.007: W_out W_v is merged into one layer.",
-    "The paper names neither the temporal blocks that stay nor the places of the funnels. Both are our "
-    "choice (models/mobilevd-pruned.toml, models/mobilevd.toml), so the last two rows can only come near: "
+    "The paper names neither the kept temporal blocks nor the places of the funnels. Both are our choice "
+    "(models/mobilevd-pruned.toml, models/mobilevd.toml), so the last two rows are approximations: "
     "funnels on all spatial self-attentions save 0.32 TFLOPs, and the two published rows are 0.30 apart.",
     "The published '523x (1817.2 against 4.34 TFLOPs)' takes 50 evaluations of SVD for the ratio "
     "(50 x 45.43 / 4.34 = 523) and 40 for the total (40 x 45.43 = 1817.2).",
@@ -55,10 +55,11 @@ def inspect(what: str | Path | Checkpoint | Preset | Artifact) -> dict[str, Any]
         `tflops_paper_convention` (one evaluation of the UNet after `rewrites`), `temporal_blocks`
         (`total`, `kept`, and per block `path`, `kind`, `level`, `kept`, `importance`, and the `tflops`
         that it costs where it is kept),
-        `funnels`, `structure`, `components` (parameters of each) and what identifies the source.
+        `funnels`, `structure`, `components` (parameters of each) and the source's identity.
 
     Raises:
-        MobileVDError: of the kind that fits what is wrong with it.
+        SpecError, CheckpointError, ArtifactError: it cannot be read.
+        UsageError: `what` names nothing.
     """
     if isinstance(what, (str, Path)):
         what = _resolve(what)
@@ -78,10 +79,10 @@ def inspect(what: str | Path | Checkpoint | Preset | Artifact) -> dict[str, Any]
 
 
 def ladder(progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Return the published ablation beside ours, in its order: one plain dictionary per preset that is a row.
+    """Return the paper's ablation and our counts, in its order: one plain dictionary per row's preset.
 
-    `parameters` and both counts are those of the network after the row's `rewrites`. Deviations are
-    relative to the published TFLOPs; what the paper could not measure is None.
+    `parameters` and both counts are of the network after the row's `rewrites`. Deviations are relative to the
+    published TFLOPs; None where the paper has no measurement.
     """
     presets = {name: load_preset(name) for name in preset_names()}
     rows = [(preset.ladder, name, preset.model) for name, preset in presets.items() if preset.ladder]
@@ -123,7 +124,7 @@ def _resolve(what: str | Path) -> Checkpoint | Preset | Artifact:
         return Artifact.open(path)
     if not path.exists():
         raise UsageError(
-            f"{what}: neither a file or folder nor a preset",
+            f"{what} is neither a file or folder nor a preset",
             next_step=f"presets are {', '.join(preset_names())}",
         )
     return open_checkpoint(path)
@@ -131,7 +132,7 @@ def _resolve(what: str | Path) -> Checkpoint | Preset | Artifact:
 
 @dataclass(frozen=True)
 class _Counted:
-    """What a network's one-step map costs per module path, and its parameters."""
+    """The FLOPs of a network's one-step map by module path, and the network's parameters."""
 
     flops: dict[Convention, dict[str, int]]
     parameters: int
@@ -141,8 +142,8 @@ class _Counted:
 
 
 def _count(spec: ModelSpec, rewrites: Iterable[str]) -> _Counted:
-    """Build the UNet on the meta device, rewrite it and count; seconds at full size."""
-    # Rows of the ladder that differ in their weights alone are one network.
+    """Build the UNet on the meta device, rewrite it and count; takes seconds at full size."""
+    # Rows of the ladder that differ in their weights only share one count.
     return _count_once(dataclasses.replace(spec, name=""), tuple(rewrites))
 
 
@@ -180,7 +181,7 @@ def _temporal_blocks(
     spec: ModelSpec, rewrites: Sequence[str], importance: dict[str, float]
 ) -> list[dict[str, Any]]:
     kept = spec.unet.kept_temporal_blocks
-    # Counted with every gate open: what a dropped block would cost if it had stayed.
+    # Counted with all blocks kept, for the cost of a dropped block.
     whole = dataclasses.replace(spec, unet=dataclasses.replace(spec.unet, kept_temporal_blocks=None))
     counted = _count(whole, rewrites)
     with torch.device("meta"):

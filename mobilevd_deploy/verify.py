@@ -1,8 +1,7 @@
-"""Does an artifact still do what its manifest says? Files, targets, and outputs graph against graph."""
+"""Check an artifact against its manifest: files, targets, and the outputs of one graph against another."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import Component
 from mobilevd_deploy.base.progress import Progress
-from mobilevd_deploy.base.tensors import Array, psnr_db, sqnr_db
+from mobilevd_deploy.base.tensors import Array, decibels, psnr_db, sqnr_db
 from mobilevd_deploy.config.recipe import Recipe
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import MobileVDError
@@ -24,8 +23,8 @@ _SEED = 20241207
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing that was looked at: what, of which component (None: of the whole), whether it holds, how."""
+class ArtifactCheck:
+    """One check: `what` was checked, in which component (None: the whole artifact), and the outcome."""
 
     what: str
     component: str | None
@@ -33,14 +32,16 @@ class Check:
     detail: str
 
 
-def verify(artifact: Artifact, *, simulate: bool = False, progress: Progress | None = None) -> list[Check]:
+def verify(
+    artifact: Artifact, *, simulate: bool = False, progress: Progress | None = None
+) -> list[ArtifactCheck]:
     """Check digests, the chips that the binaries name, and every graph's outputs on a drawn picture.
 
     The float graphs are the reference. Quantised graphs run on onnxruntime. With `simulate` the context
-    binaries run on the HTP simulator, each on what those before it gave there: on the same inputs 16-bit ones
-    have to agree with the quantised graph, others with the float graph, and the clip that comes out with the
-    clips of both. A component above `SIMULATE_UP_TO_FLOPS` is left out, and then there is no such clip.
-    Floors are the recipe's. Nothing that is damaged is run.
+    binaries run on the HTP simulator, each on the simulator's outputs of the components before it. On equal
+    inputs, binaries with 16-bit activations must agree with the quantised graph and others with the float
+    graph; the simulated clip must agree with both clips. A component above `SIMULATE_UP_TO_FLOPS` is not
+    simulated, and then there is no simulated clip. The floors are the recipe's. Damaged files are never run.
     """
     progress, manifest = progress or Progress(), artifact.manifest
     files = _check("files", None, lambda: _digests(artifact))
@@ -80,7 +81,7 @@ def verify(artifact: Artifact, *, simulate: bool = False, progress: Progress | N
     if simulate and any(c.npu for c in manifest.components):
         if left_out:
             why = f"there is none: {', '.join(left_out)} did not run on the simulator"
-            checks.append(Check("simulated clip", None, True, why))
+            checks.append(ArtifactCheck("simulated clip", None, True, why))
         else:
             clips.append(("simulated clip", reference, simulated))
             if scheme is not None:
@@ -93,7 +94,7 @@ def verify(artifact: Artifact, *, simulate: bool = False, progress: Progress | N
 
 def _simulate(
     artifact: Artifact, component: Component, recipe: Recipe, feeds: dict[str, Array]
-) -> tuple[Check, Array | None]:
+) -> tuple[ArtifactCheck, Array | None]:
     """Run a binary on the simulator and compare; None: it was not simulated, or did not run."""
     expected_of, floor = recipe.agreement_floor(component.name)
     kind: Literal["onnx", "quantised"] = "onnx"
@@ -101,33 +102,32 @@ def _simulate(
     if expected_of == "quantised":
         kind, what = "quantised", f"{what}, against the quantised graph"
     if component.flops > SIMULATE_UP_TO_FLOPS:
-        why = f"not simulated, {component.flops / 1e9:.0f} GFLOPs are too many for it"
-        return Check(what, component.name, True, why), None
+        why = f"not simulated: {component.flops / 1e9:.0f} GFLOPs are too many for the simulator"
+        return ArtifactCheck(what, component.name, True, why), None
     expected = loader(artifact, kind)(component).run(feeds)[component.outputs[0].name]
     return _agrees(what, component, loader(artifact, "npu-sim"), feeds, expected, floor)
 
 
 def _agrees(
     what: str, component: Component, load: Loader, feeds: dict[str, Array], expected: Array, floor: float
-) -> tuple[Check, Array | None]:
-    """Run a component and compare; return None too where it does not run, which is a check that failed."""
+) -> tuple[ArtifactCheck, Array | None]:
+    """Run a component and compare it; a component that does not run fails the check, with output None."""
     try:
         given = load(component).run(feeds)[component.outputs[0].name]
     except MobileVDError as error:
-        return Check(what, component.name, False, error.what), None
+        return ArtifactCheck(what, component.name, False, error.what), None
     return _above(what, component.name, sqnr_db(expected, given), floor), given
 
 
-def _above(what: str, component: str | None, value: float, floor: float) -> Check:
-    shown = "identical" if value == math.inf else f"{value:.1f} dB"
-    return Check(what, component, value >= floor, f"{shown}, floor {floor:g} dB")
+def _above(what: str, component: str | None, value: float, floor: float) -> ArtifactCheck:
+    return ArtifactCheck(what, component, value >= floor, f"{decibels(value)}, floor {floor:g} dB")
 
 
-def _check(what: str, component: str | None, look: Callable[[], str]) -> Check:
+def _check(what: str, component: str | None, look: Callable[[], str]) -> ArtifactCheck:
     try:
-        return Check(what, component, True, look())
+        return ArtifactCheck(what, component, True, look())
     except MobileVDError as error:
-        return Check(what, component, False, error.what)
+        return ArtifactCheck(what, component, False, error.what)
 
 
 def _digests(artifact: Artifact) -> str:

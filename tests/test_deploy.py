@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -29,7 +30,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 import mobilevd_deploy
-from mobilevd_deploy import deploy as flow
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.partial import PartialArtifact
 from mobilevd_deploy.base.progress import Progress
@@ -54,6 +54,8 @@ from mobilevd_deploy.runtime.noise import unit_noise
 from mobilevd_deploy.runtime.pipeline import Pipeline
 from mobilevd_deploy.stages import export as stages_export
 from tests.support.networks import TINY_MODEL, write_checkpoint
+
+flow = importlib.import_module("mobilevd_deploy.deploy")  # the name in the package is the function
 
 RECIPE = load_recipe("onnx")
 PARTIAL = ".model.partial"

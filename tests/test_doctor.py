@@ -45,7 +45,7 @@ def test_aimet_is_imported_elsewhere(monkeypatch):
     real = subprocess.run
     monkeypatch.setattr("subprocess.run", run)
     works = True
-    assert doctor._aimet(NPU) == doctor.Finding("AIMET", True, True, "version 2.42.0")
+    assert doctor._aimet(NPU) == doctor.DoctorFinding("AIMET", True, True, "version 2.42.0")
     works = False
     found = doctor._aimet(FLOAT)
     assert (found.ready, found.needed) == (False, False)
@@ -77,7 +77,7 @@ def test_disk_is_held_against_the_model(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "parameters", lambda *_: 10**15)
     found = doctor._disk(NPU, DEMO, tmp_path)
     assert not found.ready
-    assert "free some" in found.remedy
+    assert "free some space" in found.remedy
 
 
 def test_the_demo_is_smaller_than_the_papers():
@@ -139,7 +139,7 @@ def test_only_what_the_recipe_needs_decides(monkeypatch, tmp_path):
         monkeypatch.setattr(
             doctor,
             name,
-            lambda recipe, name=name: doctor.Finding(name, False, recipe.npu is not None, "", "x"),
+            lambda recipe, name=name: doctor.DoctorFinding(name, False, recipe.npu is not None, "", "x"),
         )
     for recipe, ready in ((NPU, False), (FLOAT, True)):
         findings = doctor.examine(recipe, DEMO, tmp_path)

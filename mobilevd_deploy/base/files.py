@@ -9,32 +9,61 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mobilevd_deploy.errors import ResourceError
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"""The errno values of a full disk and of a used-up quota."""
+
 
 @contextlib.contextmanager
 def disk_guard(folder: Path, needed: int) -> Iterator[None]:
-    """Raise ResourceError if `folder`'s disk has less than `needed` bytes free, or fills up in the block."""
-    if shutil.disk_usage(folder).free < needed:
-        raise _disk_full(folder, needed)
+    """Raise ResourceError if `folder`'s disk has less than `needed` bytes free, or if a disk fills up inside.
+
+    The error names the disk that is full, which may be that of the temporary folder.
+    """
+    if free_bytes(folder) < needed:
+        raise disk_full(folder, needed)
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
-        raise _disk_full(folder, needed) from error
+        raise disk_full(_full_place(folder, error), needed) from error
 
 
-def _disk_full(folder: Path, needed: int) -> ResourceError:
-    free = f"{shutil.disk_usage(folder).free:,} bytes are free"
+def disk_full(folder: Path, needed: int) -> ResourceError:
+    """Return the error for a full disk; `needed`: bytes that were to be written, 0 if unknown."""
+    free = f"{free_bytes(folder):,} bytes are free"
     return ResourceError(
         f"{folder}: the disk is full: " + (f"about {needed:,} bytes are needed, {free}" if needed else free),
-        next_step="free some space, or choose an output on another disk",
+        next_step="free some space, or choose a folder on another disk",
     )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of a folder's disk. Raises OSError."""
+    return shutil.disk_usage(folder).free
+
+
+def _full_place(folder: Path, error: OSError) -> Path:
+    """Return the folder whose disk caused the error: that of its file, else the fuller of two candidates."""
+    if isinstance(error.filename, str):
+        return nearest_folder(Path(error.filename).parent)
+    try:
+        return min((folder, Path(tempfile.gettempdir())), key=free_bytes)
+    except FileNotFoundError:  # no temporary folder is usable
+        return folder
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return `path`, or the nearest place above it that exists: a folder, unless a file is in the way."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def file_sha256(path: Path) -> str:

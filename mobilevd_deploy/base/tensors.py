@@ -35,6 +35,11 @@ def psnr_db(reference: npt.ArrayLike, test: npt.ArrayLike, peak: float) -> float
     return _ratio_db(peak * peak * error.size, float(np.sum(error * error)))
 
 
+def decibels(value: float | None) -> str:
+    """Format an SQNR or PSNR: "31.2 dB"; None and infinity mean equal signals: "identical"."""
+    return "identical" if value is None or value == math.inf else f"{value:.1f} dB"
+
+
 def _signal_and_error(
     reference: npt.ArrayLike, test: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

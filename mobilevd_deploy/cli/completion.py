@@ -1,13 +1,13 @@
-"""What the shell completes: presets, recipes, phones, chips and artifacts. Nothing here imports torch.
+"""Values for shell completion: presets, recipes, phones, chips and artifacts. Nothing here imports torch.
 
-typer keeps those that begin with the typed letters. Where none does, the shell completes paths by itself.
+typer keeps those that begin with the typed letters. If none does, the shell completes paths.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_DEPTH = 3  # as deep as `find_newest` looks
+_DEPTH = 3  # the depth of `find_newest`
 
 
 def complete_preset() -> list[str]:
@@ -27,7 +27,7 @@ def complete_recipe() -> list[str]:
 def complete_device() -> list[tuple[str, str]]:
     """Return phones with their chips, and chips with their part numbers.
 
-    Names have hyphens, because bash does not quote spaces; `find` understands both.
+    Names have hyphens, because bash does not quote spaces; `find` accepts both.
     """
     from mobilevd_deploy.config.devices import table
 
@@ -40,7 +40,7 @@ def complete_target() -> list[tuple[str, str]]:
     """Return the first part number of each chip, with the chip's name."""
     from mobilevd_deploy.config.devices import table
 
-    return [(chip.sm[0].upper(), chip.name) for chip in table().chip]
+    return [(chip.part_number, chip.name) for chip in table().chip]
 
 
 def complete_artifact() -> list[str]:
@@ -52,5 +52,5 @@ def complete_artifact() -> list[str]:
 
 
 def complete_artifact_or_preset() -> list[str]:
-    """Return what `profile`, `inspect` and `traffic` take by name."""
+    """Return the names that `profile`, `inspect` and `traffic` take."""
     return [*complete_artifact(), *complete_preset()]

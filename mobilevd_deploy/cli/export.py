@@ -19,8 +19,11 @@ from mobilevd_deploy.cli.options import (
     Json,
     Quiet,
     RecipeName,
+    base_name,
     checkpoint_or_demo,
+    expanded,
     open_artifact,
+    path_option,
     print_json,
     print_rich,
     show_progress,
@@ -39,11 +42,8 @@ def export(
     recipe: RecipeName = DEFAULT_RECIPE,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder of the artifact.",
-            show_default="CHECKPOINT-RECIPE in this folder",
+        path_option(
+            "--output", "-o", help="Folder of the artifact.", show_default="CHECKPOINT-RECIPE in this folder"
         ),
     ] = None,
     calibration: Calibration = None,
@@ -51,7 +51,7 @@ def export(
         list[str] | None,
         typer.Option(
             "--target",
-            help="Chip to compile for, such as SM8650; repeatable.",
+            help="Chip to compile for by any name, such as SM8650 or 8gen3; repeatable.",
             show_default="the recipe's chips",
             autocompletion=complete_target,
         ),
@@ -77,7 +77,7 @@ def export(
     if target or parts:
         chosen = chosen.compiled_for(target or (), parts)
     checkpoint = checkpoint_or_demo(checkpoint)
-    output = output or Path(f"{checkpoint.resolve().stem}-{chosen.name}")
+    output = output or Path(f"{base_name(checkpoint)}-{chosen.name}")
     with show_progress(quiet or as_json) as progress:
         progress.say(f"{checkpoint.name} -> {output} with recipe {chosen.name}")
         from mobilevd_deploy.deploy import deploy
@@ -97,7 +97,7 @@ def export(
 )
 def tune(
     checkpoint: CheckpointFile = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write, a TOML file.")] = Path(
+    output: Annotated[Path, path_option("--output", "-o", help="The recipe to write, a TOML file.")] = Path(
         "tuned.toml"
     ),
     recipe: RecipeName = DEFAULT_RECIPE,
@@ -126,9 +126,12 @@ def tune(
     Measurements stay in OUTPUT.work: after an interruption the same command continues, and a search for
     another goal starts from them.
     """
+    from mobilevd_deploy.base.places import require_distinct, require_file_place
     from mobilevd_deploy.config.recipe import load_recipe
 
     chosen = load_recipe(recipe)
+    require_distinct([output], [Path(recipe), checkpoint_or_demo(checkpoint)])
+    require_file_place(output)
     with show_progress(quiet or as_json) as progress:
         from mobilevd_deploy.tune import tune as search
 
@@ -194,17 +197,22 @@ def verify(
 )
 def init(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The checkpoint to write, .safetensors or .pt.")
+        Path, path_option("--output", "-o", help="The checkpoint to write, .safetensors or .pt.")
     ],
     preset: Annotated[
         str,
         typer.Option(
-            "--preset", "-p", help="A preset by name, or a TOML file.", autocompletion=complete_preset
+            "--preset",
+            "-p",
+            metavar="NAME|FILE",
+            help="A preset by name, or a TOML file.",
+            autocompletion=complete_preset,
+            parser=expanded,
         ),
     ] = "mobilevd",
     source: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--from",
             help="A diffusers folder of Stable Video Diffusion.",
             show_default="random weights",
@@ -212,7 +220,7 @@ def init(
     ] = None,
     importance: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             help="With --from: JSON with the importance of each temporal block; the highest keep gate 1.",
             show_default="the preset's choice",
         ),
@@ -232,6 +240,10 @@ def init(
     """
     if importance and not source:
         raise UsageError("--importance needs --from", next_step="add --from, or leave --importance out")
+    from mobilevd_deploy.base.places import require_distinct, require_file_place
+
+    require_distinct([output], [path for path in (source, importance) if path])
+    require_file_place(output)
     import torch
 
     from mobilevd_deploy.config.presets import load_preset
@@ -239,6 +251,7 @@ def init(
     from mobilevd_deploy.training.initialise import compress_svd, draw_checkpoint, read_importance
 
     spec, kind = load_preset(preset).model, cast(torch.dtype, getattr(torch, dtype))
+    output.parent.mkdir(parents=True, exist_ok=True)
     with show_progress(quiet or as_json) as progress:
         if source is None:
             draw_checkpoint(output, spec, seed=seed, dtype=kind, progress=progress)
@@ -263,21 +276,27 @@ def init(
     epilog="Example: [bold]mobilevd-deploy train-demo -o mine.safetensors[/] (under 90 minutes on 2 cores)",
 )
 def train_demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.")] = Path(
+    output: Annotated[Path, path_option("--output", "-o", help="The checkpoint to write.")] = Path(
         "demo.safetensors"
     ),
     work: Annotated[
         Path | None,
-        typer.Option(help="Folder of the resumable state.", show_default="OUTPUT.work"),
+        path_option(
+            help="Folder of the resumable state.",
+            show_default="OUTPUT with the ending .work in place of its own",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of clips and weights.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quiet: Quiet = False,
 ) -> None:
     """Train the demo checkpoint on synthetic clips. The same command resumes an interrupted run."""
+    from mobilevd_deploy.base.places import require_file_place
     from mobilevd_deploy.training.train_demo import report_on_stderr
     from mobilevd_deploy.training.train_demo import train_demo as train
 
     report = (lambda _: None) if quiet else report_on_stderr
-    train(output, work=work or output.with_suffix(".work"), seed=seed, device=device, progress=report)
+    require_file_place(output)
+    work = work or output.with_name(f"{base_name(output)}.work")
+    train(output, work=work, seed=seed, device=device, progress=report)
     print(output)

@@ -1,4 +1,4 @@
-"""Commands that look at things and change nothing: inspect, diff, doctor."""
+"""Commands that change nothing: inspect, diff, doctor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from mobilevd_deploy.cli.options import (
     Json,
     Quiet,
     RecipeName,
+    expanded,
+    path_argument,
     print_json,
     print_rich,
     show_progress,
@@ -33,6 +35,8 @@ def inspect(
     what: Annotated[
         str | None,
         typer.Argument(
+            metavar="CHECKPOINT|PRESET|ARTIFACT",
+            parser=expanded,
             help="A checkpoint, preset or artifact.",
             show_default=False,
             autocompletion=complete_artifact_or_preset,
@@ -63,12 +67,8 @@ def inspect(
     epilog="Example: [bold]mobilevd-deploy diff build/clip-model build/clip-model-npu[/]",
 )
 def diff(
-    a: Annotated[
-        Path, typer.Argument(help="An artifact.", show_default=False, autocompletion=complete_artifact)
-    ],
-    b: Annotated[
-        Path, typer.Argument(help="Another artifact.", show_default=False, autocompletion=complete_artifact)
-    ],
+    a: Annotated[Path, path_argument("A", help="An artifact.", complete=complete_artifact)],
+    b: Annotated[Path, path_argument("B", help="Another artifact.", complete=complete_artifact)],
     all_rows: Annotated[bool, typer.Option("--all", help="Show equal quantities too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -99,8 +99,10 @@ def doctor(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="NAME|FILE",
             help="A preset or TOML file; its size decides how much memory and disk are needed.",
             autocompletion=complete_preset,
+            parser=expanded,
         ),
     ] = "demo",
     recipe: RecipeName = DEFAULT_RECIPE,
@@ -109,8 +111,8 @@ def doctor(
 ) -> None:
     """Check whether this computer is ready for a recipe, and say how to get what is missing.
 
-    The exit code is 0 if everything is there that the recipe needs. AI Hub, a phone and the tools for the app
-    are optional and do not count.
+    The exit code is 0 if this computer has everything that the recipe needs. AI Hub, a phone and the tools
+    for the app are optional.
     """
     from mobilevd_deploy.cli.tables import finding_line
     from mobilevd_deploy.config.presets import load_preset

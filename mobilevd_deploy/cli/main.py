@@ -1,4 +1,4 @@
-"""The command line's entry point: all commands in one app, and what errors and closed outputs become.
+"""The command line's entry point: all commands in one app, exit codes of errors, closed outputs.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed, 2 wrong
 usage, 3 a vendor's tool failed, 130 interrupted.
@@ -37,7 +37,7 @@ for group in (export, use, profile, measure, look):  # the order of --help
         command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command.callback) or "")
     app.add_typer(group.commands, rich_help_panel=group.PANEL)
 
-# Options that have another spelling now, by command: what to write instead.
+# Former options by command: what to write instead.
 _NEW_SPELLING: dict[tuple[str | None, str | None], str] = {
     ("hub", "--adb"): "mobilevd-deploy profile phone [ARTIFACT] [--serial SERIAL]",
     ("hub", "--backend"): "mobilevd-deploy profile phone [ARTIFACT] --backend auto|npu|cpu",
@@ -62,10 +62,10 @@ def main() -> None:
     as_json = "--json" in sys.argv
     try:
         code = _run(as_json)
-        sys.stdout.flush()  # notices a reader that is gone, or a full disk
+        sys.stdout.flush()  # fails if the reader is gone or the disk is full
     except BrokenPipeError:
         code = 1
-    except OSError as error:  # a path that the system refuses where nobody expected it
+    except OSError as error:  # a path that the system refuses unexpectedly
         code = fail(
             str(error), "check the path, its permissions and the space on its disk", 1, as_json=as_json
         )
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _run(as_json: bool) -> int:
-    """Run the command; return the exit code. What the outputs refuse is raised."""
+    """Run the command and return the exit code. Raises OSError if an output cannot be written."""
     try:
         code = app(prog_name=app.info.name, standalone_mode=False) or 0
         if code == 130:  # typer's code for Ctrl-C
@@ -91,9 +91,9 @@ def _run(as_json: bool) -> int:
     except typer.TyperException as error:
         return _wrong_usage(error, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted", "run the same command again to go on", 130, as_json=as_json)
+        return fail("interrupted", "run the same command again to continue", 130, as_json=as_json)
     except MemoryError:
-        next_step = "close other programs, or use a machine with more"
+        next_step = "close other programs, or use a computer with more memory"
         return fail("not enough memory", next_step, 1, as_json=as_json)
 
 
@@ -115,8 +115,8 @@ def _wrong_usage(error: typer.TyperException, as_json: bool) -> int:
 def _open_closed_streams() -> None:
     """Open /dev/null for standard streams that the caller closed (`>&-`).
 
-    Otherwise the next file that is opened gets the stream's number, and what a library writes to the stream
-    lands in that file.
+    Otherwise the next file that is opened gets the stream's number, and a library's writes to the stream end
+    up in that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:

@@ -15,8 +15,10 @@ from mobilevd_deploy.cli.options import (
     Json,
     Quiet,
     RecipeName,
+    expanded,
     open_artifact,
     open_hub,
+    path_option,
     print_json,
     print_rich,
     show_progress,
@@ -35,6 +37,8 @@ def traffic(
     what: Annotated[
         str,
         typer.Argument(
+            metavar="ARTIFACT|PRESET",
+            parser=expanded,
             help="An artifact with context binaries, or a preset by name.",
             show_default=False,
             autocompletion=complete_artifact_or_preset,
@@ -55,21 +59,25 @@ def traffic(
         ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw the result into this PNG file.", show_default=False)
+        Path | None, path_option(help="Also draw the result into this PNG file.", show_default=False)
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Count the bytes to and from DRAM in the compiler's own schedule: planned, not measured.
+    """Count the bytes to and from DRAM in the compiler's schedule: planned, not measured.
 
     A preset is compiled block by block with random weights, because schedules do not depend on values; graph
     forms and bits are those of --recipe. The result of an artifact is stored in ARTIFACT.profiles/.
     """
+    from mobilevd_deploy.base.places import require_file_place, require_scratch
     from mobilevd_deploy.config.recipe import load_recipe
     from mobilevd_deploy.profiling.traffic import measure, write_picture
 
-    if picture is not None and picture.suffix != ".png":
-        raise UsageError(f"{picture} is not a PNG file", next_step="use a name like traffic.png")
+    if picture is not None:
+        if picture.suffix != ".png":
+            raise UsageError(f"{picture} is not a PNG file", next_step="use a name like traffic.png")
+        require_file_place(picture)
+    require_scratch()
     with show_progress(quiet or as_json) as progress:
         report = measure(what, load_recipe(recipe), blocks or ["*"], mode, progress)
     if picture is not None:
@@ -86,8 +94,7 @@ def traffic(
 def report(artifact: ArtifactFolder = None, as_json: Json = False) -> None:
     """Show the newest profiles and estimates of an artifact side by side.
 
-    The same is written as a page, ARTIFACT.profiles/report.html. The export has a page of its own inside the
-    artifact.
+    Also writes them as a page, ARTIFACT.profiles/report.html. The page of the export is ARTIFACT/report.html.
     """
     from mobilevd_deploy.base.files import write_durably
     from mobilevd_deploy.profiling.store import load_traffic, newest_profiles, profiles_dir

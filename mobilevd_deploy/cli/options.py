@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,22 +17,51 @@ if TYPE_CHECKING:
     from mobilevd_deploy.base.progress import Progress
     from mobilevd_deploy.profiling.hub.client import Hub
 
+
+def given_path(text: str) -> Path:
+    """Read a path from the command line, with `~` expanded also where the shell does not: `--output=~/x`."""
+    return Path(expanded(text))
+
+
+def expanded(text: str) -> str:
+    """Expand a leading `~` or `~user`; the name of an unknown user stays as it is.
+
+    Raises typer.BadParameter if the home folder is unknown.
+    """
+    path = os.path.expanduser(text)  # noqa: PTH111  (pathlib refuses a file that is called ~draft.gif)
+    if path == "~" or path.startswith("~/"):
+        raise typer.BadParameter(f"{text}: the home folder is unknown, because HOME is not set")
+    return path
+
+
+def path_option(*names: str, help: str, show_default: bool | str = True, metavar: str = "PATH") -> Any:
+    """Return an option that takes a path; every path on the command line is read by `given_path`."""
+    return typer.Option(*names, help=help, show_default=show_default, metavar=metavar, parser=given_path)
+
+
+def path_argument(metavar: str, *, help: str, show_default: bool | str = False, complete: Any = None) -> Any:
+    """Return an argument that takes a path."""
+    return typer.Argument(
+        metavar=metavar, help=help, show_default=show_default, parser=given_path, autocompletion=complete
+    )
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
 
 ArtifactFolder = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="ARTIFACT",
+    path_argument(
+        "ARTIFACT",
         help="An exported artifact.",
         show_default="the newest one below this folder",
-        autocompletion=complete_artifact,
+        complete=complete_artifact,
     ),
 ]
 CheckpointFile = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="CHECKPOINT",
+    path_argument(
+        "CHECKPOINT",
         help="A .pt or .safetensors checkpoint, or a diffusers folder of Stable Video Diffusion.",
         show_default="the demo checkpoint of the package",
     ),
@@ -39,13 +69,19 @@ CheckpointFile = Annotated[
 RecipeName = Annotated[
     str,
     typer.Option(
-        "--recipe", "-r", help="A shipped recipe by name, or a TOML file.", autocompletion=complete_recipe
+        "--recipe",
+        "-r",
+        metavar="NAME|FILE",
+        help="A shipped recipe by name, or a TOML file.",
+        autocompletion=complete_recipe,
+        parser=expanded,
     ),
 ]
 DEFAULT_RECIPE = "xiaomi-14-pro"
+CHECKPOINT_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
 Calibration = Annotated[
     list[Path] | None,
-    typer.Option(
+    path_option(
         "--calibration",
         "-c",
         help="Pictures, or folders of pictures, that calibrate the quantisation; repeatable.",
@@ -89,6 +125,12 @@ def checkpoint_or_demo(checkpoint: Path | None) -> Path:
     from mobilevd_deploy.config.data import data_dir
 
     return checkpoint or data_dir("models") / "demo.safetensors"
+
+
+def base_name(checkpoint: Path) -> str:
+    """Return a checkpoint's name without the file ending: a folder's name is whole, as in svd_v1.1."""
+    path = checkpoint.resolve()
+    return path.stem if path.suffix in CHECKPOINT_SUFFIXES and not path.is_dir() else path.name
 
 
 def split_names(names: str | None) -> tuple[str, ...]:
@@ -136,5 +178,5 @@ def fail(what: str, next_step: str | None, code: int, *, as_json: bool) -> int:
         if next_step:
             print(f" next: {next_step}", file=sys.stderr)
     except OSError:
-        pass  # nobody can read the message
+        pass  # no reader for the message
     return code

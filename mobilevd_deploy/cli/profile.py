@@ -1,4 +1,4 @@
-"""`profile hub|phone|host|estimate`: four ways to a latency. `profile` alone is `profile hub`."""
+"""`profile hub|phone|host|estimate`: measure or estimate latencies. `profile` alone is `profile hub`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from mobilevd_deploy.cli.options import (
     Quiet,
     Samples,
     Serial,
+    expanded,
     fail,
     open_artifact,
     open_hub,
+    path_option,
     print_json,
     print_rich,
     show_progress,
@@ -36,6 +38,7 @@ ArtifactOrPreset = Annotated[
     str | None,
     typer.Argument(
         metavar="ARTIFACT|PRESET",
+        parser=expanded,
         help="An exported artifact; or a preset or its TOML file, which can only be estimated.",
         show_default="the newest artifact below this folder",
         autocompletion=complete_artifact_or_preset,
@@ -100,7 +103,7 @@ def hub(
     ] = False,
     image: Annotated[
         Path | None,
-        typer.Option(help="With --check: the input picture.", show_default="a pattern"),
+        path_option(help="With --check: the input picture.", show_default="a pattern"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run that was interrupted, or started by --no-wait.")

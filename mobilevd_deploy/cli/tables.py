@@ -1,4 +1,4 @@
-"""What people see: tables and sentences made from results. The only file that formats for a terminal."""
+"""Tables and sentences for the terminal, made from results."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mobilevd_deploy.base.tensors import decibels
 from mobilevd_deploy.profiling.profile import FIGURES, head_words, number, source_words, total_words
 
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact.artifact import Artifact
     from mobilevd_deploy.artifact.diff import DiffRow
-    from mobilevd_deploy.doctor import Finding
+    from mobilevd_deploy.doctor import DoctorFinding
     from mobilevd_deploy.profiling.hub.ledger import Run
     from mobilevd_deploy.profiling.profile import OutputCheck, Profile, TrafficReport
     from mobilevd_deploy.tune import Tuned
-    from mobilevd_deploy.verify import Check
+    from mobilevd_deploy.verify import ArtifactCheck
 
 _BAR = 30  # characters of the longest bar
 
@@ -68,7 +69,7 @@ def search_line(found: Tuned) -> str:
     return f"{found.sqnr_db:.1f} dB at {found.bit_operations:.2f} of W8A16's bit operations; {blocks}"
 
 
-def render_checks(checks: Iterable[Check]) -> RenderableType:
+def render_checks(checks: Iterable[ArtifactCheck]) -> RenderableType:
     """Lay out the checks of `verify`."""
     table = Table("", "check", "component", "")
     for check in checks:
@@ -169,19 +170,19 @@ def traffic_line(report: TrafficReport) -> str:
 
 
 def render_devices(rows: Iterable[dict[str, Any]], *, live: bool) -> RenderableType:
-    """Lay out the rows of `list_devices`; `live`: AI Hub was asked."""
+    """Lay out the rows of `list_devices`; `live`: they are from AI Hub's current list."""
     table = Table("phone", "chip", "part", "HTP", "soc_model", "hosted", "profiled on")
     for row in rows:
         table.add_row(
             row["phone"],
             row["chipset"],
-            ", ".join(row["sm"]),
+            ", ".join(row["sm"]).upper(),
             row["htp"] or "-",
             "-" if row["soc_model"] is None else str(row["soc_model"]),
             "yes" if row["hosted"] else "no",
             row["profiled_on"] or "-",
         )
-    source = "AI Hub's list of now" if live else "our table; --hub asks AI Hub for its list of now"
+    source = "AI Hub's current list" if live else "built-in table; --hub asks AI Hub for its current list"
     return Group(table, f"hosted: {source}")
 
 
@@ -230,7 +231,7 @@ def render_inspection(report: dict[str, Any]) -> RenderableType:
 
 def render_ladder(rows: list[dict[str, Any]]) -> RenderableType:
     """Lay out the rows of `ladder`, with their notes."""
-    from mobilevd_deploy.inspection import LADDER_NOTES  # imports torch, as what made the rows did
+    from mobilevd_deploy.inspection import LADDER_NOTES  # imports torch, like the counting itself
 
     table = Table(title="published ladder and ours: TFLOPs of one evaluation", title_justify="left")
     table.add_column("preset")
@@ -273,7 +274,7 @@ def render_diff(rows: Iterable[DiffRow], a: str, b: str) -> Table:
     return table
 
 
-def finding_line(finding: Finding) -> str:
+def finding_line(finding: DoctorFinding) -> str:
     """Describe a finding of `doctor`, with its remedy."""
     mark = "ok     " if finding.ready else "MISSING" if finding.needed else "not yet"
     remedy = f" -> {finding.remedy}" if finding.remedy else ""
@@ -303,6 +304,4 @@ def _flops(tflops: float) -> str:
 
 
 def _sqnr(check: OutputCheck | None) -> str:
-    if check is None:
-        return "-"
-    return "identical" if check.sqnr_db is None else f"{check.sqnr_db:.1f} dB"
+    return "-" if check is None else decibels(check.sqnr_db)

@@ -13,7 +13,10 @@ from mobilevd_deploy.cli.options import (
     Json,
     Quiet,
     Serial,
+    given_path,
     open_artifact,
+    path_argument,
+    path_option,
     print_json,
     show_progress,
 )
@@ -27,31 +30,32 @@ commands = typer.Typer()
 )
 def generate(
     image: Annotated[
-        Path,
-        typer.Argument(help="A picture of any size; it is scaled and cropped to fit.", show_default=False),
+        Path, path_argument("IMAGE", help="A picture of any size; it is scaled and cropped to fit.")
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The file to write: clip.gif, clip.mp4, or frames as sheet.png."),
+        path_option("--output", "-o", help="The file to write: clip.gif, clip.mp4, or frames as sheet.png."),
     ] = Path("clip.gif"),
     artifact: Annotated[
         Path | None,
         typer.Option(
             "--artifact",
             "-a",
+            metavar="PATH",
             help="An exported artifact.",
             show_default="the newest one below this folder",
             autocompletion=complete_artifact,
+            parser=given_path,
         ),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same clip on every machine.")
     ] = 0,
     frames_dir: Annotated[
-        Path | None, typer.Option(help="Also write every frame as PNG into this folder.", show_default=False)
+        Path | None, path_option(help="Also write every frame as PNG into this folder.", show_default=False)
     ] = None,
     sheet: Annotated[
-        Path | None, typer.Option(help="Also write input and frames side by side as PNG.", show_default=False)
+        Path | None, path_option(help="Also write input and frames side by side as PNG.", show_default=False)
     ] = None,
     scale: Annotated[int, typer.Option(min=1, max=16, help="Enlarge the clip by this factor.")] = 1,
     provider: Annotated[
@@ -69,52 +73,36 @@ def generate(
 ) -> None:
     """Make a clip from one picture with an exported artifact."""
     from mobilevd_deploy.artifact.artifact import Artifact, find_newest
-    from mobilevd_deploy.runtime.media import (
-        check_clip_path,
-        check_frames_folder,
-        check_sheet_path,
-        enlarge,
-        read_picture,
-        write_clip,
-        write_clip_sheet,
-        write_frames,
-    )
-    from mobilevd_deploy.runtime.pipeline import Pipeline
+    from mobilevd_deploy.generate import generate as make_clip
 
-    check_clip_path(output)
-    if sheet:
-        check_sheet_path(sheet)
-    if frames_dir:
-        check_frames_folder(frames_dir)
     opened = Artifact.open(artifact) if artifact else find_newest(Path(), advice="name one with --artifact")
-    spec = opened.manifest.pipeline
-    picture = read_picture(image, spec.width, spec.height)
     with show_progress(quiet or as_json) as progress:
-        progress.say(picture.done)
-        pipeline = Pipeline.open(opened, tuple(provider) if provider else ("CPUExecutionProvider",))
-        frames = enlarge(pipeline.generate(picture.pixels, seed, progress), scale)
-    write_clip(frames, output, spec.fps)
-    written = [output]
-    if frames_dir:
-        written += write_frames(frames, frames_dir)
-    if sheet:
-        write_clip_sheet(enlarge(picture.pixels, scale), frames, f"{output.name}, seed {seed}", sheet)
-        written.append(sheet)
+        clip = make_clip(
+            opened,
+            image,
+            seed=seed,
+            provider=provider or "CPUExecutionProvider",
+            scale=scale,
+            output=output,
+            frames_dir=frames_dir,
+            sheet=sheet,
+            progress=progress,
+        )
+    count, _, height, width = clip.frames.shape
     if as_json:
         print_json(
             {
                 "artifact": str(opened.root),
                 "clip": str(output),
-                "written": [str(path) for path in written],
-                "picture": picture.done,
+                "written": [str(path) for path in clip.written],
+                "picture": clip.picture,
                 "seed": seed,
-                "frames": spec.frames,
-                "fps": spec.fps,
+                "frames": count,
+                "fps": clip.fps,
             }
         )
         return
-    size = f"{spec.width * scale}x{spec.height * scale}"
-    print(f"{output}: {spec.frames} frames of {size} at {spec.fps} fps, seed {seed}")
+    print(f"{output}: {count} frames of {width}x{height} at {clip.fps} fps, seed {seed}")
 
 
 @commands.command(
@@ -148,12 +136,7 @@ def pack(
     artifact: ArtifactFolder = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="The file to write.",
-            show_default="ARTIFACT.mvd in this folder",
-        ),
+        path_option("--output", "-o", help="The file to write.", show_default="ARTIFACT.mvd in this folder"),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -161,10 +144,14 @@ def pack(
     """Write an artifact as one file, which the app opens from any storage of the phone."""
     from mobilevd_deploy.artifact.pack import SUFFIX
     from mobilevd_deploy.artifact.pack import pack as write
+    from mobilevd_deploy.base.places import require_file_place
 
     opened = open_artifact(artifact)
+    output = output or Path(f"{opened.root.resolve().name}{SUFFIX}")
+    require_file_place(output, opened.bytes)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with show_progress(quiet or as_json) as progress:
-        written = write(opened, output or Path(f"{opened.root.resolve().name}{SUFFIX}"), progress)
+        written = write(opened, output, progress)
     size = written.stat().st_size
     if as_json:
         print_json({"artifact": str(opened.root), "file": str(written), "bytes": size})

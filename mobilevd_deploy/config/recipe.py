@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import tomli_w
 
+from mobilevd_deploy.config.devices import find_chip
 from mobilevd_deploy.config.spec import ComponentName
 from mobilevd_deploy.config.strict import from_dict, read_named_toml, shipped_names
 from mobilevd_deploy.errors import SpecError, UsageError
@@ -136,7 +137,7 @@ class QuantScheme:
 class NpuOptions:
     """Options of the Hexagon compiler.
 
-    - `targets`: part numbers of devices.toml ("SM8650").
+    - `targets`: chips in any spelling that `find_chip` resolves, kept as part numbers ("SM8650").
     - `optimization_mode`: QNN's htp_graph_finalization_optimization_mode. `vtcm_mb`: QNN's vtcm_mb.
     - `parts`: number of parts that the UNet is split into. 0, and always for the other components: as few
       as possible, so that each part is smaller than 2 GiB and takes less than 6.5 GB to compile.
@@ -158,6 +159,11 @@ class NpuOptions:
     def __post_init__(self) -> None:
         if not self.targets:
             raise SpecError("npu.targets: the list is empty")
+        try:
+            # Stages and files are named by part number, so one chip must have one spelling.
+            object.__setattr__(self, "targets", tuple(find_chip(name).part_number for name in self.targets))
+        except UsageError as error:
+            raise SpecError(f"npu.targets: {error.what}", next_step=error.next_step) from error
         if twice := sorted({name for name in self.targets if self.targets.count(name) > 1}):
             raise SpecError(f"npu.targets: {twice[0]!r} is named twice")
         for name in ("vtcm_mb", "parts", "compiler_memory_gb"):
@@ -249,13 +255,15 @@ class Recipe:
     def compiled_for(self, targets: Sequence[str] = (), parts: int | None = None) -> Recipe:
         """Return the recipe with these `targets` and `parts`; the recipe's own where they are not given.
 
-        A chip that is named twice counts once. Raises UsageError for a recipe without [npu].
+        `targets` may have any spelling; a chip that is named twice counts once. Raises UsageError for a
+        recipe without [npu], and for an unknown chip.
         """
         if self.npu is None:
             raise UsageError(
                 f"recipe {self.name} compiles for no chip", next_step="choose a recipe with [npu]"
             )
-        chips = tuple(dict.fromkeys(targets or self.npu.targets))
+        named = (find_chip(name).part_number for name in targets)
+        chips = tuple(dict.fromkeys(named)) or self.npu.targets
         npu = dataclasses.replace(self.npu, targets=chips, parts=parts or self.npu.parts)
         return dataclasses.replace(self, npu=npu)
 

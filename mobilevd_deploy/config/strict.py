@@ -88,7 +88,7 @@ def read_named_toml(kind: str, what: str, name_or_path: str | Path) -> dict[str,
     if path.suffix != ".toml":
         path = data_dir(kind) / f"{name_or_path}.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise SpecError(
             f"no {what} {str(name_or_path)!r}", next_step=f"shipped {what}s: {', '.join(shipped_names(kind))}"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -217,8 +218,9 @@ def write_checkpoint(
         _check_values(name, made, path)
         return made
 
+    needed = dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
     try:
-        with written_aside(path) as aside:
+        with written_aside(path, needed) as aside:
             if path.suffix == ".safetensors":
                 metadata = {FORMAT_KEY: str(FORMAT_VERSION), SPEC_KEY: json.dumps(spec.to_dict())}
                 write_safetensors(aside, metadata, shapes, dtype, stored)

@@ -2,16 +2,16 @@
 
     ms = rate x (operations of layers with weights + 2 x operations of attention's two products)
 
-One number is fitted, `rate`, by least squares of the relative errors on the four structures whose latency the
-paper publishes (latency.json holds their counts). The factor 2 is not fitted: at 16-bit activations and
-8-bit weights a product of two activations takes twice the multiplier passes of one with weights. A second
-fitted number, for attention, predicts the row left out worse than none; one for convolutions comes out as 0,
-which suits the four rows best (2.3 %) and is refused, because convolutions are not free. All of these forms
-were looked at before this one was taken: benchmarks/estimate_calibration.py has them side by side.
+`rate` is fitted by least squares of the relative errors on the four structures with a published latency
+(latency.json holds their counts). The factor 2 is not fitted: at 16-bit activations and 8-bit weights, a
+product of two activations takes twice the multiplier passes of one with weights. A fitted factor for
+attention predicts the left-out row worse. A fitted factor for convolutions becomes 0, which fits the four
+rows best (2.3 %) but is impossible, because convolutions take time. benchmarks/estimate_calibration.py
+compares these forms.
 
-Elementwise operations, norms and copies have no term: their share is inside `rate`, which holds as long as a
-network has about as many of them per operation as the calibrated ones. Hence the range of validity below.
-Source of the latencies: MobileVD, table of the ablation (facts of its section 3).
+Elementwise operations, norms and copies have no term of their own: `rate` includes them, which is valid for
+networks with about as many of them per operation as the calibrated ones. This limits the valid range below.
+Source of the latencies: MobileVD, table of the ablation (section 3).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobilevd_deploy.config.devices import Chip, find, table
+from mobilevd_deploy.config.devices import Chip, chip_called, find, table
 from mobilevd_deploy.config.spec import ModelSpec
 from mobilevd_deploy.config.strict import from_dict
 from mobilevd_deploy.errors import UsageError
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 ATTENTION_WEIGHT = 2
 # Passes of the int8 unit for one operation on a 16-bit activation and an 8-bit weight.
 PASSES = 2
-# How far beyond the calibrated structures' operations an estimate may reach, as a factor.
+# An estimate may have this many times more, or fewer, operations than the calibrated structures.
 REACH = 1.25
-# How far a kind's share of the load may lie beyond those of the calibrated structures.
+# A kind's share of the load may be this far outside of the calibrated structures' shares.
 SHARE_SLACK = 0.05
 
 
@@ -76,9 +76,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class Row:
-    """A structure whose latency is published, as the calibration sees it.
+    """A structure with a published latency.
 
-    `moved`: its DRAM traffic on the calibrated chip by the shipped recipe, where the benchmarks counted it.
+    `moved`: its DRAM traffic on the calibrated chip with the shipped recipe, if the benchmarks counted it.
     """
 
     preset: str
@@ -89,10 +89,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What latency.json holds: the published rows, and where and how they were measured.
+    """The content of latency.json: the published rows and the conditions of their measurement.
 
-    `sd15` are the operations of Stable Diffusion 1.5's UNet, whose latency the vendor publishes per chip: a
-    well-built graph's rate. `sd15_moved` is its DRAM traffic on `chip` in our forms, block by block.
+    `sd15`: operations of Stable Diffusion 1.5's UNet, whose latency the vendor publishes per chip.
+    `sd15_moved`: its DRAM traffic on `chip` in our graph forms, block by block.
     """
 
     chip: str
@@ -113,7 +113,7 @@ class Calibration:
         return sum(loads) / sum(load * load for load in loads)
 
     def leave_one_out(self) -> dict[str, float]:
-        """Return each row's relative error, predicted by the others."""
+        """Return the relative error of each row when the rate is fitted to the others."""
         errors = {}
         for row in self.rows:
             rate = self.rate([other for other in self.rows if other != row])
@@ -123,10 +123,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Floor:
-    """What no run of the UNet can beat, in ms: planned DRAM bytes over bandwidth, operations over the peak.
+    """The minimum time of the UNet in ms: planned DRAM bytes over bandwidth, and operations over peak rate.
 
     At 16-bit activations an operation takes PASSES passes of the int8 unit, one of attention twice as many.
-    `arithmetic_ms` is None where there is no figure of the chip's peak.
+    `arithmetic_ms` is None if no peak rate of the chip is known.
     """
 
     dram_bytes: int
@@ -135,24 +135,23 @@ class Floor:
 
     @property
     def ms(self) -> float:
-        """The larger of the two, which run side by side."""
+        """The larger of the two, because they run in parallel."""
         return max(self.dram_ms, self.arithmetic_ms or 0)
 
     @property
     def binds(self) -> str:
-        """Which of the two it is."""
+        """Which of the two is larger."""
         return "DRAM traffic" if self.dram_ms == self.ms else "arithmetic"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Milliseconds of one evaluation of the UNet, and how much to trust them.
+    """Milliseconds of one evaluation of the UNet, with the error.
 
-    `error_percent` is the worst leave-one-out error of the calibration, plus what scaling to another chip
-    adds, None where there are warnings; `mean_error_percent` the mean one. `shares` (sum 1) are of the time,
-    by kind of operation. `well_built_ms`: the same operations at the rate that the vendor reaches with Stable
-    Diffusion 1.5's UNet on this chip. `warnings`: in which way this lies outside of what was calibrated;
-    empty where it does not.
+    `error_percent`: the worst leave-one-out error of the calibration plus the error of scaling to another
+    chip, None with warnings; `mean_error_percent`: the mean leave-one-out error. `shares`: of the time, by
+    kind of operation; they add up to 1. `well_built_ms`: the same operations at the rate of the vendor's
+    Stable Diffusion 1.5 UNet on this chip. `warnings`: why it is outside of the calibrated range, if it is.
     """
 
     chip: Chip
@@ -172,8 +171,8 @@ def estimate(
     """Estimate one evaluation of the UNet of `spec` after `rewrites` on a phone or chip by name.
 
     Raises:
-        UsageError: nobody knows the device, the vendor publishes nothing to scale by for its chip, or the
-            clip's size or number of frames is not the calibrated one.
+        UsageError: the device is unknown, the vendor publishes no latency for its chip, or the clip's size
+            or number of frames is not the calibrated one.
     """
     calibration, chip = calibration or load_calibration(), find(device).chip
     _require_calibrated_size(spec, calibration)
@@ -181,7 +180,7 @@ def estimate(
 
 
 def estimate_counts(counts: Counts, chip: Chip, calibration: Calibration) -> Estimate:
-    """Turn operation counts into an estimate for `chip`; UsageError where there is nothing to scale by."""
+    """Turn operation counts into an estimate for `chip`; UsageError if it has no published latency."""
     reference = next(c for c in table().chip if c.name == calibration.chip)
     scale, scale_error, notes = _scaled(chip, reference)
     total = sum(counts.weighted().values())
@@ -202,9 +201,9 @@ def estimate_counts(counts: Counts, chip: Chip, calibration: Calibration) -> Est
 
 
 def floor(counts: Counts, chip: Chip, dram_bytes: int) -> Floor | None:
-    """Return the floor of a UNet on `chip` from its operations and the DRAM bytes that its compiler planned.
+    """Return the floor of a UNet on `chip` from its operations and the DRAM bytes that the compiler planned.
 
-    None where the chip's bandwidth is not known.
+    None if the chip's bandwidth is unknown.
     """
     if chip.dram_gb_s is None:
         return None
@@ -216,15 +215,15 @@ def floor(counts: Counts, chip: Chip, dram_bytes: int) -> Floor | None:
 def _planned(
     artifact: Artifact | None, counts: Counts, chip: Chip, calibration: Calibration
 ) -> TrafficRow | None:
-    """Return the UNet's DRAM traffic where `traffic` has counted the artifact for this chip.
+    """Return the UNet's DRAM traffic if `traffic` has counted the artifact for this chip.
 
-    Without an artifact, that of the calibrated structure with these counts.
+    Without an artifact, return that of the calibrated structure with these counts.
     """
     from mobilevd_deploy.profiling.profile import TrafficRow
     from mobilevd_deploy.profiling.store import load_traffic
 
     if artifact is not None:
-        rows = (row for r in load_traffic(artifact) if r.target.lower() in chip.sm for row in r.rows)
+        rows = (row for r in load_traffic(artifact) if chip_called(r.target) == chip for row in r.rows)
         return next((row for row in rows if row.path == "unet"), None)
     moved = next((row.moved for row in calibration.rows if row.counts == counts), None)
     if moved is None or chip.name != calibration.chip:
@@ -234,7 +233,7 @@ def _planned(
 
 
 def _bracket(counts: Counts, result: Estimate, calibration: Calibration, planned: TrafficRow | None) -> str:
-    """Say between which rates the network lies, and where: as far above its floor as the vendor's network."""
+    """Describe the range of plausible times, and the time at the vendor network's distance from its floor."""
     ends = (
         f"bracket: {result.ms:,.0f} ms at the rate of the paper's networks, {result.well_built_ms:,.0f} ms "
         f"at the {result.ms / result.well_built_ms:.1f} times faster one that the vendor publishes for "
@@ -264,7 +263,7 @@ def _bracket(counts: Counts, result: Estimate, calibration: Calibration, planned
 
 
 def _floor_note(counts: Counts, chip: Chip, planned: TrafficRow | None, ms: float) -> str:
-    """Say what binds, where the traffic was counted, and how to count it else."""
+    """Describe the floor, or say how to count the traffic that it needs."""
     if planned is None:
         return (
             f"no floor: its DRAM traffic on {chip.name} was not counted (mobilevd-deploy traffic counts it)"
@@ -312,7 +311,7 @@ def _scaled(chip: Chip, reference: Chip) -> tuple[float, float, tuple[str, ...]]
         )
     ratios = {name: ms / reference.published_ms[name] for name, ms in chip.published_ms.items()}
     unet = ratios["sd15_unet"]
-    # Two networks on the same two chips: where their ratios differ, one ratio cannot hold for a third.
+    # The ratios of two networks on the same two chips differ, which is the error for a third network.
     error = 100 * max(abs(ratio / unet - 1) for ratio in ratios.values())
     note = (
         f"scaled from {reference.name} by {unet:.2f}, the ratio of the latencies that the vendor publishes "
@@ -324,7 +323,7 @@ def _scaled(chip: Chip, reference: Chip) -> tuple[float, float, tuple[str, ...]]
 
 
 def _reach(calibration: Calibration) -> tuple[float, float]:
-    """Return the fewest and most operations that the calibration reaches."""
+    """Return the fewest and most operations that an estimate may have."""
     totals = [row.counts.total for row in calibration.rows]
     return min(totals) / REACH, max(totals) * REACH
 
@@ -390,7 +389,7 @@ def count_module(module: object, function: object, *inputs: object) -> Counts:
     kinds = dict.fromkeys((field.name for field in dataclasses.fields(Counts)), 0)
     for path, flops in own.items():
         part = parts[path]
-        # A token of time is a frame: these layers stand under the temporal branch's names in diffusers.
+        # diffusers names the layers that work across frames "temporal".
         where = "temporal" if "temporal" in path or isinstance(part, nn.Conv3d) else "spatial"
         if isinstance(part, Attention):
             kind = "attention"
@@ -405,12 +404,12 @@ def count_module(module: object, function: object, *inputs: object) -> Counts:
 def estimate_profile(
     what: str | Path | Artifact, device: str, calibration: Calibration | None = None
 ) -> Profile:
-    """Estimate an artifact, or a preset by name or TOML file, and put the result into a Profile.
+    """Estimate an artifact, or a preset by name or TOML file, as a Profile.
 
-    Only the UNet is in it: the published latencies are the UNet's alone.
+    It holds the UNet only, because the published latencies are the UNet's.
 
     Raises:
-        UsageError, SpecError, ArtifactError: as `estimate`, or a preset or artifact that can not be read.
+        UsageError, SpecError, ArtifactError: as `estimate`, or a preset or artifact that cannot be read.
     """
     from mobilevd_deploy.artifact.artifact import Artifact
     from mobilevd_deploy.artifact.manifest import MANIFEST_DIGEST

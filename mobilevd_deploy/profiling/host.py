@@ -1,6 +1,6 @@
-"""This computer: the outputs that a phone's are compared with, and latencies that say which graph is slower.
+"""Measure an artifact on this computer's CPU, to compare artifacts with each other.
 
-A latency here says nothing about a phone. Two artifacts on the same idle computer can be compared.
+These latencies do not predict a phone's. Compare artifacts on the same idle computer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mobilevd_deploy.runtime.pipeline import ClipJob
 from mobilevd_deploy.runtime.recording import SEED, check_picture
 from mobilevd_deploy.runtime.runners import OnnxRunner
 
-# A component gets no further call after this; the full size takes minutes a call.
+# No further call of a component after this time; one call takes minutes at full size.
 SECONDS = 30.0
 
 
@@ -37,8 +37,8 @@ def profile_on_host(
 ) -> Profile:
     """Time the float graphs on onnxruntime's CPU provider: `samples` calls each, or fewer after `seconds`.
 
-    `components`: only these (all). Every component gets the inputs of a real clip. Raises ArtifactError for a
-    damaged artifact or an unknown component, ResourceError where memory runs out.
+    `components`: only these; empty: all. Every component gets the inputs of a real clip. Raises ArtifactError
+    for a damaged artifact or an unknown component, ResourceError if memory runs out.
     """
     progress, manifest = progress or Progress(), artifact.manifest
     wanted = {artifact.manifest.component(name).name for name in components}
@@ -53,7 +53,7 @@ def profile_on_host(
         runner = OnnxRunner(artifact.path(component, "model"))
         load_ms = 1000 * (time.perf_counter() - since)
         feeds = job.feeds(component)
-        calls = samples if component in chosen else 1  # once: the others need its output
+        calls = samples if component in chosen else 1  # once, because the others need its output
         taken: list[float] = []
         begun = time.perf_counter()
         while len(taken) < calls and (len(taken) < 2 or time.perf_counter() - begun < seconds):
@@ -76,7 +76,7 @@ def profile_on_host(
         manifest_sha256=artifact.digest,
         components=tuple(rows),
         total_ms=total_ms(rows),
-        notes=("the float32 graphs on onnxruntime's CPU provider, with as many threads as it likes",),
+        notes=("the float32 graphs on onnxruntime's CPU provider, with its default number of threads",),
         tools={"onnxruntime": _onnxruntime()},
     )
 

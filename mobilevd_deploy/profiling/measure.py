@@ -1,6 +1,6 @@
 """Measure an artifact on a phone or on this computer, or estimate it, and store the profile beside it.
 
-`profile_on_hub` is not here: its jobs outlive the process, so it stores what it fetches itself.
+`profile_on_hub` is not here: its jobs outlive the process, so it stores its profiles itself.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def profile_on_phone(
 
 
 def is_preset(what: str) -> bool:
-    """Tell whether `what` names a shipped preset or a preset's TOML file."""
+    """Return whether `what` is a shipped preset or a TOML file."""
     return what in preset_names() or Path(what).suffix == ".toml"
 
 
 def estimate_preset(preset: str, devices: Sequence[str]) -> list[StoredProfile]:
-    """Estimate a preset where a measurement was asked for; notes and errors say why it is an estimate."""
+    """Estimate a preset in place of a measurement; notes and errors say why it is an estimate."""
     unmeasured = VendorError(
         f"{preset} is a preset",
         next_step="mobilevd-deploy export makes an artifact from a checkpoint; profile measures it through "
@@ -91,11 +91,11 @@ def estimate_devices(
         what: an artifact's folder, or a preset's name or TOML file; None: the newest artifact below the
             working directory.
         devices: phones or chips by name.
-        progress: gets the name of the artifact that None stands for.
+        progress: receives the name of the newest artifact if `what` is None.
         unmeasured: why nothing could be measured; it becomes a note of every profile.
 
-    Raises UsageError for an unknown device, for none, and where no estimate is possible. With `unmeasured`
-    the last of these is a VendorError that names both reasons.
+    Raises UsageError for an unknown device, for no device, and if no estimate is possible. With `unmeasured`
+    the last one is a VendorError with both reasons.
     """
     from mobilevd_deploy.profiling.estimate import estimate_profile
 

@@ -1,15 +1,13 @@
-"""How fast an artifact is: what a profile holds, where it is stored, and what a person sees of it.
+"""Profiles and traffic reports: their data and their wording. store.py keeps them on the disk.
 
-Profile                     one artifact on one device (or chip), from one source
+Profile                         one artifact on one device (or chip), from one source
 └── components: ComponentProfile
-    ├── ms: Latency | None  None: nothing was measured, `error` says why
+    ├── ms: Latency | None      None: nothing was measured, and `error` says why
     ├── slowest: OpTime
-    └── check: Check | None
+    └── check: OutputCheck | None
 
-TrafficReport               bytes to and from DRAM, planned by the compiler for one chip
+TrafficReport                   bytes to and from DRAM, planned by the compiler for one chip
 └── rows: TrafficRow
-
-Both lie as JSON in `NAME.profiles/` beside the artifact `NAME`, never in it: an artifact does not change.
 """
 
 from __future__ import annotations
@@ -31,17 +29,17 @@ T = TypeVar("T")
 SCHEMA_VERSION: Final = 1
 SourceName = Literal["hub", "adb", "estimate", "host"]
 
-# How a profile came about, by its source.
+# The origin of a profile in words, by its source.
 HOW: dict[str, str] = {
     "hub": "measured through Qualcomm AI Hub",
     "adb": "measured on the attached phone",
     "estimate": "estimated, not measured",
     "host": "measured on this computer: good for comparing, not for a phone",
 }
-# What `peak_bytes` counts, by the sources that give it.
+# The meaning of `peak_bytes`, by the sources that report it.
 PEAK: dict[str, str] = {
-    "hub": "as the runtime reports it, without weights that it maps from the file",
-    "adb": "what the app's process held in memory at most while the component was loaded, the app included",
+    "hub": "as the runtime reports it, without the weights that it maps from the file",
+    "adb": "peak resident memory of the app's process while the component was loaded, including the app",
 }
 MADE_UP = "the numbers are made up"
 FIGURES = ("p95", "min", "first load", "warm load", "peak MB", "ops")
@@ -51,7 +49,7 @@ FIGURES = ("p95", "min", "first load", "warm load", "peak MB", "ops")
 class Latency:
     """Milliseconds of one call. An estimate has a median and no samples.
 
-    `median` and `p95` leave the first sample out, which pays for warming up; `min` and `samples` do not.
+    `median` and `p95` exclude the first sample, which includes the warm-up; `min` and `samples` include it.
     """
 
     median: float
@@ -68,7 +66,7 @@ class Latency:
     def of(cls, samples: Sequence[float]) -> Latency:
         """Summarise samples in running order, in milliseconds; p95 is the nearest rank.
 
-        A single sample stands for itself. Raises SpecError for none, and for one that is not a time.
+        A single sample is not excluded. Raises SpecError for no samples, and for one that is not a time.
         """
         if not samples:
             raise SpecError("there are no samples")
@@ -79,9 +77,9 @@ class Latency:
 
 @dataclass(frozen=True)
 class OpTime:
-    """An operation of the compiled graph, where it ran, and its time in a separate pass.
+    """An operation of the compiled graph, its compute unit, and its time in a separate pass.
 
-    Such times do not add up to the latency, because the pass that takes them runs one op after the other.
+    The pass runs the operations one after another, so their times do not add up to the latency.
     """
 
     name: str
@@ -92,7 +90,7 @@ class OpTime:
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """The device's output against this computer's for the same input; `sqnr_db` None: identical."""
+    """SQNR of the device's output against this computer's for the same input; None: identical."""
 
     sqnr_db: float | None
 
@@ -101,8 +99,8 @@ class OutputCheck:
 class ComponentProfile:
     """One component on the device.
 
-    `peak_bytes` counts what PEAK says of the profile's source. `ops` counts the compiled graph's operations
-    by compute unit (NPU, GPU, CPU). `error`: why there is no time, or no check. `where`: the place of more,
+    `peak_bytes`: its meaning depends on the source, see PEAK. `ops`: operations of the compiled graph by
+    compute unit (NPU, GPU, CPU). `error`: why there is no time, or no check. `where`: where to find details,
     such as the job's page.
     """
 
@@ -119,7 +117,7 @@ class ComponentProfile:
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """What a table shows beside the median, as FIGURES heads it."""
+        """The table cells after the median, in the order of FIGURES."""
         return (
             number(self.ms.p95 if self.ms else None),
             number(self.ms.min if self.ms else None),
@@ -134,12 +132,11 @@ class ComponentProfile:
 class Profile:
     """An artifact on one device.
 
-    `asked_for` is what the user typed, `device` what it was measured on (or the chip's name), `notes` what
-    must be known beside every number. `artifact` and `manifest_sha256` say what was profiled. `created` is
-    UTC. `error_percent`: how far estimates of this kind were off, None where it was measured and where an
-    estimate lies outside of what was calibrated.
-    `total_ms` is the sum of the components' medians: every component runs once a clip, one after the other.
-    It is None where one of them has none.
+    `asked_for`: the user's name for the device. `device`: the measured device (or the chip's name). `notes`:
+    the conditions of every number. `artifact`, `manifest_sha256`: what was profiled. `created`: UTC.
+    `error_percent`: the error of estimates of this kind; None for a measurement, and for an estimate outside
+    of the calibrated range. `total_ms`: the sum of the components' medians, because each component runs once
+    per clip, one after another; None if a component has no time.
     """
 
     schema_version: Literal[1]
@@ -165,46 +162,46 @@ class Profile:
 
     @property
     def errors(self) -> tuple[str, ...]:
-        """What went wrong, component by component."""
+        """The errors of the components."""
         return tuple(f"{c.name}: {c.error}" for c in self.components if c.error is not None)
 
     @property
     def made_up(self) -> bool:
-        """Whether a server that stands in for AI Hub gave the numbers."""
+        """Whether the numbers are from a test server instead of AI Hub."""
         return any(MADE_UP in note for note in self.notes)
 
     @property
     def how(self) -> str:
-        """How it came about, in words."""
+        """The origin of the numbers, in words."""
         return "MADE UP by a server on this computer" if self.made_up else HOW[self.source]
 
     @property
     def outside(self) -> bool:
-        """Whether it is an estimate of something that the calibration does not reach."""
+        """Whether it is an estimate outside of the calibrated range."""
         return self.source == "estimate" and self.error_percent is None
 
     @property
     def place(self) -> str:
-        """What was asked for, and the device where that is another one."""
+        """The name that was asked for, and the device if it is another one."""
         return self.asked_for if self.device == self.asked_for else f"{self.asked_for} on {self.device}"
 
     @property
     def spread(self) -> str:
-        """What stands behind the total: how far an estimate may be off."""
+        """The error of an estimate, as text to append to the total."""
         if self.outside:
             return ", OUTSIDE of the calibration"
         return "" if self.error_percent is None else f" ± {self.error_percent:.0f} %"
 
     @property
     def in_sum(self) -> ComponentProfile | None:
-        """All components one after the other, None where one has no time; an SQNR has no sum."""
+        """The sum of all components, None if one has no time; an SQNR has no sum."""
         if self.total_ms is None:
             return None
         return dataclasses.replace(join_parts(self.components), name="total", check=None)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What must be known to read the table: the slowest operations, and what its columns leave out."""
+        """Remarks on the table: the slowest operations, and the meaning of the peak memory."""
         slowest = [
             f"{component.name}, slowest: "
             + ", ".join(f"{op.name} ({op.type}, {op.unit}) {number(op.ms)} ms" for op in component.slowest)
@@ -212,9 +209,7 @@ class Profile:
             if component.slowest
         ]
         if slowest:
-            slowest.append(
-                "times of single ops come from a pass of their own: they do not add up to the latency"
-            )
+            slowest.append("times of single ops are from a separate pass and do not add up to the latency")
         peak = any(component.peak_bytes is not None for component in self.components)
         return (*slowest, *((f"peak MB: {PEAK[self.source]}",) if peak and self.source in PEAK else ()))
 
@@ -224,15 +219,15 @@ class Profile:
 
 
 def total_ms(components: Sequence[ComponentProfile]) -> float | None:
-    """Return the sum of the medians, None where a component has none."""
+    """Return the sum of the medians, None if a component has none."""
     medians = [component.ms.median for component in components if component.ms is not None]
     return sum(medians) if len(medians) == len(components) else None
 
 
 def runtime_notes(compiled: Iterable[str], runtime: str | None, whose: str) -> Iterator[str]:
-    """Compare the QAIRTs that compiled binaries with the one that ran them; a sentence where they differ.
+    """Yield a note for each QAIRT version that compiled binaries and differs from the one that ran them.
 
-    A version is like "2.51.0" or "v2.51.0.260929181845"; `runtime` is None where nobody knows it.
+    A version is like "2.51.0" or "v2.51.0.260929181845"; `runtime` is None if it is unknown.
     """
     for sdk in sorted(set(compiled)):
         if runtime is None or version(sdk) == version(runtime):
@@ -241,7 +236,7 @@ def runtime_notes(compiled: Iterable[str], runtime: str | None, whose: str) -> I
         if version(runtime) < version(sdk):
             yield f"{said}: an older runtime may refuse the binary (errors 1009, 5000, 5005)"
         else:
-            yield f"{said}: a newer runtime loads it, but does not run it as its own compiler would have it"
+            yield f"{said}: a newer runtime loads it, but its own compiler may make a faster binary"
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -254,9 +249,9 @@ def _plain_version(text: str) -> str:
 
 
 def join_parts(parts: Sequence[ComponentProfile]) -> ComponentProfile:
-    """Put the binaries of one component together, which run one after the other: times and op counts add up.
+    """Join the parts of a split component, which run one after another: times and op counts add up.
 
-    So do the 95th percentiles, which is what a call takes at worst if all parts are slow at once. The peak is
+    The 95th percentiles add up too, which is an upper bound: all parts are slow at once. The peak memory is
     that of the largest part.
     """
     first = parts[0]
@@ -295,7 +290,7 @@ def now() -> str:
 
 
 def draw_profile(profile: Profile) -> bytes:
-    """Draw the components' medians as a PNG; its title says where they come from."""
+    """Draw the components' medians as a PNG; its title names their origin."""
     bars = [
         Bar(component.name, (ms.median,), f"{number(ms.median)} ms")
         if ms
@@ -306,16 +301,16 @@ def draw_profile(profile: Profile) -> bytes:
     return draw_bars(
         head_words(profile),
         bars,
-        f"{profile.artifact}: {total_words(profile, ' ms')} in all, {profile.created}",
+        f"{profile.artifact}: {total_words(profile, ' ms')} in total, {profile.created}",
     )
 
 
 @dataclass(frozen=True)
 class TrafficRow:
-    """Bytes to and from DRAM in one run of a component, block or module; `parts` are included in them.
+    """Bytes to and from DRAM in one run of a component, block or module, including its `parts`.
 
-    Weights and inputs are only read, so that what is written, the outputs aside, did not fit on the chip.
-    `floor`: inputs, outputs and weights, each once. `note` says what is particular about the number.
+    Weights and inputs are only read, so written bytes other than the outputs are spills: values that did not
+    fit into on-chip memory. `floor`: inputs, outputs and weights, each once. `note`: the conditions.
     """
 
     path: str
@@ -328,7 +323,7 @@ class TrafficRow:
 
 @dataclass(frozen=True)
 class TrafficReport:
-    """DRAM traffic by the schedule of the compiler, not measured on a chip; rows with most spills first.
+    """DRAM traffic in the compiler's schedule, not measured on a chip; rows with most spills first.
 
     `what` is an artifact or a preset; `manifest_sha256` is None for a preset. `precision` is like "w8a16".
     """
@@ -344,12 +339,12 @@ class TrafficReport:
 
     @property
     def read(self) -> int:
-        """Bytes read in sum."""
+        """Total bytes read."""
         return sum(row.read for row in self.rows)
 
     @property
     def written(self) -> int:
-        """Bytes written in sum."""
+        """Total bytes written."""
         return sum(row.written for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -358,7 +353,7 @@ class TrafficReport:
 
 
 def source_words(profile: Profile) -> str:
-    """Say where a profile's numbers are from."""
+    """Name the source of a profile's numbers."""
     if profile.outside:
         return f"{profile.source}, OUTSIDE"
     return f"{profile.source}, MADE UP" if profile.made_up else profile.source
@@ -373,12 +368,12 @@ def head_words(profile: Profile) -> str:
 
 
 def total_words(profile: Profile, unit: str = "") -> str:
-    """Say a profile's total, and how far off it may be; "-" where a component has no time."""
+    """Format a profile's total with its error; "-" if a component has no time."""
     return number(profile.total_ms) + unit * (profile.total_ms is not None) + profile.spread
 
 
 def number(value: float | None) -> str:
-    """Say a measurement with three digits or so; "-" for None."""
+    """Format a measurement with at least three significant digits; "-" for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

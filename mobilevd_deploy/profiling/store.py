@@ -24,17 +24,20 @@ from mobilevd_deploy.profiling.profile import (
 
 
 def profiles_dir(artifact: Artifact) -> Path:
-    """Return where the profiles of an artifact lie: beside it. The folder may not exist yet."""
+    """Return the folder of an artifact's profiles, NAME.profiles beside NAME; it may not exist yet.
+
+    It is not inside of the artifact, because an artifact does not change.
+    """
     root = artifact.root.resolve()
     return root.with_name(f"{root.name}.profiles")
 
 
 def save_profile(profile: Profile, folder: Path) -> Path:
-    """Write a profile into `folder` under a name of its own, its bars as PNG beside it; earlier ones stay.
+    """Write a profile into `folder` under a new name, and its bars as PNG; earlier profiles stay.
 
     Returns the JSON file.
 
-    Raises ResourceError on a full disk, ArtifactError where the folder cannot be written.
+    Raises ResourceError on a full disk, ArtifactError if the folder cannot be written.
     """
     device = re.sub(r"[^a-z0-9]+", "-", profile.asked_for.lower()).strip("-")[:60] or "device"
     stem = f"{profile.source}_{device}_{profile.created.replace(':', '').replace('-', '')}"
@@ -53,7 +56,7 @@ def save_profile(profile: Profile, folder: Path) -> Path:
 
 
 def load_profile(path: str | Path) -> Profile:
-    """Read a profile strictly; ArtifactError for anything that is not one."""
+    """Read a profile strictly. Raises ArtifactError."""
     return _load(Path(path), Profile, "profile again")
 
 
@@ -75,15 +78,15 @@ def _load(path: Path, kind: type[T], next_step: str) -> T:
 def load_profiles(artifact: Artifact) -> list[Profile]:
     """Read all profiles of an artifact, oldest first."""
     paths = [path for source in HOW for path in profiles_dir(artifact).glob(f"{source}_*.json")]
-    paths.sort(key=lambda path: (len(path.name), path.name))  # those of one second: in the order of writing
+    paths.sort(key=lambda path: (len(path.name), path.name))  # within one second, in the order of writing
     return sorted((load_profile(path) for path in paths), key=lambda profile: profile.created)
 
 
 def newest_profiles(artifact: Artifact) -> list[Profile]:
     """Return the newest profile of each source and device, oldest first.
 
-    One in which something failed stands beside the last one without failures, not in its place. Those of an
-    artifact that had this name before are left out.
+    A profile with a failed component does not replace the last complete one: both are returned. Profiles of
+    an earlier artifact of this name are left out.
     """
     newest: dict[tuple[str, str], list[Profile]] = {}
     for profile in load_profiles(artifact):
@@ -95,14 +98,14 @@ def newest_profiles(artifact: Artifact) -> list[Profile]:
 
 
 def diff_profiles(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:
-    """Put the newest profiles of two artifacts side by side: the total and each component's median, in ms.
+    """Compare the newest profiles of two artifacts: the total and each component's median, in ms.
 
-    A row's quantity is "ms.<source>.<device>"; what only one side has is None on the other.
+    A row's quantity is "ms.<source>.<device>"; a value is None if only the other side has it.
     """
     sides = []
     for artifact in (a, b):
         values: dict[tuple[str | None, str], tuple[float, float | None]] = {}
-        # What failed comes first: a whole profile takes the place of its times.
+        # Incomplete profiles first, so that a complete one replaces their times.
         for profile in sorted(newest_profiles(artifact), key=lambda profile: profile.total_ms is not None):
             quantity = f"ms.{source_words(profile)}.{profile.place}"
             parts = {c.name: c.ms.median for c in profile.components if c.ms is not None}
@@ -118,9 +121,9 @@ def diff_profiles(a: Artifact, b: Artifact) -> tuple[DiffRow, ...]:
 
 
 def save_traffic(report: TrafficReport, folder: Path) -> Path:
-    """Write a report into `folder` in place of an earlier one for the same chip; return the file.
+    """Write a report into `folder`, replacing an earlier one for the same chip; return the file.
 
-    Raises ResourceError on a full disk, ArtifactError where the folder cannot be written.
+    Raises ResourceError on a full disk, ArtifactError if the folder cannot be written.
     """
     path = folder / f"traffic_{report.target}.json"
     try:
@@ -132,9 +135,9 @@ def save_traffic(report: TrafficReport, folder: Path) -> Path:
 
 
 def load_traffic(artifact: Artifact) -> list[TrafficReport]:
-    """Read what was planned for an artifact, by chip; none where it was not measured or has changed since.
+    """Read an artifact's traffic reports by chip; those of an earlier artifact of this name are left out.
 
-    Raises ArtifactError for a file that is not such a report.
+    Raises ArtifactError for a file that is no traffic report.
     """
     digest = file_sha256(artifact.root / MANIFEST)
     reports = [

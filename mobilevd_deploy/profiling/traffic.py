@@ -1,7 +1,7 @@
-"""How many bytes a graph moves to and from DRAM, by the schedule of the NPU's compiler: no phone needed.
+"""Count the bytes that a graph moves to and from DRAM, in the schedule of the NPU's compiler.
 
-An artifact is measured component by component, a preset block by block with random weights, because no
-schedule depends on their values. It is what the compiler planned, not what a phone was seen to do.
+An artifact is counted component by component, a preset block by block with random weights, because schedules
+do not depend on weights. The counts are the compiler's plan, not a measurement on a phone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mobilevd_deploy.qnn.targets import Target, find_target
 from mobilevd_deploy.quantize.simulation import block_of, quantise
 
 WHOLE_UP_TO_FLOPS = 200e9
-"""The schedule of a larger graph takes gigabytes and hours: its blocks are compiled one by one."""
+"""The schedule of a larger graph takes gigabytes and hours, so its blocks are compiled one by one."""
 
 _DEPTH = 3  # names that tell the parts of a block apart
 _DRAWN = 40
@@ -60,12 +60,12 @@ class Block:
 
     @property
     def structure(self) -> str:
-        """Everything that decides its schedule, as text."""
+        """Everything that determines its schedule, as text."""
         return f"{self.module} {[value.shape for value in self.inputs.values()]}"
 
     @property
     def floor_bytes(self) -> int:
-        """Least traffic in float16: inputs, outputs (as large as the first input) and weights once."""
+        """Minimum traffic in float16: inputs, outputs (of the first input's size) and weights, each once."""
         first = next(iter(self.inputs.values())).size
         values = sum(value.size for value in self.inputs.values()) + first
         return 2 * (values + sum(p.numel() for p in self.module.parameters()))
@@ -78,10 +78,10 @@ def measure(
     mode: int | None = None,
     progress: Progress | None = None,
 ) -> TrafficReport:
-    """Measure an artifact, whose report is stored beside it, or a preset by name or TOML file.
+    """Count for an artifact, and store the report beside it, or for a preset by name or TOML file.
 
-    `recipe`, `patterns` and `mode` are for presets: see `measure_preset`, and for errors `measure_artifact`
-    too.
+    `recipe`, `patterns` and `mode` are for presets, see `measure_preset`. Errors as `measure_preset` and
+    `measure_artifact`.
     """
     if not (Path(what) / MANIFEST).exists():
         return measure_preset(what, load_preset(what).model, recipe, patterns, mode, progress)
@@ -92,7 +92,7 @@ def measure(
 
 
 def unet_blocks(spec: ModelSpec, recipe: Recipe, patterns: Sequence[str] = ("*",)) -> Iterator[Block]:
-    """Build the UNet's blocks whose path matches one of `patterns`, one at a time, weights drawn by path.
+    """Build the UNet's blocks whose path matches one of `patterns`, one at a time, with random weights.
 
     Raises UsageError if nothing matches.
     """
@@ -126,7 +126,7 @@ def measure_preset(
     options = recipe.npu or NpuOptions()
     if mode is not None:
         options = dataclasses.replace(options, optimization_mode=cast(Any, mode))
-    recipe = dataclasses.replace(recipe, npu=None)  # so that no mode is refused that is only measured
+    recipe = dataclasses.replace(recipe, npu=None)  # modes that recipes refuse can be measured
     return _report(name, None, recipe, options, _block_rows(spec, recipe, options, patterns, progress))
 
 
@@ -140,7 +140,7 @@ def measure_block(block: Block, recipe: Recipe, options: NpuOptions, target: Tar
 def export_block(block: Block, recipe: Recipe, folder: Path) -> None:
     """Write one block as `folder`/model.onnx with the output "out", quantised if the recipe has `quant`.
 
-    The ranges are those of one frame where that does: no schedule depends on them.
+    Ranges are calibrated on one frame if the block allows it, because schedules do not depend on them.
     """
     if recipe.quant is None:
         export_onnx(block.module, block.inputs, ["out"], folder, recipe.onnx)
@@ -154,8 +154,8 @@ def export_block(block: Block, recipe: Recipe, folder: Path) -> None:
 def measure_artifact(artifact: Artifact, progress: Progress | None = None) -> TrafficReport:
     """Measure an artifact as it was compiled for its first target: each component with its parts.
 
-    A part is a block, with its modules below it. A UNet of more than `WHOLE_UP_TO_FLOPS` is measured block by
-    block, with random weights. Raises UsageError if the artifact was compiled for no chip.
+    A part is a block with its modules. A UNet above `WHOLE_UP_TO_FLOPS` is measured block by block with
+    random weights. Raises UsageError if the artifact was compiled for no chip.
     """
     progress, recipe = progress or Progress(), from_dict(Recipe, artifact.manifest.recipe)
     if recipe.npu is None:
@@ -170,7 +170,7 @@ def measure_artifact(artifact: Artifact, progress: Progress | None = None) -> Tr
         artifact.verify(component)
         if component.name == "unet" and component.flops > WHOLE_UP_TO_FLOPS:
             spec = from_dict(ModelSpec, artifact.manifest.model)
-            note = "block by block with random weights; what stands between blocks is not in it"
+            note = "block by block with random weights, without the operations between blocks"
             blocks = _block_rows(spec, recipe, recipe.npu, ["*"], progress)
             rows.append(_joined(component.name, blocks, note))
             continue
@@ -184,7 +184,7 @@ def measure_artifact(artifact: Artifact, progress: Progress | None = None) -> Tr
 
 
 def write_picture(report: TrafficReport, path: Path) -> None:
-    """Write `bars(report)` as a PNG. Raises UsageError where it cannot be written, ResourceError."""
+    """Write `bars(report)` as a PNG. Raises UsageError if it cannot be written, ResourceError."""
     title = (
         f"{report.what}, {report.precision} for {report.target}, "
         f"optimisation mode {report.optimization_mode}: {report.read / 1e6:,.1f} MB read "
@@ -202,7 +202,7 @@ def write_picture(report: TrafficReport, path: Path) -> None:
 
 
 def bars(report: TrafficReport) -> list[Bar]:
-    """Return a bar for each row and its parts: what is read, then what is written."""
+    """Return a bar for each row and its parts: bytes read, then bytes written."""
     return [
         Bar(
             row.path,
@@ -234,12 +234,12 @@ def _block_rows(
 ) -> list[TrafficRow]:
     rules = recipe.quant.of("unet").rules if recipe.quant else ()
     progress, target, rows = progress or Progress(), find_target(options.targets[0]), []
-    measured: dict[str, Traffic] = {}  # a level repeats its blocks
+    measured: dict[str, Traffic] = {}  # by structure, because levels repeat their blocks
     for block in unet_blocks(spec, recipe, patterns):
         modules = [f"{block.path}.{name}" for name, _ in block.module.named_modules()]
         if ruled := [rule.modules for rule in rules if matching(modules, rule.modules)]:
             raise UsageError(
-                f"{block.path}: the recipe's rule for {ruled[0]!r} is not seen block by block",
+                f"{block.path}: the recipe's rule for {ruled[0]!r} does not apply block by block",
                 next_step="choose a recipe without rules for the blocks that are measured",
             )
         progress.begin(block.path)
@@ -251,7 +251,7 @@ def _block_rows(
 
 
 def _row(path: str, found: Traffic, part_of: Callable[[str], str], floor: int | None = None) -> TrafficRow:
-    """Sum up the modules by what `part_of` says that each is part of; a part has its modules below it."""
+    """Sum up modules into parts, as `part_of` assigns them; a part lists its modules."""
     parts: dict[str, list[TrafficRow]] = {}
     for module, moved in found.modules.items():
         row = TrafficRow(module or "others", moved.read, moved.written)
@@ -277,7 +277,7 @@ def _spills_first(rows: Sequence[TrafficRow]) -> tuple[TrafficRow, ...]:
 
 @torch.no_grad()
 def _input_shapes(unet: nn.Module, inputs: Sequence[Tensor]) -> Mapping[str, dict[str, tuple[int, ...]]]:
-    """Run the network on the meta device and note what every block is called with."""
+    """Run the network on the meta device and record the input shapes of every block."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
 
     def note(path: str) -> Any:
@@ -301,9 +301,9 @@ def _input_shapes(unet: nn.Module, inputs: Sequence[Tensor]) -> Mapping[str, dic
 
 @torch.no_grad()
 def randomised(module: nn.Module) -> nn.Module:
-    """Copy a module from the meta device to memory, with weights that keep the signal's size.
+    """Copy a module from the meta device to memory, with random weights that keep the signal's scale.
 
-    What shares a weight goes on sharing it (`Module.to_empty` would part them).
+    Shared weights stay shared, which `Module.to_empty` does not do.
     """
     real, made = copy.deepcopy(module), dict[int, Tensor]()
     for part in real.modules():

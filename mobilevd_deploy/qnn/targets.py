@@ -7,37 +7,38 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobilevd_deploy.config.devices import table
-from mobilevd_deploy.errors import UsageError, VendorError
+from mobilevd_deploy.config.devices import Chip, find_chip, table
+from mobilevd_deploy.errors import VendorError
 
 _TARGET_TEXT = re.compile(rb"soc_type=([A-Za-z0-9]+);arch=([0-9]+)")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A chip to compile for: its part number, QNN's number for it, and the version of its Hexagon."""
+    """A chip to compile for: its part number, QNN's number for it (soc_model), and its Hexagon version."""
 
     name: str
     soc_model: int
     arch: int
 
+    @classmethod
+    def of(cls, chip: Chip) -> Target:
+        """Return the target for a chip of devices.toml."""
+        return cls(chip.part_number, chip.soc_model, int(chip.htp.removeprefix("v")))
+
 
 def targets() -> tuple[Target, ...]:
-    """Every chip of devices.toml, by its first part number."""
-    return tuple(Target(c.sm[0].upper(), c.soc_model, int(c.htp.removeprefix("v"))) for c in table().chip)
+    """List the target of every chip in devices.toml."""
+    return tuple(map(Target.of, table().chip))
 
 
 def find_target(name: str) -> Target:
-    """Return the chip with the part number `name`, such as "SM8650". Raises UsageError for others."""
-    for chip, target in zip(table().chip, targets(), strict=True):
-        if name.lower() in chip.sm:
-            return target
-    known = ", ".join(target.name for target in targets())
-    raise UsageError(f"no chip has the part number {name!r}", next_step=f"known are {known}")
+    """Return the target for a chip by name, in any spelling. Errors as `find_chip`."""
+    return Target.of(find_chip(name))
 
 
 def read_target(context: Path) -> tuple[str, int]:
-    """Return part number and Hexagon version that a context binary names. Raises VendorError."""
+    """Return the part number and Hexagon version recorded in a context binary. Raises VendorError."""
     try:
         with context.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = {(m[1].decode(), int(m[2])) for m in _TARGET_TEXT.finditer(data)}

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mobilevd_deploy.base.progress import duration
+from mobilevd_deploy.base.tensors import decibels as words_of_decibels
 from mobilevd_deploy.profiling.profile import number
 
 _NBSP = "\N{NO-BREAK SPACE}"
@@ -27,8 +28,8 @@ def si(value: float, unit: str = "") -> str:
 
 
 def decibels(value: float | None) -> str:
-    """Format an SQNR or PSNR in dB; None and infinity mean equal signals: "identical"."""
-    return "identical" if value is None or value == math.inf else f"{value:.1f}{_NBSP}dB"
+    """Format an SQNR or PSNR as `base.tensors.decibels` does, on one line."""
+    return words_of_decibels(value).replace(" ", _NBSP)
 
 
 def plural(count: int, noun: str) -> str:

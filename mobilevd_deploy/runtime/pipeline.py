@@ -1,4 +1,4 @@
-"""Picture in, clip out: runs the components of an artifact one after the other, as its manifest says."""
+"""Generate clips: run the components of an artifact one after another, wired as its manifest says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mobilevd_deploy.runtime.runners import Loader, OnnxRunner, PartsRunner, Run
 
 @dataclass(frozen=True)
 class Pipeline:
-    """An artifact and a way to load its components; `load` decides where they run."""
+    """An artifact and the loader of its components, which decides where they run."""
 
     artifact: Artifact
     load: Loader
@@ -34,9 +34,9 @@ class Pipeline:
     ) -> Pipeline:
         """Open an artifact to run on onnxruntime with these execution providers, best first.
 
-        In place of one, "npu-sim" runs the context binaries on the HTP simulator, and "quantised" the
-        quantised graphs on the CPU. Raises ArtifactError for an artifact that is damaged, UsageError for a
-        provider that is not there, or for what this artifact does not hold.
+        "npu-sim" alone runs the context binaries on the HTP simulator, "quantised" alone the quantised graphs
+        on the CPU. Raises ArtifactError for a damaged artifact, UsageError for a provider that is not
+        available, or graphs that the artifact does not have.
         """
         opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
         match tuple(providers):
@@ -46,7 +46,7 @@ class Pipeline:
                 return cls(opened, loader(opened, "onnx", chosen))
 
     def generate(self, image: npt.ArrayLike, seed: int, progress: Progress | None = None) -> Array:
-        """Make the clip of one picture: (1, 3, H, W) in [-1, 1] to frames float32 (T, 3, H, W), not clamped.
+        """Generate a clip: picture (1, 3, H, W) in [-1, 1] to frames float32 (T, 3, H, W), not clamped.
 
         Errors as in `generate_all`.
         """
@@ -55,11 +55,11 @@ class Pipeline:
     def generate_all(
         self, requests: Iterable[tuple[npt.ArrayLike, int]], progress: Progress | None = None
     ) -> list[Array]:
-        """Make the clip of each (picture, seed), loading every component once.
+        """Generate the clip of each (picture, seed), loading every component once.
 
         Only one component is in memory at a time. Raises UsageError for a picture of another shape or range
-        or a seed outside [0, 2^64), ArtifactError for files that are damaged or do not do what the manifest
-        says, ResourceError where memory runs out.
+        or a seed outside [0, 2^64), ArtifactError for damaged files and for outputs that the manifest does
+        not describe, ResourceError if memory runs out.
         """
         progress, components = progress or Progress(), self.artifact.manifest.components
         jobs = [ClipJob(self._check_image(image), seed) for image, seed in requests]
@@ -85,14 +85,14 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class ClipJob:
-    """One clip on its way: the picture, the seed of its noise, and what each component gave so far."""
+    """The run of one clip: the picture, the seed of its noise, and the outputs of the components so far."""
 
     image: Array
     seed: int
     outputs: dict[str, Array] = field(default_factory=dict)
 
     def feeds(self, component: Component) -> dict[str, Array]:
-        """Return a component's inputs, each from whoever its source names."""
+        """Return a component's inputs, each from the source that the manifest names."""
         return self.gather(component.inputs)
 
     def gather(self, inputs: Iterable[TensorSpec]) -> dict[str, Array]:
@@ -116,7 +116,7 @@ def run_component(
     jobs: Sequence[ClipJob],
     advance: Callable[[float], None] = lambda done: None,
 ) -> None:
-    """Load a component once and run it for every job, which keeps the output. Errors as `generate_all`."""
+    """Load a component once and run it for every job; jobs keep the outputs. Errors as `generate_all`."""
     runner = load(component)
     for number, job in enumerate(jobs, start=1):
         job.outputs[component.name] = _check_outputs(component, runner.run(job.feeds(component)))
@@ -128,22 +128,22 @@ def loader(
     kind: Literal["onnx", "quantised", "npu-sim"],
     providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> Loader:
-    """Return what loads an artifact's components, digests checked: see `Pipeline.open`.
+    """Return a loader of an artifact's components that checks their digests; see `Pipeline.open`.
 
-    Raises UsageError for a provider that is not there, or for what this artifact does not hold.
+    Raises UsageError for a provider that is not available, or graphs that the artifact does not have.
     """
     components = artifact.manifest.components
     if kind == "npu-sim":
         if any(not component.npu for component in components):
             raise UsageError(
-                f"{artifact.root} holds no context binaries",
+                f"{artifact.root} has no context binaries",
                 next_step="export with a recipe that has [npu], for example --recipe xiaomi-14-pro",
             )
         return partial(_load_simulated, artifact)
     role = "model" if kind == "onnx" else "quantised"
     if any(role not in component.files for component in components):
         raise UsageError(
-            f"{artifact.root} holds no quantised graphs",
+            f"{artifact.root} has no quantised graphs",
             next_step="export with a recipe that has [quant], for example --recipe xiaomi-14-pro",
         )
     check_providers(providers)
@@ -165,7 +165,7 @@ def _load_simulated(artifact: Artifact, component: Component) -> Runner:
 
 
 def _check_outputs(component: Component, outputs: Mapping[str, Array]) -> Array:
-    """Return the component's only output, if it is what the manifest says."""
+    """Return the component's only output. Raises ArtifactError if the manifest describes another."""
     (spec,) = component.outputs
     value = outputs.get(spec.name)
     if value is None or value.shape != spec.shape:

@@ -1,4 +1,4 @@
-"""A pipeline run whose inputs and outputs are kept, component by component."""
+"""Run the pipeline on this computer and record every component's inputs and output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEED = 0
 
 
 def run_on_host(artifact: Artifact, image: str | None) -> dict[str, tuple[dict[str, Array], Array]]:
-    """Make a clip on this computer; return each component's inputs by name, and its output.
+    """Generate a clip on this computer; return each component's inputs by name, and its output.
 
     The picture is the file `image`, or a smooth pattern. Errors as in `Pipeline.generate_all`, MediaError.
     """
@@ -30,7 +30,7 @@ def run_on_host(artifact: Artifact, image: str | None) -> dict[str, tuple[dict[s
 
 
 def check_picture(artifact: Artifact, image: str | Path | None) -> Array:
-    """Return the picture of that file as the artifact wants it, or a smooth pattern; float32 in [-1, 1]."""
+    """Return the image file fitted to the artifact, or a smooth pattern: float32 (1, 3, H, W) in [-1, 1]."""
     spec = artifact.manifest.pipeline
     if image is not None:
         from mobilevd_deploy.runtime.media import read_picture
@@ -42,7 +42,7 @@ def check_picture(artifact: Artifact, image: str | Path | None) -> Array:
 
 
 class _Recorder:
-    """A runner that keeps what goes in and comes out."""
+    """A runner that records its inputs and output."""
 
     def __init__(
         self, runner: Runner, component: Component, taken: dict[str, tuple[dict[str, Array], Array]]

@@ -1,4 +1,4 @@
-"""What runs a component: onnxruntime, or the parts of a split component in a row."""
+"""Runners of a component: onnxruntime, and the parts of a split component one after another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mobilevd_deploy.errors import ArtifactError, ResourceError, UsageError
 
 
 class Runner(Protocol):
-    """A loaded component; it may be dropped after any call to free its memory."""
+    """A loaded component; callers drop it to free its memory."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Map inputs by name to outputs by name."""
@@ -23,15 +23,15 @@ Loader = Callable[[Component], Runner]
 
 
 class Wired(Protocol):
-    """Something that tells what goes in and out: `NpuPart`, or a part of a cut that is not compiled yet."""
+    """Something with named inputs and outputs: `NpuPart`, or a part that is not compiled yet."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of values."""
+        """The names of the values."""
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of values."""
+        """The names of the values."""
 
 
 P = TypeVar("P", bound=Wired)
@@ -39,16 +39,16 @@ P = TypeVar("P", bound=Wired)
 
 @dataclass(frozen=True)
 class PartsRunner(Generic[P]):
-    """A component that was cut: runs its parts one after the other, as `NpuBinary.parts` says.
+    """A split component: runs its parts one after another, in the order of `NpuBinary.parts`.
 
-    A part is loaded for its turn by `load` and dropped after it; a value is dropped after its last reader.
+    `load` loads a part when it is needed; the part is dropped after its run, and a value after its last use.
     """
 
     parts: Sequence[P]
     load: Callable[[P], Runner]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return what the last part gives."""
+        """Return the outputs of the last part."""
         values = dict(feeds)
         for i, part in enumerate(self.parts):
             values |= self.load(part).run({name: values[name] for name in part.inputs})
@@ -60,9 +60,8 @@ class PartsRunner(Generic[P]):
 class OnnxRunner:
     """An ONNX file in an onnxruntime session.
 
-    Raises UsageError for an execution provider that this onnxruntime does not have or cannot start (the
-    available ones are listed), ArtifactError for a file that it cannot load or run, ResourceError where
-    memory runs out.
+    Raises UsageError for an execution provider that this onnxruntime does not have or cannot start (with the
+    available ones), ArtifactError for a file that it cannot load or run, ResourceError if memory runs out.
     """
 
     def __init__(self, path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
@@ -76,7 +75,7 @@ class OnnxRunner:
         self._path = path
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=list(providers))
-        except Exception as error:  # its exceptions share no other base
+        except Exception as error:  # onnxruntime's exceptions have no other common base
             raise self._error("load", error) from error
         if missing := sorted(set(providers) - set(self._session.get_providers())):
             raise UsageError(f"{missing[0]} does not start on this machine", next_step=_available())

@@ -131,7 +131,7 @@ def compress_svd(
 def read_importance(path: Path) -> dict[str, float]:
     """Read a JSON object: temporal block's module path -> importance. Raises SpecError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise SpecError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(values, dict) or not all(

@@ -64,7 +64,7 @@ def test_export_says_where_it_is(
     monkeypatch.setattr("mobilevd_deploy.stages.export.export_onnx", copy)
     stopped = run("export", tiny_checkpoint, "-r", "onnx")
     assert (stopped.code, stopped.out) == (130, "")
-    assert stopped.err.endswith("error: interrupted\n next: run the same command again to go on\n")
+    assert stopped.err.endswith("error: interrupted\n next: run the same command again to continue\n")
     assert re.search(r"^\[2/4\] export vae_encoder: \d", stopped.err, re.MULTILINE)
     assert "[3/4] export unet ..." in stopped.err
 

@@ -10,7 +10,7 @@ import safetensors.torch
 
 from mobilevd_deploy import inspection
 from mobilevd_deploy.artifact.artifact import Artifact
-from mobilevd_deploy.doctor import Finding
+from mobilevd_deploy.doctor import DoctorFinding
 from mobilevd_deploy.profiling.profile import ComponentProfile, Latency, Profile, now
 from mobilevd_deploy.profiling.store import profiles_dir, save_profile
 from tests.cli.conftest import Run
@@ -128,8 +128,8 @@ def test_diff_shows_the_errors_of_estimates(tiny: Artifact, run: Run) -> None:
 
 def test_doctor_answers_by_its_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for ready in (True, False):
-        found = [Finding("disk", ready, True, "so much", None if ready else "free some")]
-        found.append(Finding("phone", False, False, "none", "plug one in"))
+        found = [DoctorFinding("disk", ready, True, "so much", None if ready else "free some")]
+        found.append(DoctorFinding("phone", False, False, "none", "plug one in"))
         monkeypatch.setattr("mobilevd_deploy.doctor.examine", lambda *_, found=found: found)
         ended = run("doctor")
         assert ended.code == (0 if ready else 1)

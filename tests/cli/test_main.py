@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -16,11 +17,12 @@ import pytest
 from typer.main import get_command
 
 import mobilevd_deploy
-from mobilevd_deploy import deploy as flow
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.cli.main import app
 from mobilevd_deploy.errors import ArtifactError, MobileVDError, VendorError
 from tests.cli.conftest import Ended, Run, hostile
+
+flow = importlib.import_module("mobilevd_deploy.deploy")  # the name in the package is the function
 
 VERBS = (
     "init",

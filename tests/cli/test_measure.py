@@ -56,4 +56,4 @@ def test_devices_of_a_chip(run: Run) -> None:
     rows = run("devices", "Xiaomi 14 Pro", "--json").json
     assert {row["chipset"] for row in rows} == {"Snapdragon 8 Gen 3"}
     assert "Samsung Galaxy S24" in [row["phone"] for row in rows]
-    assert "our table" in run("devices", "SM8650").out
+    assert "built-in table" in run("devices", "SM8650").out

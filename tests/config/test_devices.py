@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from mobilevd_deploy.cli.tables import render_devices
-from mobilevd_deploy.config.devices import find, table
-from mobilevd_deploy.errors import UsageError
+from mobilevd_deploy.config.devices import find, find_chip, table
+from mobilevd_deploy.config.recipe import NpuOptions, load_recipe
+from mobilevd_deploy.errors import SpecError, UsageError
 from mobilevd_deploy.profiling.hub.hosted import HostedDevice, choose_hosted, list_devices
 
 
@@ -63,6 +64,62 @@ def test_chip_by_any_spelling(name: str, chip: str) -> None:
     device = find(name)
     assert device.phone is None
     assert device.chip.name == chip
+
+
+@pytest.mark.parametrize(
+    ("name", "part_number"),
+    [
+        *(
+            (shown, chip.sm[0].upper())
+            for chip in table().chip
+            for shown in (chip.name, *chip.attributes, *chip.sm)
+        ),
+        ("SM8650", "SM8650"),
+        ("Sm8650", "SM8650"),
+        (" sm8650 ", "SM8650"),
+        ("SM-8650", "SM8650"),
+        ("SM8650-AB", "SM8650"),
+        ("SM8650-AC", "SM8650"),
+        ("sm8550ac", "SM8550"),
+        ("SM8850-AD", "SM8850"),
+        ("8gen3", "SM8650"),
+        ("8 gen 3", "SM8650"),
+        ("Snapdragon 8 Gen 3", "SM8650"),
+        ("Snapdragon-8-Gen-3", "SM8650"),
+        ("Qualcomm Snapdragon 8 Gen 3 (SM8650)", "SM8650"),
+        ("8 Elite", "SM8750"),
+        ("Snapdragon 8 Elite for Galaxy", "SM8750"),
+    ],
+)
+def test_targets_in_any_spelling_are_kept_as_part_numbers(name: str, part_number: str) -> None:
+    """One spelling, because stages and files are named by it: `sm8650` failed after 516 s."""
+    assert find_chip(name).part_number == part_number
+    assert NpuOptions(targets=(name,)).targets == (part_number,)
+    compiled = load_recipe("xiaomi-14-pro").compiled_for([name, part_number])
+    assert compiled.npu is not None
+    assert compiled.npu.targets == (part_number,)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "next_step"),
+    [
+        ("sm865", "unknown chip 'sm865'", "nearest: SM8650"),
+        ("SM8651", "unknown chip 'SM8651'", "nearest: SM8650"),
+        ("SM8650-ACX", "unknown chip 'SM8650-ACX'", "nearest: SM8"),
+        ("Snapdragon 7 Gen 3", "unknown chip 'Snapdragon 7 Gen 3'", "nearest: SM8650"),
+        ("Exynos 2400", "unknown chip 'Exynos 2400'", "known: SM8450, SM8550, SM8650, SM8750, SM8850"),
+        ("", "unknown chip ''", "known: SM8450"),
+        ("Xiaomi 14 Pro", "'Xiaomi 14 Pro' is a phone", "name its chip: SM8650 (Snapdragon 8 Gen 3)"),
+    ],
+)
+def test_targets_that_are_no_chip_are_refused_with_the_nearest(name: str, what: str, next_step: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_chip(name)
+    assert caught.value.what.startswith(what)
+    assert (caught.value.next_step or "").startswith(next_step)
+    with pytest.raises(SpecError, match=r"npu\.targets: ") as in_a_recipe:
+        NpuOptions(targets=(name,))
+    assert in_a_recipe.value.next_step == caught.value.next_step
 
 
 @pytest.mark.parametrize("name", ["Galaxy S24", "S24", "Samsung Galaxy S24 (Family)"])
@@ -166,4 +223,4 @@ def test_rendering_names_its_source() -> None:
         console.print(render_devices(list_devices(LIVE if live else None), live=live))
         shown = console.file.getvalue()  # type: ignore[attr-defined]
         assert "Xiaomi 14 Pro" in shown
-        assert ("AI Hub's list of now" in shown) is live
+        assert ("AI Hub's current list" in shown and "built-in" not in shown) is live

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import shutil
@@ -171,7 +172,7 @@ def test_nothing_is_made_twice(artifact: Artifact, checkpoint: Path, monkeypatch
     def fail(*_: object) -> None:
         raise AssertionError("it was made again")
 
-    monkeypatch.setattr("mobilevd_deploy.deploy.stage_table", fail)
+    monkeypatch.setattr(importlib.import_module("mobilevd_deploy.deploy"), "stage_table", fail)
     assert deploy(checkpoint, RECIPE, artifact.root) == artifact
 
 

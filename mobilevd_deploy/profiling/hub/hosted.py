@@ -13,7 +13,7 @@ from mobilevd_deploy.errors import UsageError
 
 @dataclass(frozen=True)
 class HostedDevice:
-    """A device as the hub lists it; attributes such as "chipset:qualcomm-snapdragon-8gen3", "hexagon:v75"."""
+    """A device in the hub's list; attributes are like "chipset:qualcomm-snapdragon-8gen3", "hexagon:v75"."""
 
     name: str
     os: str
@@ -22,7 +22,7 @@ class HostedDevice:
 
 @dataclass(frozen=True)
 class HostedPhone:
-    """What the user typed, the hosted device that is used for it, and what to say beside every number."""
+    """The user's name for a device, the hosted device that is used, and notes for every number."""
 
     asked_for: str
     device: str
@@ -34,13 +34,12 @@ class HostedPhone:
 def choose_hosted(name: str, hosted: Sequence[HostedDevice]) -> HostedPhone:
     """Pick the hosted phone for `name` from the hub's live list.
 
-    A hosted phone of that name (or of its family) comes first, then any phone with the same chip, and then
-    the notes say so. Of several system versions the newest is used.
+    Prefers a hosted phone of that name or family, then any phone with the same chip, which the notes say. Of
+    several system versions the newest is used.
 
     Raises:
-        UsageError: nobody knows the name, or no phone with that chip is hosted now.
+        UsageError: the name is unknown, or no phone with that chip is hosted now.
     """
-
     same = [device for device in hosted if plain_name(device.name) == plain_name(name)]
     known = find_known(name)
     if same:
@@ -55,7 +54,7 @@ def choose_hosted(name: str, hosted: Sequence[HostedDevice]) -> HostedPhone:
             f"{name}: no phone with its chip ({chip.name}) is hosted now",
             next_step="mobilevd-deploy devices --hub lists what is; profile estimate needs no phone",
         )
-    # The plain chip before a "for Galaxy" one, phones of our table before strangers.
+    # The plain chip before a "for Galaxy" one, phones of our table before others.
     listed = {plain_name(phone.name) for phone in table().phone}
     best = max(
         fitting,
@@ -75,7 +74,7 @@ def choose_hosted(name: str, hosted: Sequence[HostedDevice]) -> HostedPhone:
 
 
 def chip_name(device: HostedDevice) -> str:
-    """Name the chip of a hosted device as our table does, else as the hub does."""
+    """Return the chip's name in our table, else the hub's name for it."""
     attributes = _attributes(device)
     for chip in table().chip:
         if attributes & {*chip.attributes, *chip.sm}:
@@ -86,9 +85,9 @@ def chip_name(device: HostedDevice) -> str:
 def list_devices(hosted: Sequence[HostedDevice] | None = None) -> list[dict[str, Any]]:
     """Return phones with their chips as plain values, by chip.
 
-    `hosted` is the hub's live list; without it the table's own memory of it is used. Keys: `phone`,
-    `chipset`, `htp`, `soc_model`, `sm`, `hosted`, `os` (of the hosted one, live list only) and `profiled_on`:
-    the phone itself where it is hosted, else one of the same chip, None where there is none.
+    `hosted` is the hub's live list; without it, the table says what was hosted. Keys: `phone`, `chipset`,
+    `htp`, `soc_model`, `sm`, `hosted`, `os` (of the hosted phone, live list only) and `profiled_on`: the
+    phone itself if it is hosted, else one with the same chip, else None.
     """
     rows: list[dict[str, Any]] = []
     for phone in table().phone:
@@ -108,7 +107,7 @@ def list_devices(hosted: Sequence[HostedDevice] | None = None) -> list[dict[str,
     ours = {plain_name(phone.name) for phone in table().phone}
     for device in hosted or ():
         if plain_name(device.name) not in ours:
-            # Some are no phones at all, and their chips are not ours: the hub's own words are all there is.
+            # Some are not phones and have chips that are not in our table: use the hub's names.
             known = next((chip for chip in table().chip if chip.name == chip_name(device)), None)
             htp = next((a.partition(":")[2] for a in device.attributes if a.startswith("hexagon:")), None)
             row = _row(device.name, known, True, device.os, device.name)

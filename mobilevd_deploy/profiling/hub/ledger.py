@@ -1,4 +1,4 @@
-"""The ledger on disk: what was uploaded and submitted, so that no run repeats it."""
+"""The ledger on disk: uploads and jobs, so that no run repeats them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,19 @@ from mobilevd_deploy.errors import ArtifactError, MobileVDError, SpecError, Usag
 from mobilevd_deploy.profiling.hub.hosted import HostedPhone
 
 JobKind = Literal["compile", "profile", "inference"]
-
-
 JobState = Literal["submitted", "done", "failed"]
 
-
 LEDGER = "ledger.json"
-
-
 LEDGER_VERSION: Final = 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a run of `profile` was asked for.
+    """The request of a run of `profile`.
 
-    `compile` None profiles the artifact's own context binaries. Otherwise the hub's compiler makes them:
-    "onnx" from the quantised graph (the float one where there is none), "aimet" from the same graph without
-    its quantisers and AIMET's encodings beside it.
+    `compile`: None profiles the artifact's own context binaries. Otherwise the hub compiles: "onnx" from the
+    quantised graph (or else the float graph), "aimet" from the same graph without its quantisers plus AIMET's
+    encodings.
     """
 
     devices: tuple[str, ...]
@@ -47,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Upload:
-    """A model or dataset that lies on a hub; `sha256` is of what it was made from."""
+    """A model or dataset on a hub; `sha256` is the digest of its source."""
 
     kind: Literal["model", "dataset"]
     sha256: str
@@ -58,9 +53,9 @@ class Upload:
 
 @dataclass(frozen=True)
 class HubJob:
-    """A job on the hub. `model` is its input's id, `target` the id of what a compile job makes.
+    """A job on the hub. `model` is the id of its input, `target` the id of a compile job's output.
 
-    `part` counts the binaries of a component that is split.
+    `part` is the index of a binary of a split component.
     """
 
     kind: JobKind
@@ -79,9 +74,9 @@ class HubJob:
 
 @dataclass(frozen=True)
 class Run:
-    """One call of `profile`; `saved` maps what was asked for to the profile's file.
+    """One call of `profile`; `saved` maps the requested device names to the profiles' files.
 
-    `runtime` is the QAIRT version on the devices, as far as the hub tells, and `runtime_option` asks for it.
+    `runtime`: the QAIRT version on the devices, as far as the hub reports it; `runtime_option` requests it.
     """
 
     id: str
@@ -104,7 +99,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Everything that a later run need not do again. It never holds a token."""
+    """Everything that a later run can reuse. It never holds a token."""
 
     schema_version: Literal[1] = LEDGER_VERSION
     uploads: tuple[Upload, ...] = ()
@@ -112,7 +107,7 @@ class Ledger:
 
 
 class Book:
-    """The ledger in a folder, held by one process at a time; a context manager.
+    """The ledger in a folder, locked by one process at a time; a context manager.
 
     Entering raises UsageError if another run holds it, ArtifactError if the ledger is damaged.
     """
@@ -149,13 +144,13 @@ class Book:
         self._release()
 
     def add_upload(self, upload: Upload) -> None:
-        """Write an upload down, in place of one of the same content."""
+        """Record an upload, replacing one of the same content."""
         key = (upload.kind, upload.sha256, upload.hub)
         others = (u for u in self.ledger.uploads if (u.kind, u.sha256, u.hub) != key)
         self._write(dataclasses.replace(self.ledger, uploads=(*others, upload)))
 
     def put(self, run: Run) -> None:
-        """Write a run down, in place of its earlier state."""
+        """Record a run, replacing its earlier state."""
         others = tuple(other for other in self.ledger.runs if other.id != run.id)
         self._write(dataclasses.replace(self.ledger, runs=(*others, run)))
 
@@ -173,12 +168,12 @@ class Book:
 
 
 def read_ledger(path: Path) -> Ledger:
-    """Read a ledger strictly; an empty one where there is no file. ArtifactError if it is damaged."""
+    """Read a ledger strictly; a missing file is an empty ledger. Raises ArtifactError if it is damaged."""
     try:
         return from_dict(Ledger, json.loads(path.read_bytes()))
     except FileNotFoundError:
         return Ledger()
     except (OSError, ValueError, RecursionError, SpecError) as error:
         raise ArtifactError(
-            f"{path} is damaged: {error}", next_step="remove it; what it knows of uploads and jobs is lost"
+            f"{path} is damaged: {error}", next_step="remove it; its record of uploads and jobs is lost"
         ) from error

@@ -14,14 +14,14 @@ SLOWEST = 5
 
 
 def single(values: Any) -> Array:
-    """Return an output of an inference job on one set of inputs; UsageError where it is none."""
+    """Return the output of an inference job on one set of inputs. Raises UsageError for none or several."""
     if not isinstance(values, list) or len(values) != 1:
         raise UsageError("the device gave no output, or several")
     return np.asarray(values[0])
 
 
 def compare(reference: Array, output: Array) -> OutputCheck:
-    """Compare an output with this computer's; UsageError where it holds what cannot be compared."""
+    """Compare an output with this computer's. Raises UsageError for other dtypes, NaN and Inf."""
     if output.dtype.kind not in "fiu":
         raise UsageError(f"the device's output is {output.dtype}")
     if not np.isfinite(output).all():
@@ -31,9 +31,9 @@ def compare(reference: Array, output: Array) -> OutputCheck:
 
 
 def read_result(component: str, result: Any) -> ComponentProfile:
-    """Read what the client returns for a profile job that is done (times in us, memory in bytes).
+    """Read the client's result of a finished profile job (times in us, memory in bytes).
 
-    Raises SpecError where it is not of that form, or holds no samples.
+    Raises SpecError if it has another form or no samples.
     """
     summary = _part(result, "execution_summary", dict)
     samples = [_number(value, "all_inference_times") for value in _part(summary, "all_inference_times", list)]
@@ -75,5 +75,5 @@ def _number(value: Any, what: str) -> float:
 
 
 def _milliseconds(value: Any, what: str) -> float | None:
-    # The protocol cannot tell 0 from a value that was never set.
+    # The protocol does not distinguish 0 from an unset value.
     return _number(value, what) / 1000 if value else None

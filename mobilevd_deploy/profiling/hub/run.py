@@ -1,17 +1,13 @@
-"""Qualcomm AI Hub: compile, profile and check an artifact on hosted phones; what is done is not done again.
+"""Profile an artifact on phones that Qualcomm AI Hub hosts; uploads and jobs are never repeated.
 
-profile_on_hub()        READ FIRST: the whole flow
-├── Hub                 the vendor's client: its errors become ours, and the token stays inside
-└── Book                the ledger on disk: what was uploaded and submitted
+profile_on_hub()            READ FIRST: the whole flow
+├── Hub                     the vendor's client, see client.py
+└── Book                    the ledger on disk, see ledger.py
     └── Ledger
-        ├── Upload      one per content and hub
-        └── Run         one call of `profile`, with what it was asked for
-            ├── Target  a device: what the user typed, and the hosted phone that stands for it
-            └── Job
-
-The only file that imports qai_hub, and late. Configuration is the client's own: its ini file, or the one
-that QAIHUB_CLIENT_INI names. The client's exceptions and their tracebacks never leave `Hub`, because frames
-of the client hold the token.
+        ├── Upload          one per content and hub
+        └── Run             one call of `profile` with its request
+            ├── HostedPhone the user's name for a device, and the hosted phone that is used for it
+            └── HubJob
 """
 
 from __future__ import annotations
@@ -71,7 +67,7 @@ from mobilevd_deploy.runtime.recording import run_on_host
 POLL_SECONDS = 10.0
 
 _COMPILE_OPTIONS = "--target_runtime qnn_context_binary"
-# What is not quantised runs in float16 on the NPU, which the hub's compiler wants to be told.
+# The NPU runs unquantised graphs in float16, which the hub's compiler needs as an option.
 _FLOAT16_OPTIONS = f"{_COMPILE_OPTIONS} --qnn_options default_graph_htp_precision=FLOAT16"
 _PROFILE_OPTIONS = "--compute_unit npu --max_profiler_iterations {samples}"
 _INFERENCE_OPTIONS = "--compute_unit npu"
@@ -81,7 +77,7 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run as it stands, and its profiles with their files; none before the jobs have finished."""
+    """The state of a run, and its profiles with their files once the jobs have finished."""
 
     run: Run
     profiles: tuple[tuple[Path, Profile], ...] = ()
@@ -96,24 +92,24 @@ def profile_on_hub(
     wait: bool = True,
     poll_seconds: float = POLL_SECONDS,
 ) -> Outcome:
-    """Profile an artifact on every device of the request; None goes on with the run that was interrupted.
+    """Profile an artifact on every device of the request; None resumes the run that was interrupted.
 
-    1. Claim the ledger beside the artifact; resolve device names against the hub's live list.
-    2. Upload the binaries of each component, part by part, unless the hub has some of the same content.
-    3. Submit the jobs: compile where that was asked for, profile, and inference for a check. The hub queues
-       each behind those that it needs. Every id is on the disk before the next call.
-    4. Wait for all of them (not with `wait` False). A check of a split component goes part by part, each on
-       what the device gave for those before it.
-    5. Fetch: one profile per device, stored beside the artifact. A failed job is an error of its component.
+    1. Lock the ledger beside the artifact; resolve device names against the hub's live list.
+    2. Upload the binaries of each component, part by part, unless the hub has the same content.
+    3. Submit the jobs: compile if requested, profile, and inference for a check. The hub queues each behind
+       its inputs' jobs. Every id is on the disk before the next call.
+    4. Wait for all jobs, unless `wait` is False. A split component is checked part by part, each on the
+       device's outputs of the parts before it.
+    5. Fetch one profile per device and store it beside the artifact. A failed job is its component's error.
 
-    Raises UsageError for a request that does not fit the artifact, for a device that nobody knows, and where
-    there is nothing to go on with; VendorError where the hub fails or refuses; ArtifactError, ResourceError.
+    Raises UsageError for a request that does not fit the artifact, an unknown device, and nothing to resume;
+    VendorError if the hub fails or refuses; ArtifactError, ResourceError.
     """
     progress = progress or Progress()
     with Book(profiles_dir(artifact)) as book:
         if request is None:
             run = _unfinished(book.ledger, artifact, hub)
-            progress.say(f"going on with the run of {run.begun}: {', '.join(run.request.devices)}")
+            progress.say(f"resuming the run of {run.begun}: {', '.join(run.request.devices)}")
         else:
             run = _begin(artifact, request, hub)
         progress.plan(dict.fromkeys((_SUBMIT, _WAIT, _FETCH) if wait else (_SUBMIT,), 0.0))
@@ -126,7 +122,7 @@ def profile_on_hub(
 
 
 def refresh_jobs(artifact: Artifact, hub: Hub | None) -> tuple[Run, ...]:
-    """Return all runs of an artifact, oldest first; with a hub, states are asked for and written down.
+    """Return all runs of an artifact, oldest first; with a hub, update the states first.
 
     Errors as in `profile_on_hub`.
     """
@@ -141,12 +137,12 @@ def refresh_jobs(artifact: Artifact, hub: Hub | None) -> tuple[Run, ...]:
 
 
 def resume_command(artifact: Artifact) -> str:
-    """Return what goes on with an artifact's run; it is named, for another may be the newest by then."""
-    return shlex.join(["mobilevd-deploy", "profile", str(artifact.root), "--resume"])
+    """Return the command that resumes a run. It names the artifact, as another may be the newest later."""
+    return shlex.join(["mobilevd-deploy", "profile", "hub", str(artifact.root), "--resume"])
 
 
 class _HubRun:
-    """One run, step by step; `run` is always what lies on the disk."""
+    """One run, step by step; `run` always equals the ledger on disk."""
 
     def __init__(self, artifact: Artifact, hub: Hub, book: Book, run: Run, progress: Progress) -> None:
         self.run = run
@@ -160,9 +156,9 @@ class _HubRun:
         self._host: dict[str, tuple[dict[str, Array], Array]] = {}
 
     def submit(self) -> None:
-        """Upload and submit whatever the ledger does not have."""
+        """Upload and submit everything that is not in the ledger."""
         self._book.put(self.run)
-        self._hub.go_on = f"{resume_command(self._artifact)}, which uploads nothing again"
+        self._hub.retry = f"{resume_command(self._artifact)}, which uploads nothing again"
         self._progress.begin(_SUBMIT)
         for component in self._components:
             self._progress.say(f"{component.name} ...")
@@ -170,7 +166,7 @@ class _HubRun:
         self._progress.end()
 
     def _submit_ready(self, component: Component) -> None:
-        """Submit the jobs of a component that the ledger does not have and whose inputs are there."""
+        """Submit the jobs of a component that are not in the ledger and whose inputs exist."""
         for target in self.run.targets:
             for part in range(self._parts(component, target)):
                 if self.run.job("profile", component.name, target, part) is None:
@@ -180,7 +176,7 @@ class _HubRun:
                     self._submit("inference", component, target, part)
 
     def _given(self, component: Component, target: HostedPhone, part: int) -> bool:
-        """Say whether the device has given the outputs of all parts before this one."""
+        """Return whether the device has computed the outputs of all parts before this one."""
         before = [self.run.job("inference", component.name, target, earlier) for earlier in range(part)]
         return all(job is not None and job.state == "done" for job in before)
 
@@ -199,7 +195,7 @@ class _HubRun:
         return 1 if self.run.request.compile else len(own_binary(component, target).parts)
 
     def _runnable(self, component: Component, target: HostedPhone, part: int) -> str:
-        """Return the id of the model that the device runs; its compile job need not have finished."""
+        """Return the id of the model that the device runs; its compile job may still be running."""
         if not self.run.request.compile:
             return self._own_model(component, target, part)
         job = self.run.job("compile", component.name, target)
@@ -214,7 +210,7 @@ class _HubRun:
         return job.target
 
     def wait(self, poll_seconds: float) -> None:
-        """Ask for the jobs until all have finished, and none is left that waits for another's outputs."""
+        """Poll until all jobs have finished, including those that need the outputs of others."""
         self._progress.begin(_WAIT)
         while True:
             left, known = self.look(), len(self.run.jobs)
@@ -226,7 +222,7 @@ class _HubRun:
         self._progress.end()
 
     def look(self) -> bool:
-        """Ask once for every job that has not finished, and write down what changed; True: some are left."""
+        """Poll every unfinished job once and record changes; return whether jobs are left."""
         for job in self.run.jobs:
             if job.state != "submitted":
                 continue
@@ -245,7 +241,7 @@ class _HubRun:
         return any(job.state == "submitted" for job in self.run.jobs)
 
     def fetch(self) -> Outcome:
-        """Turn finished jobs into one profile per target, and store them."""
+        """Turn finished jobs into one profile per target and store the profiles."""
         self._progress.begin(_FETCH)
         profiles = []
         for target in self.run.targets:
@@ -277,7 +273,7 @@ class _HubRun:
             notes.append(f"{self._hub.url} is a server on this computer, not AI Hub: {MADE_UP}")
         missing = len(self._artifact.manifest.components) - len(components)
         if missing:
-            notes.append(f"the total leaves {missing} of the artifact's components out")
+            notes.append(f"the total excludes {missing} of the artifact's components")
         return Profile(
             schema_version=PROFILE_VERSION,
             asked_for=target.asked_for,
@@ -294,7 +290,7 @@ class _HubRun:
         )
 
     def _compiled(self, target: HostedPhone) -> dict[str, str]:
-        """Return the QAIRT version that compiled each component, as far as the hub tells."""
+        """Return the QAIRT version that compiled each component, as far as the hub reports it."""
         if not self.run.request.compile:
             return {f"qairt of {c.name}": own_binary(c, target).sdk for c in self._components}
         jobs = [self._job("compile", component, target, 0) for component in self._components]
@@ -302,7 +298,7 @@ class _HubRun:
         return {f"qairt of {name} (hub)": version for name, version in told.items() if version is not None}
 
     def _measure(self, component: Component, target: HostedPhone) -> ComponentProfile:
-        """Read the results of a component's jobs, all parts of it together."""
+        """Read the results of a component's jobs and join its parts."""
         parts = range(self._parts(component, target))
         compiled = self.run.job("compile", component.name, target)
         timed = [self._job("profile", component, target, part) for part in parts]
@@ -314,7 +310,7 @@ class _HubRun:
             try:
                 found.append(read_result(component.name, self._hub.profile(self._handle(job))))
             except SpecError as error:
-                reason = f"the result of job {job.id} makes no sense: {error.what}"
+                reason = f"the result of job {job.id} is invalid: {error.what}"
                 return ComponentProfile(component.name, None, error=reason, where=job.url)
         measured = dataclasses.replace(join_parts(found), where=timed[0].url)
         if not self.run.request.check:
@@ -335,14 +331,14 @@ class _HubRun:
         return job
 
     def _outputs(self, component: Component, target: HostedPhone, part: int) -> dict[str, Array]:
-        """Return what the device gave for a part, by name; UsageError where it is not what the part gives."""
+        """Return the device's outputs of a part by name; UsageError if they are not the part's outputs."""
         names: tuple[str, ...] = (component.outputs[0].name,)
         if not self.run.request.compile:
             names = own_binary(component, target).parts[part].outputs
         found = self._hub.outputs(self._handle(self._job("inference", component, target, part)))
         if not isinstance(found, dict) or len(found) != len(names):
             raise UsageError("the device gave no output, or several")
-        # The hub's compiler may name them anew; it keeps their order.
+        # The hub's compiler may rename outputs; it keeps their order.
         keys = names if set(names) == set(found) else found
         return {name: single(found[key]) for name, key in zip(names, keys, strict=True)}
 
@@ -351,11 +347,11 @@ class _HubRun:
         try:
             logs = self._hub.logs(self._handle(job), self._book.folder / "logs" / job.id)
         except VendorError as error:
-            return f"{what} (its log cannot be had: {error.what}; see {job.url})"
+            return f"{what} (no log: {error.what}; see {job.url})"
         return f"{what} (log: {logs[0].parent})" if logs else f"{what} (no log; see {job.url})"
 
     def _lost(self, job: HubJob) -> str | None:
-        """Say why a job will never run: its compile job failed."""
+        """Return why a job will never run (its compile job failed), or None."""
         if job.kind == "compile":
             return None
         for other in self.run.jobs:
@@ -378,7 +374,7 @@ class _HubRun:
         return self._upload("model", content, component, upload)
 
     def _source_model(self, component: Component) -> str:
-        """Return the id of what the hub's compiler starts from."""
+        """Return the id of the model that the hub's compiler starts from."""
         roles = ("quantised", "quantised_data") if "quantised" in component.files else ("model", "data")
         files = {role: component.files[role] for role in roles if role in component.files}
         how, name = self.run.request.compile, f"{self._artifact.manifest.name} {component.name}"
@@ -400,7 +396,7 @@ class _HubRun:
         return self._upload("model", content, component, upload)
 
     def _dataset(self, component: Component, target: HostedPhone, part: int) -> str:
-        """Return the id of a part's inputs: as this computer has them, and from parts before it."""
+        """Return the id of a part's inputs: this computer's, and the device's outputs of earlier parts."""
         feeds = dict(self._reference(component)[0])
         for earlier in range(part):
             feeds |= self._outputs(component, target, earlier)
@@ -423,14 +419,14 @@ class _HubRun:
             if (known.kind, known.sha256, known.hub) == (kind, content, self._hub.url) and self._hub.has(
                 known
             ):
-                self._progress.say(f"{component.name}: {kind} {known.id} is there already")
+                self._progress.say(f"{component.name}: {kind} {known.id} is uploaded already")
                 return known.id
         id = upload()
         self._book.add_upload(Upload(kind, content, self._hub.url, id, now()))
         return id
 
     def _reference(self, component: Component) -> tuple[dict[str, Array], Array]:
-        """Return the inputs and output of a component as this computer makes a clip."""
+        """Return the inputs and output of a component in a clip generated on this computer."""
         if not self._host:
             self._progress.say("running the artifact on this computer, for the check")
             self._host = run_on_host(self._artifact, self.run.request.image)
@@ -457,10 +453,10 @@ class _HubRun:
 
 
 def own_binary(component: Component, target: HostedPhone) -> NpuBinary:
-    """Return the artifact's binary of a component for the chip of a target; UsageError if it has none."""
+    """Return the artifact's binary of a component for a phone's chip. Raises UsageError if there is none."""
     chip = chip_called(target.chipset)
     for binary in component.npu:
-        if chip is not None and binary.target.lower() in chip.sm:
+        if chip is not None and chip_called(binary.target) == chip:
             return binary
     there = ", ".join(binary.target for binary in component.npu)
     raise UsageError(
@@ -471,9 +467,9 @@ def own_binary(component: Component, target: HostedPhone) -> NpuBinary:
 
 
 def choose_runtime(offered: Sequence[OfferedRuntime], compiled_by: str) -> tuple[str | None, str]:
-    """Pick the QAIRT that a binary runs with: its version, and the option that asks for it.
+    """Choose the QAIRT that runs a binary: return its version and the job option that requests it.
 
-    Its own version where the hub has it, else the next newer one, else the newest; None where it has none.
+    Prefers the compiler's own version, then the next newer one, then the newest; None if none is offered.
     """
     if not offered:
         return None, ""
@@ -498,7 +494,7 @@ def _begin(artifact: Artifact, request: Request, hub: Hub) -> Run:
         if without:
             raise UsageError(
                 f"{artifact.root} has no context binary of {', '.join(without)}",
-                next_step="--compile-on hub lets the hub's compiler make one from the ONNX files",
+                next_step="use --compile-on hub, which compiles the ONNX files",
             )
     if request.compile == "aimet":
         floats = [name for name in chosen if "quantised" not in artifact.manifest.component(name).files]
@@ -546,9 +542,9 @@ def _unfinished(ledger: Ledger, artifact: Artifact, hub: Hub) -> Run:
 
 @contextlib.contextmanager
 def _zipped(name: str, paths: Sequence[Path], folder: Path) -> Iterator[Path]:
-    """Give NAME.zip with a folder NAME of these files: how the client takes more than one file.
+    """Yield NAME.zip with a folder NAME of these files: the client's form for more than one file.
 
-    Stored, not compressed: weights hardly shrink. It lies below `folder`, which has the artifact's disk.
+    Stored, not compressed, because weights hardly shrink; below `folder`, on the artifact's disk.
     """
     size = sum(path.stat().st_size for path in paths)
     with disk_guard(folder, size), tempfile.TemporaryDirectory(prefix=".upload-", dir=folder) as scratch:

@@ -1,4 +1,4 @@
-"""The adb program: phones that are attached, commands on them, files to and from them."""
+"""The adb program: attached phones, shell commands and file transfer; its errors become VendorError."""
 
 from __future__ import annotations
 
@@ -13,19 +13,13 @@ from shlex import quote
 from mobilevd_deploy.errors import MobileVDError, ResourceError, UsageError, VendorError
 
 SHELL_SECONDS = 60.0
-
-
-# Slower than any phone hashes or any cable carries, so that only what hangs is ended.
+# Slower than any phone hashes or cable carries, so that only a hanging call is ended.
 BYTES_PER_SECOND = 1e6
 
-
 _ATTACHED = re.compile(r"(\S+)\s+(no permissions|\w+)(.*)")
-
-
 _ENDED = "mobilevd-deploy: exit "
 
-
-AGAIN = "the same command again; files that are there are not pushed again"
+AGAIN = "run the same command again; files that are there are not pushed again"
 
 
 @dataclass(frozen=True)
@@ -41,10 +35,9 @@ class Attached:
 
 
 class Adb:
-    """One attached phone, by the `adb` program.
+    """One attached phone.
 
-    Every call raises VendorError with what is wrong and the next step, or ResourceError where the phone's
-    storage is full.
+    Every call raises VendorError with the next step, or ResourceError if the phone's storage is full.
     """
 
     def __init__(self, program: str, serial: str) -> None:
@@ -53,10 +46,10 @@ class Adb:
 
     @classmethod
     def open(cls, serial: str = "") -> Adb:
-        """Take the phone of that serial number, of ANDROID_SERIAL, or else the only one that is attached.
+        """Open the phone with this serial number, or with ANDROID_SERIAL's, or else the only attached one.
 
-        Raises UsageError where several are, or none has that number; VendorError where there is no adb, no
-        phone, or one that does not let us in.
+        Raises UsageError if several phones are attached or none has the number; VendorError without adb or a
+        phone, and for a phone that is not ready.
         """
         program, phones = attached()
         serial = serial or os.environ.get("ANDROID_SERIAL", "")
@@ -82,9 +75,9 @@ class Adb:
     def shell(self, command: str, seconds: float = SHELL_SECONDS) -> tuple[int, str]:
         """Run a command line in the phone's shell; return its exit status, and its output and errors.
 
-        VendorError also where the connection ended before the command did.
+        Raises VendorError also if the connection ends before the command.
         """
-        # The status travels in the text: adb itself ends with 1 or 255 for reasons of its own.
+        # The status is part of the text, because adb's own exit status has other meanings too.
         script = f"({command}) 2>&1; status=$?; echo; echo {quote(_ENDED)}$status"
         done = self._run("shell", script, seconds=seconds)
         text, mark, status = done.stdout.rpartition(f"\n{_ENDED}")
@@ -120,19 +113,19 @@ class Adb:
         gone = ("not found", "couldn't read from device", "closed", "EOF", "reset", "protocol fault")
         if not done.stderr.strip() or any(words in done.stderr for words in gone):
             return VendorError(
-                f"{self.serial} went away in the middle (adb {doing})",
+                f"the connection to {self.serial} was lost (adb {doing})",
                 next_step=f"plug it in again, then {AGAIN}",
             )
         reason = [line for line in done.stderr.splitlines() if line.strip()][-1].strip()
-        return VendorError(f"adb {doing} on {self.serial}: {reason}", next_step="see what adb says by hand")
+        return VendorError(f"adb {doing} on {self.serial}: {reason}", next_step="run adb by hand to see more")
 
 
 def attached() -> tuple[str, list[Attached]]:
-    """Return the path of `adb`, and the phones that it sees, ready or not; VendorError if it is broken."""
+    """Return the path of `adb` and the phones that it lists, ready or not. Raises VendorError."""
     program = shutil.which("adb")
     if program is None:
         raise VendorError(
-            "adb is not on this computer",
+            "adb is not installed",
             next_step="apt install adb, brew install android-platform-tools, or Google's platform-tools; "
             "it has to be on the PATH",
         )
@@ -140,12 +133,15 @@ def attached() -> tuple[str, list[Attached]]:
         done = _adb(program, "devices", "-l", seconds=SHELL_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise VendorError(
-            f"{program} does not work: {error}", next_step="adb kill-server, then again"
+            f"{program} does not work: {error}", next_step="adb kill-server, then run the same command again"
         ) from None
     _, mark, lines = done.stdout.partition("List of devices attached")
     if done.returncode or not mark:
         reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no list of devices"]
-        raise VendorError(f"{program} does not work: {reason[0]}", next_step="adb kill-server, then again")
+        raise VendorError(
+            f"{program} does not work: {reason[0]}",
+            next_step="adb kill-server, then run the same command again",
+        )
     found = []
     for line in filter(None, map(str.strip, lines.splitlines())):
         if match := _ATTACHED.fullmatch(line):
@@ -192,5 +188,5 @@ def _not_ready(serial: str, state: str) -> VendorError:
 def phone_full(serial: str, detail: str = "") -> ResourceError:
     """Return the error for a phone without space."""
     return ResourceError(
-        f"{serial}: the phone's storage is full{detail}", next_step=f"free some there, then {AGAIN}"
+        f"{serial}: the phone's storage is full{detail}", next_step=f"free some space on it, then {AGAIN}"
     )

@@ -1,16 +1,16 @@
-"""What the app's benchmark writes on the phone, and this toolkit reads back over adb.
+"""The result of the app's benchmark, as the app writes it on the phone.
 
 Benchmark                       files/benchmarks/<run_id>.json; JSON Schema in benchmark.schema.json
 ├── artifact: ArtifactId
 ├── device: Handset
-├── runtime: Runtime
-├── components: Timing          those that were measured to the end
+├── runtime: PhoneRuntime
+├── components: Timing          those that were measured completely
 ├── memory: Memory
 └── error: Failure | None
 
-The app writes the file aside (`.<run_id>.json.partial`) and renames it when it is complete. It is started by
-`am start` on BenchmarkActivity with the extras artifact, samples, warmup, backend, run_id and, if not all
-of them are wanted, components (names separated by commas).
+The app writes the file aside (`.<run_id>.json.partial`) and renames it when it is complete. `am start` starts
+BenchmarkActivity with the extras artifact, samples, warmup, backend, run_id and, for a selection, components
+(names separated by commas).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ArtifactId:
 
 @dataclass(frozen=True)
 class Handset:
-    """The phone, in Android's own words; `soc` is None before Android 12."""
+    """The phone, as Android describes it; `soc` is None before Android 12."""
 
     manufacturer: str
     model: str
@@ -58,7 +58,7 @@ class Handset:
 
 @dataclass(frozen=True)
 class PhoneRuntime:
-    """Versions inside the app; `qnn` is QAIRT's, None in an app without Qualcomm's libraries."""
+    """Versions in the app; `qnn` is QAIRT's, None in an app without Qualcomm's libraries."""
 
     onnxruntime: str
     qnn: str | None
@@ -66,10 +66,10 @@ class PhoneRuntime:
 
 @dataclass(frozen=True)
 class Timing:
-    """One component: `ms` of each timed call in running order, all parts of it together.
+    """One component: `ms` of each timed call in running order, the sum of its parts.
 
-    `backend` is where it really ran, `npu_nodes` and `cpu_nodes` how the runtime placed its nodes. `load_ms`
-    is the time from files to ready sessions. `peak_bytes` is the process's peak resident memory meanwhile.
+    `backend`: where it ran. `npu_nodes`, `cpu_nodes`: how the runtime placed its nodes. `load_ms`: from files
+    to ready sessions. `peak_bytes`: peak resident memory of the process meanwhile.
     """
 
     name: str
@@ -139,13 +139,13 @@ class Benchmark:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Benchmark:
-        """Read a result strictly; ArtifactError for anything that is not one, with the key."""
+        """Read a result strictly. Raises ArtifactError with the invalid key."""
         try:
             return from_dict(cls, json.loads(text))
         except (SpecError, ValueError, RecursionError) as error:
             reason = error.what if isinstance(error, SpecError) else f"it is not JSON: {error}"
             raise ArtifactError(
-                f"the app's benchmark result makes no sense: {reason}",
+                f"the app's benchmark result is invalid: {reason}",
                 next_step="install the app of this toolkit's version (make apk), then profile again",
             ) from error
 

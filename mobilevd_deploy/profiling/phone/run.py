@@ -1,11 +1,12 @@
-"""A phone on the desk: an artifact goes into the app's folder, and the app's benchmark is run, over adb.
+"""Profile an artifact on an attached phone: install it into the app over adb and run the app's benchmark.
 
 profile_over_adb()      READ FIRST: install, start, wait, read
-├── install()           into the app's folder, compared there file by file, named by one `mv`
-└── Adb                 the `adb` program: each of its errors becomes one sentence and a next step
+├── install()           push, compare every file's sha256 on the phone, rename with one `mv`
+├── Adb                 the `adb` program, see adb.py
+└── Benchmark           the app's result, see result.py
 
-What the benchmark writes is benchmark.py's matter. Nothing here was tried on a phone: adb's own words were
-taken from version 29 and from its source, and the tests run against a program that repeats them.
+None of this was tried on a phone. adb's messages are those of version 29 and its source; the tests run a
+program that repeats them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ BENCHMARKS = f"{FILES}/benchmarks"
 
 WARMUP = 3
 POLL_SECONDS = 1.0
-# Compiling for the CPU at full size, the slowest single step, takes a phone some minutes.
+# The slowest single step, loading the full-size network on the CPU, takes a phone some minutes.
 STALL_SECONDS = 900.0
 
 _SPARE_BYTES = 64 * 2**20
@@ -67,14 +68,14 @@ def profile_over_adb(
 ) -> Profile:
     """Run the app's benchmark on an artifact, on the attached phone.
 
-    1. Install the artifact, unless it lies there already.
-    2. Start the app's benchmark with a fresh run id, and wait for its file; an app that dies or stands still
-       is an error that names the component.
-    3. Read the result strictly, and compare run and artifact with what was asked for.
+    1. Install the artifact, unless it is installed already.
+    2. Start the app's benchmark with a new run id and wait for its file. An app that ends or makes no
+       progress is an error that names the component.
+    3. Read the result strictly, and compare its run id and artifact with the request.
 
-    `components`: only these (all). Raises UsageError for a component that the artifact does not have;
-    VendorError, ResourceError as `Adb`; ArtifactError for a damaged artifact or a result that makes no sense.
-    What went wrong inside of the app is an error of the profile's component.
+    `components`: only these; empty: all. Raises ArtifactError for an unknown component, a damaged artifact or
+    an invalid result; VendorError, ResourceError as `Adb`. An error inside of the app becomes an error of the
+    profile's component.
     """
     progress = progress or Progress()
     for name in components:
@@ -95,7 +96,7 @@ def profile_over_adb(
                 stall_seconds,
             )
         )
-    except BaseException:  # also Ctrl-C: the phone would go on for minutes
+    except BaseException:  # also Ctrl-C: the phone would continue for minutes
         with contextlib.suppress(MobileVDError):
             adb.shell(f"am force-stop {PACKAGE}")
         raise
@@ -104,7 +105,7 @@ def profile_over_adb(
     if (found.run_id, measured.manifest_sha256) != (run_id, artifact.digest):
         raise VendorError(
             f"the app measured another artifact ({measured.name}, {measured.manifest_sha256[:12]})",
-            next_step="profile again; if it stays so, install the app anew (make apk)",
+            next_step="profile again; if that does not help, reinstall the app (make apk)",
         )
     return read_benchmark(artifact, found, asked_for, components)
 
@@ -112,7 +113,7 @@ def profile_over_adb(
 def read_benchmark(
     artifact: Artifact, found: Benchmark, asked_for: str, components: tuple[str, ...] = ()
 ) -> Profile:
-    """Turn the app's result into a profile; components without times carry the reason."""
+    """Turn the app's result into a profile; a component without times has an error."""
     timed = {timing.name: timing for timing in found.components}
     chip = chip_called(found.device.soc or "")
     wanted = components or tuple(component.name for component in artifact.manifest.components)
@@ -165,13 +166,13 @@ def _component(name: str, timing: Timing | None, found: Benchmark) -> ComponentP
 
 
 def install(artifact: Artifact, adb: Adb, progress: Progress | None = None) -> str:
-    """Put an artifact into the app's folder on the phone; return its name there.
+    """Install an artifact into the app's folder on the phone; return its name there.
 
-    It is pushed aside, every file's sha256 is taken on the phone and compared, and one `mv` names it.
-    Nothing is done for one that is there; of one that was pushed in part only the rest is pushed.
+    Files are pushed aside, their sha256 compared on the phone, and one `mv` renames the folder. An installed
+    artifact is left as it is; of a partly pushed one, only the missing files are pushed.
 
-    Raises UsageError for a folder name that the phone should not have, ArtifactError for a damaged artifact,
-    VendorError and ResourceError as `Adb`, and VendorError where the app is not installed.
+    Raises UsageError for a folder name with other characters than letters, digits and "._-", ArtifactError
+    for a damaged artifact, VendorError and ResourceError as `Adb`, VendorError if the app is not installed.
     """
     progress, name = progress or Progress(), artifact.root.resolve().name
     if not _NAME.fullmatch(name):
@@ -211,8 +212,8 @@ def install(artifact: Artifact, adb: Adb, progress: Progress | None = None) -> s
         raise VendorError(
             f"{name} arrived damaged on {adb.serial}", next_step=f"try another cable or port; {AGAIN}"
         )
-    # What the shell writes belongs to the shell; the app has to read it, and to remove it one day. Some
-    # phones refuse and need none of it.
+    # The shell owns the files that it writes; the app must be able to read and remove them. Some phones
+    # refuse this and do not need it.
     adb.shell(f"chmod -R a+rwX {quote(partial)}")
     swap = f"rm -rf {quote(old)} && if [ -d {quote(final)} ]; then mv {quote(final)} {quote(old)}; fi"
     _must(adb, f"{swap} && mv {quote(partial)} {quote(final)} && rm -rf {quote(old)}", "give it its name")
@@ -220,12 +221,12 @@ def install(artifact: Artifact, adb: Adb, progress: Progress | None = None) -> s
 
 
 def require_app(adb: Adb) -> None:
-    """Raise VendorError unless the demo app is on the phone."""
+    """Raise VendorError unless the app is installed on the phone."""
     status, said = adb.shell(f"pm path {PACKAGE}")
     if status or "package:" not in said:
         raise VendorError(
             f"the demo app ({PACKAGE}) is not installed on {adb.serial}",
-            next_step="make apk builds it, adb install puts it there; start it once",
+            next_step="build it with make apk, install it with adb install, and start it once",
         )
 
 
@@ -262,7 +263,7 @@ def _must(adb: Adb, command: str, doing: str) -> None:
 def _start(
     adb: Adb, name: str, run_id: str, components: tuple[str, ...], samples: int, backend: Backend
 ) -> None:
-    # A phone that sleeps measures its sleeping clocks.
+    # A sleeping phone runs at lower clocks.
     adb.shell(f"input keyevent KEYCODE_WAKEUP; am force-stop {PACKAGE}")
     extras: Mapping[str, str] = {"artifact": name, "backend": backend, "run_id": run_id}
     if components:
@@ -307,25 +308,25 @@ def _wait(
         where = f" at {seen[-1]}" if seen else ""
         sample = now_running.get("sample", 0)
         progress.advance((max(len(seen) - 1, 0) + sample / samples) / components)
-        # Twice, because the file may get its name between our two looks.
+        # Two deaths in a row, because the app may rename the file and end between two polls.
         deaths = deaths + 1 if text.rstrip().endswith("dead") else 0
         if deaths > 1:
             raise VendorError(
-                f"the app ended in the middle of the benchmark{where}",
-                next_step=f"start it on the phone, it says why; or adb -s {adb.serial} logcat -b crash -d",
+                f"the app ended during the benchmark{where}",
+                next_step=f"start it on the phone to see why, or adb -s {adb.serial} logcat -b crash -d",
             )
         if text != last:
             last, since = text, time.monotonic()
         elif time.monotonic() - since > stall_seconds:
             raise VendorError(
-                f"the benchmark stands still since {stall_seconds:.0f} s{where}",
+                f"no benchmark progress for {stall_seconds:.0f} s{where}",
                 next_step="unlock the phone, close other apps; then profile again",
             )
         time.sleep(poll_seconds)
 
 
 def _running(text: str) -> dict[str, Any]:
-    """Read what the app says of a run that goes on; {} where it says nothing, or is being written."""
+    """Read the app's report of a running benchmark; {} if there is none, or if it is incomplete."""
     with contextlib.suppress(ValueError):
         values = json.loads(text.strip().removesuffix("dead"))
         if isinstance(values, dict) and isinstance(values.get("sample", 0), int):

@@ -137,7 +137,7 @@ def test_made_up_numbers_say_so(run):
     assert "measured through" not in shown
     assert "the numbers are made up" in shown
     assert "compiled by the hub" in shown
-    assert "leaves 3 of the artifact's components out" in shown
+    assert "excludes 3 of the artifact's components" in shown
 
 
 def test_a_model_travels_in_parts_and_arrives_whole(run, server, artifact):
@@ -155,7 +155,7 @@ def test_equal_content_is_uploaded_once(run, server):
     run(ONE)
     run(dataclasses.replace(ONE, components=("image_encoder", "unet")))
     assert len(server.uploaded) == 2
-    assert "is there already" in run.said.getvalue()
+    assert "is uploaded already" in run.said.getvalue()
     assert len(load_profiles(run.artifact)) == 2
 
 
@@ -403,7 +403,7 @@ def test_a_log_that_cannot_be_had_is_no_second_failure(run, server):
     server.reasons["profile"] = "no luck"
     server.faults.append(Fault("GET .*artifact_list", status=404))
     ((_, profile),) = run(ONE).profiles
-    assert "no luck (its log cannot be had" in profile.errors[0]
+    assert "no luck (no log: " in profile.errors[0]
 
 
 def test_a_slow_queue_is_waited_for(run, server):
@@ -422,18 +422,29 @@ def test_a_slow_queue_is_waited_for(run, server):
         ("POST .*jobs", 404, "nothing here", "nothing here", "without --resume"),
         ("POST .*models/$", 413, "too big", "too large for the hub", "fewer --components"),
         ("GET .*devices", 426, "old", "no longer speaks", "upgrade qai-hub"),
-        ("POST .*jobs", 400, '{"detail": "bad option"}', "bad option", "--resume"),
+        ("POST .*jobs", 400, '{"detail": "bad option"}', "bad option", "start a new run"),
+        (
+            "POST .*jobs",
+            400,
+            '{"detail": "device X is retired"}',
+            "device X is retired",
+            "devices --hub lists",
+        ),
+        ("POST .*jobs", 409, '{"detail": "conflict"}', "conflict", "start a new run"),
         ("POST .*jobs", 403, "", "may not", "organisation"),
         ("PUT /part", 403, "<Code>Expired</Code>", "store 127.0.0.1", "--resume"),
-        ("POST .*jobs", 400, f"you sent {TOKEN}", r"you sent \[token\]", "--resume"),
+        ("POST .*jobs", 400, f"you sent {TOKEN}", r"you sent \[token\]", "start a new run"),
     ],
 )
 def test_each_refusal_is_one_clear_error(run, server, pattern, status, body, words, advice):
+    """A resumed run would repeat the request, so only the store's refusal (an expired address) advises it."""
     server.faults.append(Fault(pattern, status=status, body=body))
     with pytest.raises(VendorError, match=words) as caught:
         run(ONE)
     assert advice in caught.value.next_step
     assert f"(HTTP {status})" in caught.value.what or status == 404
+    refused_by_the_hub = "/part" not in pattern
+    assert ("--resume" in caught.value.next_step.replace("without --resume", "")) != refused_by_the_hub
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
 
@@ -452,7 +463,14 @@ def test_garbage_is_an_error_or_nothing_but_never_a_crash(run, server, pattern, 
         told = profile.errors[0]
     assert any(
         words in told
-        for words in ("makes no sense", "same command again", "--resume", "--hub lists", "devices lists")
+        for words in (
+            "makes no sense",
+            "is invalid",
+            "same command again",
+            "--resume",
+            "--hub lists",
+            "devices lists",
+        )
     )
 
 
@@ -673,7 +691,7 @@ def test_results_are_read_strictly():
 def test_a_result_without_samples_is_that_components_error(run, server):
     server.result = made_up_detail(samples=())
     ((_, profile),) = run(ONE).profiles
-    assert "makes no sense: there are no samples" in profile.errors[0]
+    assert "is invalid: there are no samples" in profile.errors[0]
 
 
 def test_devices_come_with_their_attributes(run):
@@ -743,22 +761,37 @@ def test_ctrl_c_says_how_to_go_on_and_the_words_are_true(command, artifact, serv
     code, out, err = command("profile", artifact.root, *options)
     assert (code, out) == (130, "")
     words = re.search(r"next: mobilevd-deploy (.*)", err)[1].split()
-    assert words == ["profile", str(artifact.root), "--resume"]
+    assert words == ["profile", "hub", str(artifact.root), "--resume"]
     code, out, _ = command(*words)
     assert code == 0
     assert "6" in out
     assert len(server.uploaded) == 2
 
 
-def test_a_refusal_says_how_to_go_on_and_the_words_are_true(command, artifact, server):
-    server.faults.append(Fault("POST .*jobs", status=400, times=1))
+def test_a_service_that_is_down_says_how_to_go_on_and_the_words_are_true(command, artifact, server, hurried):
+    server.faults.append(Fault("POST .*jobs", status=500))
     options = ("--device", S24, "--compile-on", "hub", "--components", "unet")
     code, _, err = command("profile", artifact.root, *options)
     assert code == 3
-    words = re.search(r"next: mobilevd-deploy (.*), which uploads nothing again", err)[1].split()
-    assert words == ["profile", str(artifact.root), "--resume"]
+    words = re.search(r"then mobilevd-deploy (.*), which uploads nothing again", err)[1].split()
+    assert words == ["profile", "hub", str(artifact.root), "--resume"]
+    server.faults.clear()
     assert command(*words)[0] == 0
     assert len(server.uploaded) == 1
+
+
+def test_a_device_that_was_retired_in_the_middle_of_a_run(run, server, hurried, monkeypatch):
+    """The client itself refuses it, and would at every resumption."""
+    server.faults.append(Fault("POST .*jobs", status=500))
+    with pytest.raises(VendorError, match="service is down") as caught:
+        run(ONE)
+    assert "--resume" in caught.value.next_step
+    server.faults.clear()
+    monkeypatch.setattr("tests.support.hub_server.DEVICES", ())
+    with pytest.raises(VendorError, match="is not available") as caught:
+        run(None)
+    assert "devices --hub lists the devices" in caught.value.next_step
+    assert "--resume" not in caught.value.next_step
 
 
 def test_without_a_token_it_estimates_and_says_that_nothing_was_measured(command, configured, tmp_path):

@@ -99,7 +99,7 @@ def test_a_chosen_phone(phone, monkeypatch):
 
 def test_no_adb(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(VendorError, match="adb is not on this computer") as caught:
+    with pytest.raises(VendorError, match="adb is not installed") as caught:
         Adb.open()
     assert "apt install adb" in caught.value.next_step
 
@@ -116,7 +116,7 @@ def test_the_real_adb_without_a_phone(monkeypatch):
         with pytest.raises(VendorError, match="no phone is attached"):
             Adb.open()
         # One that was unplugged between two calls.
-        with pytest.raises(VendorError, match="GONE went away in the middle"):
+        with pytest.raises(VendorError, match="the connection to GONE was lost"):
             Adb(program, "GONE").shell("true")
     finally:
         subprocess.run([program, "kill-server"], capture_output=True, check=False)
@@ -139,7 +139,7 @@ def test_a_call_that_does_not_end_well(phone, how):
 
 @pytest.mark.parametrize(
     ("state", "message"),
-    [("unauthorized", "has not allowed"), ("offline", "is offline"), (None, "went away in the middle")],
+    [("unauthorized", "has not allowed"), ("offline", "is offline"), (None, "was lost")],
 )
 def test_a_phone_that_changes_between_two_calls(phone, state, message):
     adb = Adb.open()
@@ -172,7 +172,7 @@ def test_a_changed_file_on_the_phone_is_found_and_replaced(phone, artifact):
 
 def test_after_a_pulled_cable_only_the_rest_is_pushed(phone, artifact):
     phone.set(gone_at="decoder/model.onnx")
-    with pytest.raises(VendorError, match="went away in the middle"):
+    with pytest.raises(VendorError, match="was lost"):
         install(artifact, Adb.open())
     assert not (phone.files / "artifacts/tiny").exists()
     first = phone.pushed()
@@ -277,11 +277,11 @@ def test_a_failure_inside_of_the_app_is_told(phone, artifact):
     ("settings", "message"),
     [
         ({"old_app": True}, "does not start the app's benchmark: Error: Activity class .*\n.*make apk"),
-        ({"crash_at": "unet"}, "the app ended in the middle of the benchmark at unet\n.*logcat"),
-        ({"stalls": True}, "the benchmark stands still since 0 s at decoder"),
-        ({"text": "{"}, "makes no sense: it is not JSON"),
+        ({"crash_at": "unet"}, "the app ended during the benchmark at unet\n.*logcat"),
+        ({"stalls": True}, "no benchmark progress for 0 s at decoder"),
+        ({"text": "{"}, "is invalid: it is not JSON"),
         ({"result": {"run_id": "another"}}, "the app measured another artifact"),
-        ({"result": {"schema_version": 2}}, "makes no sense: schema_version"),
+        ({"result": {"schema_version": 2}}, "is invalid: schema_version"),
     ],
 )
 def test_a_benchmark_that_fails(phone, artifact, settings, message):
