@@ -21,9 +21,9 @@ NPU, FLOAT = load_recipe("xiaomi-14-pro"), load_recipe("onnx")
 DEMO = load_preset("demo").model
 
 
+@pytest.mark.npu
 @pytest.mark.skipif(doctor._npu_remedy().startswith("Qualcomm"), reason="not Linux on x86-64")
 def test_the_compiler_and_the_simulator_are_really_tried():
-    pytest.importorskip("onnxruntime_qnn")
     found = doctor._qnn(NPU)
     assert (found.ready, found.needed, found.remedy) == (True, True, None)
     assert "compiled and simulated a layer for SM8650" in found.detail

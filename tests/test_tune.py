@@ -13,10 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.networks import PLAIN, TINY_MODEL, write_checkpoint
-
-pytest.importorskip("aimet_torch")
-
 from mobilevd_deploy.base.tensors import Tensors, sqnr_db
 from mobilevd_deploy.config.recipe import QuantRule, QuantScheme, Recipe, load_recipe
 from mobilevd_deploy.errors import ParityError, UsageError
@@ -33,6 +29,9 @@ from mobilevd_deploy.tune import (
     palette_of,
     tune,
 )
+from tests.support.networks import PLAIN, TINY_MODEL, write_checkpoint
+
+pytestmark = pytest.mark.npu
 
 SHIPPED = load_recipe("xiaomi-14-pro")
 assert SHIPPED.quant is not None

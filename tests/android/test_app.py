@@ -27,6 +27,8 @@ import pytest
 
 from tests.support import ROOT
 
+pytestmark = pytest.mark.android
+
 APP = ROOT / "android_app"
 TINY = ROOT / "tests" / "vectors" / "artifact"
 TOOLS = ("javac", "mvn", "npm", "aapt2", "zipalign", "apksigner", "dexdump")

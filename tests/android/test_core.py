@@ -33,11 +33,14 @@ QNN = importlib.util.find_spec("onnxruntime_qnn")
 SIMULATES = QNN is not None and (platform.system(), platform.machine()) == ("Linux", "x86_64")
 
 # Where CI demands the app's tests, missing tools are a failure, not a skip.
-pytestmark = pytest.mark.skipif(
-    os.environ.get("MOBILEVD_ANDROID") != "required"
-    and (shutil.which("javac") is None or shutil.which("mvn") is None),
-    reason="needs JDK 17 and Maven",
-)
+pytestmark = [
+    pytest.mark.android,
+    pytest.mark.skipif(
+        os.environ.get("MOBILEVD_ANDROID") != "required"
+        and (shutil.which("javac") is None or shutil.which("mvn") is None),
+        reason="needs JDK 17 and Maven",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

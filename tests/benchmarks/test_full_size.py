@@ -11,8 +11,8 @@ import pytest
 
 from tests.support import ROOT
 
-pytest.importorskip("aimet_torch")
-pytest.importorskip("onnxruntime_qnn")
+pytestmark = pytest.mark.npu
+
 
 BENCHMARKS = ROOT / "benchmarks"
 

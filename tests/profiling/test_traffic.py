@@ -70,11 +70,10 @@ def test_an_artifact_without_binaries_is_refused(exported: dict[str, Artifact]) 
         measure_artifact(exported["onnx"])
 
 
+@pytest.mark.npu
 @pytest.mark.parametrize("recipe", [FLOAT, load_recipe("xiaomi-14-pro")], ids=["float16", "w8a16"])
 def test_the_compilers_schedule_of_a_block(recipe: Recipe, request: pytest.FixtureRequest) -> None:
     """Weights have to come from DRAM at least once, and a block this small never spills."""
-    pytest.importorskip("onnxruntime_qnn")
-    pytest.importorskip("aimet_torch")
     report = measure_preset("demo", DEMO, recipe, ["mid_block.resnets.0"])
     (row,) = report.rows
     weights = 2 * 9 * 96 * 96 * (2 if recipe is FLOAT else 1)

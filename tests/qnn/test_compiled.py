@@ -154,7 +154,6 @@ def write_eight_bit_layer(path: Path) -> Path:
 
 
 def compiled(model: Path) -> QnnGraph:
-    pytest.importorskip("onnxruntime_qnn")
     from mobilevd_deploy.config.recipe import NpuOptions
     from mobilevd_deploy.qnn.compiler import compile_context
     from mobilevd_deploy.qnn.targets import find_target
@@ -166,6 +165,7 @@ def compiled(model: Path) -> QnnGraph:
 # ---- graphs that were really compiled ----
 
 
+@pytest.mark.npu
 def test_a_graph_of_integers_passes(tmp_path):
     graph = compiled(write_convs(tmp_path / "m.onnx"))
     assert graph.is_quantised
@@ -179,6 +179,7 @@ def test_a_graph_of_integers_passes(tmp_path):
     check_graph(graph, "w8a16")
 
 
+@pytest.mark.npu
 def test_every_operation_is_traced_to_a_node(tmp_path):
     model = write_norm(tmp_path / "m.onnx")
     names = {node.name for node in onnx.load(model).graph.node}
@@ -188,6 +189,7 @@ def test_every_operation_is_traced_to_a_node(tmp_path):
     assert {op.node for op in graph.ops} <= names
 
 
+@pytest.mark.npu
 @pytest.mark.parametrize(
     ("write", "nodes"),
     [
@@ -207,6 +209,7 @@ def test_float_islands_are_named(tmp_path, write, nodes):
     check_graph(graph, "float16")
 
 
+@pytest.mark.npu
 def test_narrowed_operand_is_named(tmp_path):
     graph = compiled(write_matmul(tmp_path / "m.onnx", relabelled=False))
     (narrowed,) = graph.narrowed
@@ -217,11 +220,13 @@ def test_narrowed_operand_is_named(tmp_path):
         check_graph(graph, precision, ["attn.scores/*"])
 
 
+@pytest.mark.npu
 def test_relabelled_operand_keeps_its_width(tmp_path):
     graph = compiled(write_matmul(tmp_path / "m.onnx", relabelled=True))
     assert graph.narrowed == graph.float_islands == ()
 
 
+@pytest.mark.npu
 def test_eight_bits_by_design_are_not_narrowed(tmp_path):
     graph = compiled(write_eight_bit_layer(tmp_path / "m.onnx"))
     assert any(tensor.quantised_bits == 8 for tensor in graph.tensors.values())

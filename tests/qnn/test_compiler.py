@@ -30,6 +30,8 @@ from mobilevd_deploy.qnn.targets import Target, find_target, read_target, target
 from mobilevd_deploy.runtime.runners import OnnxRunner
 from tests.qnn.test_compiled import write_convs, write_matmul
 
+pytestmark = pytest.mark.npu
+
 SM8650 = find_target("SM8650")
 MAP = [1, 16, 16, 16]
 
@@ -74,11 +76,6 @@ def compile_float(
 
 def picture() -> np.ndarray:
     return np.random.default_rng(1).normal(size=MAP).astype(np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _vendor():
-    pytest.importorskip("onnxruntime_qnn")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from mobilevd_deploy.npu import ops
 from mobilevd_deploy.quantize.encodings import write_encodings
 from mobilevd_deploy.quantize.simulation import quantise
 
-pytest.importorskip("aimet_torch")
+pytestmark = pytest.mark.npu
 
 
 class Network(nn.Module):

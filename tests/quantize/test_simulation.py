@@ -40,6 +40,8 @@ from mobilevd_deploy.quantize.simulation import RULES, Quantised, block_of, quan
 from mobilevd_deploy.runtime.runners import OnnxRunner, PartsRunner
 from tests.support.networks import PLAIN, apply_passes, build_unet
 
+pytestmark = pytest.mark.npu
+
 FORMS = GraphForms(attention="heads", linear="conv", group_norm="instance")
 # One resblock down, one up, and both kinds of both blocks in the middle.
 SPEC = dataclasses.replace(
@@ -81,7 +83,6 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantised(state: Path) -> Quantised:
-    pytest.importorskip("aimet_torch")
     return quantise(tiny_unet(), map(sample, range(4)), QuantScheme(), state=state)
 
 
@@ -116,7 +117,6 @@ def little_sample(seed: int) -> Tensors:
 
 
 def quantise_little(middle: nn.Module, scheme: QuantScheme | None = None) -> Quantised:
-    pytest.importorskip("aimet_torch")
     return quantise(Little(middle), map(little_sample, range(2)), scheme or QuantScheme())
 
 
@@ -198,7 +198,6 @@ def test_eight_bit_ranges_are_not_stretched() -> None:
 
 
 def test_samples_are_not_kept() -> None:
-    pytest.importorskip("aimet_torch")
     alive: list[weakref.ref[Any]] = []
 
     def samples() -> Iterator[Tensors]:
@@ -225,7 +224,6 @@ def test_ranges_are_resumed(quantised: Quantised, state: Path) -> None:
 
 @pytest.mark.parametrize("what", ["scheme", "weights", "sample", "quantisers", "damaged"])
 def test_ranges_of_something_else_are_not_taken(what: str, tmp_path: Path) -> None:
-    pytest.importorskip("aimet_torch")
     path = tmp_path / "encodings.pt"
     quantise(Little(nn.GELU()), map(little_sample, (0, 1)), QuantScheme(), state=path)
     before = path.read_bytes()
@@ -280,7 +278,6 @@ def test_weights_of_norms_keep_eight_bits() -> None:
 
 
 def test_rules_of_the_hardware_are_those_that_aimet_ships() -> None:
-    pytest.importorskip("aimet_torch")
     ours = [(path, repr(module)) for path, module in quantised_by(str(data_dir("export") / RULES))]
     theirs = [(path, repr(module)) for path, module in quantised_by("htp_v75")]
     assert ours == theirs
@@ -313,7 +310,6 @@ def test_nothing_to_calibrate_with() -> None:
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
-    pytest.importorskip("aimet_torch")
     broken = little_sample(0)
     broken["x"][0, 0, 0, 0] = np.inf
     with pytest.raises(ExportError, match=r"first: .*not all finite"):
@@ -478,7 +474,6 @@ def test_integers_of_other_bits_are_converted(inside: Literal[8, 16], tmp_path: 
 
 def test_what_shares_a_range_parts_where_bits_differ(tmp_path: Path) -> None:
     """A concatenation has the range of what it joins; with other bits, each has its own."""
-    pytest.importorskip("aimet_torch")
     scheme = QuantScheme(rules=(QuantRule("down_blocks.*", activations=8),))
     mixed = quantise(tiny_unet(), map(sample, range(2)), scheme)
     widths = {path: module.output_quantizers[0].bitwidth for path, module in mixed.sim.named_qmodules()}

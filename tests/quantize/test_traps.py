@@ -12,9 +12,6 @@ import torch
 from diffusers.models.resnet import TemporalResnetBlock
 from torch import Tensor, nn
 
-pytest.importorskip("aimet_torch")
-pytest.importorskip("onnxruntime_qnn")
-
 from mobilevd_deploy.base.tensors import sqnr_db
 from mobilevd_deploy.config.recipe import NpuOptions, QuantRule, load_recipe
 from mobilevd_deploy.npu import ops
@@ -25,6 +22,8 @@ from mobilevd_deploy.qnn.simulator import NpuSimRunner
 from mobilevd_deploy.qnn.targets import find_target
 from mobilevd_deploy.quantize import qdq_check, simulation
 from mobilevd_deploy.quantize.simulation import quantise
+
+pytestmark = pytest.mark.npu
 
 RECIPE = load_recipe("xiaomi-14-pro")
 Shape = tuple[int, int, int, int]

@@ -20,11 +20,6 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from tests.support.networks import write_checkpoint
-
-pytest.importorskip("aimet_torch")
-pytest.importorskip("onnxruntime_qnn")
-
 from mobilevd_deploy import verify
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.artifact.manifest import Component, FileEntry
@@ -50,6 +45,9 @@ from mobilevd_deploy.stages import compile as compile_stages
 from mobilevd_deploy.stages import quantise as quantise_stages
 from mobilevd_deploy.stages.job import ExportJob, StageContext
 from mobilevd_deploy.stages.records import Pieces
+from tests.support.networks import write_checkpoint
+
+pytestmark = pytest.mark.npu
 
 SHIPPED = load_recipe("xiaomi-14-pro")
 # Random weights make more of every rounding than trained ones do.
