@@ -147,7 +147,7 @@ def test_what_a_person_sees():
         "identical",
         "conv_in (Conv, NPU) 4.5 ms",
         "do not add up",
-        "without weights",
+        "without the weights",
         "note: the clocks may differ",
         "1,320",
     ):
@@ -172,7 +172,7 @@ def test_the_total_sums_loads_and_operations_and_takes_the_highest_peak():
 
 
 def test_what_the_peak_counts_depends_on_its_source():
-    for source, words in (("hub", "without weights that it maps"), ("adb", "app&#39;s process held")):
+    for source, words in (("hub", "without the weights that it maps"), ("adb", "app&#39;s process while")):
         profile = dataclasses.replace(PROFILE, source=source)
         page = render_profiles("tiny", [profile])
         assert words in page

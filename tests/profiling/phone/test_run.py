@@ -133,7 +133,7 @@ def test_the_status_of_a_command_is_its_own(phone):
 @pytest.mark.parametrize("how", ["breaks", "hangs"])
 def test_a_call_that_does_not_end_well(phone, how):
     phone.set(**{how: True})
-    with pytest.raises(VendorError, match="went away" if how == "breaks" else "did not answer within 0"):
+    with pytest.raises(VendorError, match="was lost" if how == "breaks" else "did not answer within 0"):
         Adb.open().shell("true", seconds=60 if how == "breaks" else 0.3)
 
 
