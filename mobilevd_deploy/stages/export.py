@@ -27,6 +27,7 @@ from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.npu.build import build_npu
 from mobilevd_deploy.npu.onnx_export import DATA, MODEL, OnnxGraph, export_onnx, read_graph
 from mobilevd_deploy.npu.skeleton import deploy_skeleton, rewrites
+from mobilevd_deploy.npu.two_step_norms import write_two_step_norms
 from mobilevd_deploy.passes.runner import UNetProbe, run_passes, select_passes
 from mobilevd_deploy.runtime.runners import OnnxRunner
 from mobilevd_deploy.stages.job import ExportJob, StageContext, graph_files, json_number
@@ -108,11 +109,25 @@ def _write_component(
 
 
 def _compare_component(
-    name: ComponentName, spec: ModelSpec, recipe: Recipe, folder: Path, work: Path, _: Progress
+    name: ComponentName, spec: ModelSpec, recipe: Recipe, folder: Path, work: Path, progress: Progress
 ) -> float:
-    """Return the SQNR in dB of the file's outputs against the trained network's."""
+    """Return the SQNR in dB of the file's outputs against the trained network's.
+
+    Where onnxruntime's rounding in large norms alone takes it below the floor, the SQNR without that counts.
+    """
     probe = _read_probe(work, name, spec)
     drift = probe.drift(OnnxRunner(folder / MODEL).run(probe.inputs))
+    if not drift >= recipe.floors.onnx_sqnr_db:
+        accurate = folder / "two-step.onnx"
+        try:
+            if largest := write_two_step_norms(folder / MODEL, accurate):
+                on_runner, drift = drift, probe.drift(OnnxRunner(accurate).run(probe.inputs))
+                progress.say(
+                    f"{name}: the graph is {drift:.1f} dB SQNR from the trained network; onnxruntime's CPU "
+                    f"rounds norms over {largest:,} elements coarsely and gives {on_runner:.1f} dB"
+                )
+        finally:
+            accurate.unlink(missing_ok=True)
     if not drift >= recipe.floors.onnx_sqnr_db:
         raise ParityError(
             f"{name}: the exported graph is {drift:.1f} dB from the trained network, "
