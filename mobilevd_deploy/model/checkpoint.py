@@ -71,7 +71,7 @@ class Checkpoint:
         progress = progress or Progress()
         names: dict[Path, dict[str, str]] = {}
         total = done = 0
-        for name, entry in self._source.entries.items():
+        for name, entry in self._source.stored():
             names.setdefault(entry.file, {}).setdefault(entry.key, name)
             total += torch.Size(entry.header.shape).numel()
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 
 from mobilevd_deploy.errors import CheckpointError
@@ -72,8 +72,9 @@ def _cause(
     if dtypes and not (missing or unexpected or shapes):
         kinds = sorted({found[name].dtype for name in dtypes})
         return f"; weights are {', '.join(kinds)}", "save them as float32, float16 or bfloat16"
-    if len(missing) == len(unexpected) and (prefix := _common_prefix(missing, unexpected)):
-        return f"; every name has the prefix {prefix!r}", "save the weights without it"
+    if prefixes := _common_prefix(missing, unexpected):
+        old, new = prefixes
+        return f"; every name has the prefix {new!r} instead of {old!r}", "save the weights without it"
     absent = [part for part in COMPONENTS if not any(name.startswith(f"{part}.") for name in found)]
     if absent and all(name.split(".", 1)[0] in absent for name in missing) and not (unexpected or shapes):
         return f"; there is no {' and no '.join(absent)}", f"save the {' and the '.join(absent)} too"
@@ -95,10 +96,17 @@ _FEATURES = {
 }
 
 
-def _common_prefix(missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    """Return the prefix that turns every missing name into an unexpected one, if there is one."""
+def _common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[str, str] | None:
+    """Return prefixes whose exchange turns every missing name into an unexpected one, if there are any."""
     wanted, others = sorted(missing), sorted(unexpected)
-    if not wanted or not others[0].endswith(wanted[0]):
-        return ""
-    prefix = others[0].removesuffix(wanted[0])
-    return prefix if all(prefix + a == b for a, b in zip(wanted, others, strict=True)) else ""
+    if not wanted or len(wanted) != len(others):
+        return None
+    for old in ("", f"{wanted[0].split('.', 1)[0]}."):
+        rest = wanted[0].removeprefix(old)
+        new = others[0].removesuffix(rest)
+        same = (
+            a.startswith(old) and b == new + a.removeprefix(old) for a, b in zip(wanted, others, strict=True)
+        )
+        if new != others[0] and all(same):
+            return old, new
+    return None

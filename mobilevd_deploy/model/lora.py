@@ -9,6 +9,7 @@ Three spellings of names are read:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,12 +63,15 @@ def parse_lora(text: str) -> Lora:
     if not colon or Path(text).exists():
         return Lora(Path(text))
     try:
-        return Lora(Path(path), float(scale))
+        factor = float(scale)
     except ValueError:
+        factor = math.nan
+    if not math.isfinite(factor):
         raise UsageError(
             f"--lora {text}: no such file, and {scale!r} is not a scale",
             next_step="write it as FILE or FILE:0.8",
-        ) from None
+        )
+    return Lora(Path(path), factor)
 
 
 def is_adapter(name: str) -> bool:
@@ -115,6 +119,11 @@ class _AddLowRank:
     down: Entry
     up: Entry
     factor: float
+
+    @property
+    def reads(self) -> tuple[Entry, Entry]:
+        """The pair of the adapter."""
+        return self.down, self.up
 
     def __call__(self, weight: Tensor) -> Tensor:
         if weight.is_meta:

@@ -30,7 +30,10 @@ from mobilevd_deploy.errors import CheckpointError
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Change = Callable[[Tensor], Tensor]
-"""How a stored tensor becomes the one we need. Must be picklable, and must work on meta tensors."""
+"""How a stored tensor becomes the one we need. Must be picklable, and must work on meta tensors.
+
+A change that reads tensors of its own lists their entries as `reads`.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,13 @@ class Weights:
     def files(self) -> tuple[Path, ...]:
         """Every file that holds a tensor or was read beside them, sorted."""
         return tuple(sorted({entry.file for entry in self.entries.values()} | set(self.others)))
+
+    def stored(self) -> Iterator[tuple[str, Entry]]:
+        """Yield every entry that is read, with the name of the tensor that it becomes or is part of."""
+        for name, entry in self.entries.items():
+            yield name, entry
+            for change in entry.changes:
+                yield from ((name, part) for part in getattr(change, "reads", ()))
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield the named tensors, memory-mapped where the file can be and nothing changes the values."""
