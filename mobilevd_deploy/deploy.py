@@ -33,7 +33,7 @@ from mobilevd_deploy.base.processes import Steps
 from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.config.recipe import Recipe
 from mobilevd_deploy.errors import ArtifactError, UsageError
-from mobilevd_deploy.model.checkpoint import open_checkpoint
+from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.model.interface import COMPONENTS
 from mobilevd_deploy.quantize.calibration import JUDGES, Pictures, choose_pictures
 from mobilevd_deploy.report.page import render_report
@@ -78,7 +78,7 @@ _TOOLS = (
 
 
 def deploy(
-    checkpoint_path: str | Path,
+    checkpoint: str | Path | Checkpoint,
     recipe: Recipe,
     output: str | Path,
     progress: Progress | None = None,
@@ -88,7 +88,7 @@ def deploy(
     """Take a trained checkpoint to a verified artifact.
 
     Args:
-        checkpoint_path: a checkpoint in a form that `open_checkpoint` reads.
+        checkpoint: an opened checkpoint, or anything that `open_checkpoint` reads.
         recipe: graph forms, precision, chips and floors.
         output: folder of the artifact. If it holds an artifact from the same checkpoint, recipe, pictures and
             tools, that one is returned.
@@ -107,7 +107,8 @@ def deploy(
     progress, output = progress or Progress(), Path(output)
     require_folder_place(output.parent)
     require_scratch()
-    checkpoint = open_checkpoint(checkpoint_path)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint, notice=progress.say)
     source, tools = Source(checkpoint.path.resolve().name, checkpoint.sha256), tool_versions(recipe)
     pictures = choose_pictures(checkpoint.spec, recipe, calibration, progress)
     if (finished := _same_artifact(output, source, recipe, tools, pictures)) is not None:
@@ -117,11 +118,20 @@ def deploy(
         job = ExportJob(checkpoint, recipe, pictures, folder)
         stages = Stages(folder, {"checkpoint": source.sha256, "tools": tools}, progress)
         table = stage_table(job)
+        _check_weights(checkpoint, progress)
         progress.plan({stage.name: stage.share for stage in table})
         for stage in table:
             record = _run_stage(stage, job, stages, progress)
             stage.note(job, record.values, *stage.arguments)
         return _finish(job, source, tools, stages)
+
+
+def _check_weights(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Look for NaN and infinite weights before the first stage, about 3 s for each GB."""
+    count = sum(checkpoint.parameters.values())
+    if count > APART_ABOVE_PARAMETERS:
+        progress.say(f"checking {count / 1e6:,.0f} M weights for NaN and infinite values")
+    checkpoint.check_values()
 
 
 def stage_table(job: ExportJob) -> list[Stage]:

@@ -26,6 +26,7 @@ from mobilevd_deploy.errors import UsageError
 from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.model.components import build_component
 from mobilevd_deploy.model.flops import Convention, count_flops_by_module
+from mobilevd_deploy.model.hub_cache import parse_hub_id
 from mobilevd_deploy.model.interface import COMPONENTS
 from mobilevd_deploy.model.unet import MobileVDUNet
 from mobilevd_deploy.npu.skeleton import rewritten_skeleton
@@ -122,7 +123,7 @@ def _resolve(what: str | Path) -> Checkpoint | Preset | Artifact:
         return load_preset(what)
     if (path / MANIFEST).exists():
         return Artifact.open(path)
-    if not path.exists():
+    if not path.exists() and parse_hub_id(str(what)) is None:
         raise UsageError(
             f"{what} is neither a file or folder nor a preset",
             next_step=f"presets are {', '.join(preset_names())}",

@@ -104,7 +104,7 @@ class Tuned:
 
 
 def tune(
-    checkpoint_path: str | Path,
+    checkpoint: str | Path | Checkpoint,
     recipe: Recipe,
     output: Path,
     progress: Progress | None = None,
@@ -119,7 +119,7 @@ def tune(
     another goal reuses them.
 
     Args:
-        checkpoint_path: as for `deploy`.
+        checkpoint: as for `deploy`.
         recipe: must quantise. Its own rules are kept and stay in front of the new ones.
         output: the recipe file to write, NAME.toml.
         progress: receives the stages.
@@ -139,7 +139,8 @@ def tune(
         raise UsageError("exactly one goal is needed", next_step="give either --target-sqnr or --budget")
     if output.suffix != ".toml":
         raise UsageError(f"{output} is not a TOML file", next_step="choose a name such as my.toml")
-    checkpoint = open_checkpoint(checkpoint_path)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint, notice=progress.say)
     pictures = choose_pictures(checkpoint.spec, recipe, calibration, progress)
     assert pictures is not None
     progress.plan({"inputs": 1, "measure blocks": 4, "search": 4})

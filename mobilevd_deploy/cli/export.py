@@ -14,15 +14,18 @@ from mobilevd_deploy.cli.completion import complete_preset, complete_target
 from mobilevd_deploy.cli.options import (
     DEFAULT_RECIPE,
     ArtifactFolder,
+    Base,
     Calibration,
     CheckpointFile,
     Json,
+    Loras,
     Quiet,
     RecipeName,
     base_name,
     checkpoint_or_demo,
     expanded,
     open_artifact,
+    open_weights,
     path_option,
     print_json,
     print_rich,
@@ -39,6 +42,8 @@ commands = typer.Typer()
 )
 def export(
     checkpoint: CheckpointFile = None,
+    base: Base = None,
+    lora: Loras = None,
     recipe: RecipeName = DEFAULT_RECIPE,
     output: Annotated[
         Path | None,
@@ -82,7 +87,8 @@ def export(
         progress.say(f"{checkpoint.name} -> {output} with recipe {chosen.name}")
         from mobilevd_deploy.deploy import deploy
 
-        artifact = deploy(checkpoint, chosen, output, progress, calibration=calibration or ())
+        opened = open_weights(checkpoint, base, lora, progress)
+        artifact = deploy(opened, chosen, output, progress, calibration=calibration or ())
     if as_json:
         print_json({"artifact": str(artifact.root), **json.loads(artifact.manifest.to_json())})
         return
@@ -97,6 +103,8 @@ def export(
 )
 def tune(
     checkpoint: CheckpointFile = None,
+    base: Base = None,
+    lora: Loras = None,
     output: Annotated[Path, path_option("--output", "-o", help="The recipe to write, a TOML file.")] = Path(
         "tuned.toml"
     ),
@@ -136,7 +144,7 @@ def tune(
         from mobilevd_deploy.tune import tune as search
 
         found = search(
-            checkpoint_or_demo(checkpoint),
+            open_weights(checkpoint_or_demo(checkpoint), base, lora, progress),
             chosen,
             output,
             progress,
@@ -152,6 +160,10 @@ def tune(
     print_rich(render_search(found))
     print(f"{output}: {search_line(found)}")
     given = [str(checkpoint)] if checkpoint else []
+    given += [
+        *(("--base", base) if base else ()),
+        *(part for text in lora or () for part in ("--lora", text)),
+    ]
     print("continue with:", shlex.join(["mobilevd-deploy", "export", *given, "--recipe", str(output)]))
 
 
@@ -214,10 +226,12 @@ def init(
         Path | None,
         path_option(
             "--from",
-            help="A diffusers folder of Stable Video Diffusion.",
+            help="Stable Video Diffusion as a folder or single file, or with --base a UNet alone.",
             show_default="random weights",
         ),
     ] = None,
+    base: Base = None,
+    lora: Loras = None,
     importance: Annotated[
         Path | None,
         path_option(
@@ -257,9 +271,8 @@ def init(
             draw_checkpoint(output, spec, seed=seed, dtype=kind, progress=progress)
         else:
             given = read_importance(importance) if importance else None
-            compress_svd(
-                output, open_checkpoint(source), spec, importance=given, dtype=kind, progress=progress
-            )
+            opened = open_weights(source, base, lora, progress)
+            compress_svd(output, opened, spec, importance=given, dtype=kind, progress=progress)
     written = open_checkpoint(output)
     if as_json:
         kept = written.spec.unet.kept_temporal_blocks

@@ -12,10 +12,13 @@ import typer
 from mobilevd_deploy.cli.completion import complete_artifact, complete_artifact_or_preset, complete_preset
 from mobilevd_deploy.cli.options import (
     DEFAULT_RECIPE,
+    Base,
     Json,
+    Loras,
     Quiet,
     RecipeName,
     expanded,
+    open_weights,
     path_argument,
     print_json,
     print_rich,
@@ -45,6 +48,8 @@ def inspect(
     ladder: Annotated[
         bool, typer.Option("--ladder", help="Compare the paper's ablation with our counts, for all presets.")
     ] = False,
+    base: Base = None,
+    lora: Loras = None,
     as_json: Json = False,
 ) -> None:
     """Show structure, temporal blocks kept and dropped, funnels, parameters and FLOPs."""
@@ -59,7 +64,11 @@ def inspect(
             rows = count_ladder(progress)
         print_json(rows) if as_json else print_rich(render_ladder(rows))
         return
-    result = inspect_one(what)
+    if base or lora:
+        with show_progress(as_json) as progress:
+            result = inspect_one(open_weights(what, base, lora, progress))
+    else:
+        result = inspect_one(what)
     print_json(result) if as_json else print_rich(render_inspection(result))
 
 

@@ -15,6 +15,7 @@ from mobilevd_deploy.cli.completion import complete_artifact, complete_device, c
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact.artifact import Artifact
     from mobilevd_deploy.base.progress import Progress
+    from mobilevd_deploy.model.checkpoint import Checkpoint
     from mobilevd_deploy.profiling.hub.client import Hub
 
 
@@ -62,8 +63,29 @@ CheckpointFile = Annotated[
     Path | None,
     path_argument(
         "CHECKPOINT",
-        help="A .pt or .safetensors checkpoint, or a diffusers folder of Stable Video Diffusion.",
+        help="A checkpoint: our .safetensors or .pt, Stable Video Diffusion as a folder or single file, a "
+        "UNet alone (with --base), or an id of the Hugging Face Hub.",
         show_default="the demo checkpoint of the package",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="CHECKPOINT",
+        parser=expanded,
+        help="Checkpoint that gives the configuration and what CHECKPOINT lacks, if that is a UNet alone.",
+        show_default=False,
+    ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        parser=expanded,
+        help="A LoRA to merge into the UNet (peft, diffusers or kohya names); repeatable.",
+        show_default=False,
     ),
 ]
 RecipeName = Annotated[
@@ -131,6 +153,18 @@ def base_name(checkpoint: Path) -> str:
     """Return a checkpoint's name without the file ending: a folder's name is whole, as in svd_v1.1."""
     path = checkpoint.resolve()
     return path.stem if path.suffix in CHECKPOINT_SUFFIXES and not path.is_dir() else path.name
+
+
+def open_weights(
+    path: str | Path, base: str | None, loras: list[str] | None, progress: Progress
+) -> Checkpoint:
+    """Open a checkpoint as `--base` and `--lora` say; notices go to `progress`."""
+    from mobilevd_deploy.model.checkpoint import open_checkpoint
+    from mobilevd_deploy.model.lora import parse_lora
+
+    return open_checkpoint(
+        path, base=base, loras=[parse_lora(text) for text in loras or ()], notice=progress.say
+    )
 
 
 def split_names(names: str | None) -> tuple[str, ...]:

@@ -189,14 +189,15 @@ class VaeEncoderSpec:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Latents to frames: SVD's temporal decoder ("svd-temporal"), the decoder of diffusers' AutoencoderTiny
-    ("tiny", TAESD's layout), or the demo's decoder ("pixel-shuffle").
+    """Latents to frames: SVD's temporal decoder ("svd-temporal"), the same without time layers
+    ("svd-image", in svd_xt_image_decoder), the decoder of diffusers' AutoencoderTiny ("tiny", TAESD's
+    layout), or the demo's decoder ("pixel-shuffle").
 
     The UNet's latents are divided by `scaling_factor` before they are decoded. It is 1 for "tiny", which is
     trained on scaled latents.
     """
 
-    kind: Literal["svd-temporal", "tiny", "pixel-shuffle"] = "svd-temporal"
+    kind: Literal["svd-temporal", "svd-image", "tiny", "pixel-shuffle"] = "svd-temporal"
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     scaling_factor: float = 0.18215

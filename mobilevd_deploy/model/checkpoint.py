@@ -1,15 +1,12 @@
-"""Checkpoints: read and written strictly, without running code and without holding a model twice.
+"""Checkpoints: read in every form that people have, without running code and without holding a model twice.
 
-    checkpoint = open_checkpoint("model.safetensors")   # headers only: every name, shape and dtype is checked
-    unet = checkpoint.load("unet")                      # this component's weights, memory-mapped, all finite
+    checkpoint = open_checkpoint("svd_xt.safetensors")  # headers only: every name, shape and dtype is checked
+    checkpoint.check_values()                           # every weight is finite
+    unet = checkpoint.load("unet")                      # this component's weights, memory-mapped
 
-Three forms are read, the first two are written; models/README.md specifies them:
-
-    .safetensors    configuration in the metadata, tensors named <component>.<name>
-    .pt             the same as a dictionary, read with weights_only=True
-    a folder        Stable Video Diffusion in diffusers' layout: unet/, vae/, image_encoder/, ...
-
-What a checkpoint must contain is what `build_component` builds from its configuration, on the meta device.
+recognise.py finds out what a path holds; each form has a file of its own. Only ours (own_format.py) is
+written. The networks that `build_component` builds from the configuration, on the meta device, say which
+tensors a checkpoint must have.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import hashlib
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,39 +27,61 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mobilevd_deploy.base.files import file_sha256, written_aside
+from mobilevd_deploy.base.progress import Progress
 from mobilevd_deploy.config.spec import ComponentName, ModelSpec
 from mobilevd_deploy.errors import CheckpointError, SpecError
 from mobilevd_deploy.model.components import build_component
+from mobilevd_deploy.model.differences import require_same
+from mobilevd_deploy.model.hub_cache import download, parse_hub_id, resolve_cache_folder
 from mobilevd_deploy.model.interface import COMPONENTS
-from mobilevd_deploy.model.svd_folder import open_diffusers_folder
-from mobilevd_deploy.model.weight_files import (
-    DTYPES,
+from mobilevd_deploy.model.lora import Lora, merge_loras
+from mobilevd_deploy.model.own_format import (
     FORMAT_KEY,
     FORMAT_VERSION,
     SPEC_KEY,
-    Header,
-    WeightSource,
-    looks_like,
-    open_safetensors,
-    open_torch,
     write_safetensors,
     write_torch,
 )
+from mobilevd_deploy.model.recognise import Form, recognise
+from mobilevd_deploy.model.weight_files import DTYPES, Header, Weights, finite_chunks
 
-_LISTED = 10  # problems that a message spells out
-_CHUNK = 1 << 20  # elements looked at in one go: bounds the memory of a check
+_CHUNK = 1 << 20  # elements that a check reads at a time
+_UNREADABLE = (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError)
+Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint whose names, shapes and dtypes fit `spec`; made by `open_checkpoint`.
 
-    `spec` tells the truth about pruning: its `kept_temporal_blocks` are those whose stored gate is 1.
+    `spec.unet.kept_temporal_blocks` lists the blocks whose stored gate is 1. `loras` are merged when weights
+    are read.
     """
 
     path: Path
     spec: ModelSpec
-    _source: WeightSource = field(repr=False, compare=False)
+    _source: Weights = field(repr=False, compare=False)
+    loras: tuple[Lora, ...] = ()
+
+    def check_values(self, progress: Progress | None = None) -> None:
+        """Read every weight once, a few MB at a time, and look for NaN and infinite values.
+
+        Raises CheckpointError: a value that is not finite, or a gate that is neither 0 nor 1.
+        """
+        progress = progress or Progress()
+        names: dict[Path, dict[str, str]] = {}
+        total = done = 0
+        for name, entry in self._source.stored():
+            names.setdefault(entry.file, {}).setdefault(entry.key, name)
+            total += torch.Size(entry.header.shape).numel()
+        try:
+            for file, keys in names.items():
+                for key, chunk in finite_chunks(file, keys, _CHUNK):
+                    _check_values(keys[key], chunk, self.path)
+                    done += chunk.numel()
+                    progress.advance(done / max(total, done, 1))
+        except _UNREADABLE as error:
+            raise self._changed(error) from error
 
     def load(self, component: ComponentName, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Build one component with its weights, in eval mode on the CPU; the others stay on disk.
@@ -122,51 +141,106 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the file; of a folder, over the names and digests of the files that are read, sorted."""
+        """Digest of the file; of several, over their names and digests, sorted, and the scales of LoRAs."""
         if self._source.files == (self.path,):
             return _sha256(self.path)
         digest = hashlib.sha256()
-        for file in sorted(self._source.files):
-            digest.update(f"{file.relative_to(self.path).as_posix()}\0{_sha256(file)}\n".encode())
+        for file in self._source.files:
+            name = file.relative_to(self.path) if file.is_relative_to(self.path) else Path(file.name)
+            digest.update(f"{name.as_posix()}\0{_sha256(file)}\n".encode())
+        for lora in self.loras:
+            digest.update(f"{lora.path.name}\0{lora.scale!r}\n".encode())
         return digest.hexdigest()
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         try:
             yield from self._source.read(names)
-        except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{self.path}: changed or became unreadable after it was opened: {error}"
-            ) from error
+        except _UNREADABLE as error:
+            raise self._changed(error) from error
+
+    def _changed(self, error: BaseException) -> CheckpointError:
+        return CheckpointError(f"{self.path}: changed or became unreadable after it was opened: {error}")
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint in any of the three forms and check every name, shape and dtype.
+def open_checkpoint(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    loras: Sequence[Lora] = (),
+    notice: Notice | None = None,
+) -> Checkpoint:
+    """Open a checkpoint in any form that `recognise` knows, and check every name, shape and dtype.
 
-    No weights are read yet but the gates, and a .pt in torch's old format, which can not be memory-mapped.
+    No weights are read but gates and a LoRA's alphas. A .pt in torch's old format is read whole, because it
+    cannot be memory-mapped.
+
+    Args:
+        path: file or folder, or an id of the Hugging Face Hub: org/name, org/name@revision.
+        base: checkpoint that gives the configuration, and the networks that `path` lacks.
+        loras: adapters to merge into the UNet.
+        notice: receives a sentence about each thing that was chosen, assumed or ignored.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, damaged, from a newer version, asking for code
-            to be run, not what its own configuration describes, or with a gate that is neither 0 nor 1.
+        CheckpointError: no such file, nothing that can be read, damaged, from a newer version, asking for
+            code to be run, not what its configuration describes, not what the pipeline can run, or with a
+            gate that is neither 0 nor 1.
     """
-    path = Path(path)
+    notice = notice or (lambda _: None)
+    path = _located(path, notice)
     try:
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such file or folder")
-        if path.is_dir():
-            spec, source = open_diffusers_folder(path)
-        elif path.suffix == ".safetensors":
-            spec, source = open_safetensors(path)
-        elif path.suffix in (".pt", ".pth"):
-            spec, source = open_torch(path)
-        else:
+        form = recognise(path, notice)
+        spec, weights = form.spec, form.weights
+        if base is not None:
+            spec, weights = _completed(form, open_checkpoint(base, notice=notice), notice)
+        elif spec is None:
             raise CheckpointError(
-                f"{path}: not a checkpoint by its ending{looks_like(path)}",
-                next_step="give a .safetensors or .pt file, or a diffusers folder of Stable Video Diffusion",
+                f"{path}: {form.what}",
+                next_step="add --base with a checkpoint of the same architecture that gives the rest: a "
+                "folder or single file of Stable Video Diffusion, or a checkpoint in our format",
             )
+        weights = merge_loras(weights, loras, notice)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    _check_headers(spec, source.headers, str(path))
-    return Checkpoint(path, spec, source)._with_stored_gates()
+    _require_pipeline(spec, path)
+    _require_expected(spec, weights.headers, str(path))
+    return Checkpoint(path, spec, weights, tuple(loras))._with_stored_gates()
+
+
+def _located(path: str | Path, notice: Notice) -> Path:
+    """Return a file or folder on this disk. Raises CheckpointError: none, and no id of the Hub."""
+    text, path = str(path), Path(path)
+    if path.is_dir():
+        return resolve_cache_folder(path)
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(
+            f"{path}: a link to {path.readlink()}, which is gone", next_step="copy it again"
+        )
+    if path.exists():
+        return path
+    if (wanted := parse_hub_id(text)) is not None:
+        return download(wanted, notice)
+    raise CheckpointError(f"{path}: no such file or folder")
+
+
+def _completed(form: Form, base: Checkpoint, notice: Notice) -> tuple[ModelSpec, Weights]:
+    """Take configuration and missing networks from `base`."""
+    own = {name.split(".", 1)[0] for name in form.weights.entries}
+    entries = base._source.entries
+    rest = {name: entry for name, entry in entries.items() if name.split(".", 1)[0] not in own}
+    given = [part for part in COMPONENTS if part not in own]
+    notice(f"{base.path.name}: gives the configuration" + f" and {', '.join(given)}" * bool(given))
+    return base.spec, Weights({**rest, **form.weights.entries}, (*form.weights.others, *base._source.others))
+
+
+def _require_pipeline(spec: ModelSpec, path: Path) -> None:
+    """Raise CheckpointError for a UNet that does not fit the VAE's 4 latents and our inputs."""
+    given, made = spec.unet.in_channels, spec.unet.out_channels
+    if (given, made) != (8, 4):
+        raise CheckpointError(
+            f"{path}: its UNet takes {given} channels and returns {made}; the pipeline gives 8 (4 of noise, "
+            "4 of the picture's latents) and expects 4",
+            next_step="finetunes with more inputs, such as a motion mask, are not supported",
+        )
 
 
 def save_checkpoint(
@@ -189,8 +263,8 @@ def save_checkpoint(
     tensors = {
         f"{component}.{name}": tensor for component, state in states.items() for name, tensor in state.items()
     }
-    # The dtype is looked at below.
-    _check_headers(spec, {name: Header(tuple(t.shape), "F32") for name, t in tensors.items()}, str(path))
+    headers = {name: Header(tuple(t.shape), "F32") for name, t in tensors.items()}  # dtype: checked below
+    _require_expected(spec, headers, str(path))
     write_checkpoint(path, spec, lambda name: tensors[name].detach(), dtype)
 
 
@@ -258,37 +332,18 @@ def expected_shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
         }
 
 
-def _check_headers(spec: ModelSpec, found: Mapping[str, Header], where: str) -> None:
+def _require_expected(spec: ModelSpec, found: Mapping[str, Header], where: str) -> None:
     try:
         expected = expected_shapes(spec)
     except SpecError as error:
         raise CheckpointError(f"{where}: {error.what}", next_step=error.next_step) from error
-    problems = [f"missing     {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    problems += [
-        f"unexpected  {name} {list(header.shape)}" for name, header in found.items() if name not in expected
-    ]
-    problems += [
-        f"shape       {name} is {list(found[name].shape)}, the configuration wants {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
-    ]
-    problems += [
-        f"dtype       {name} is {header.dtype}, allowed are {', '.join(DTYPES.values())}"
-        for name, header in found.items()
-        if name in expected and header.dtype not in DTYPES.values()
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:_LISTED])
-        rest = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CheckpointError(
-            f"{where}: weights and configuration disagree in {len(problems)} tensors:\n  {shown}{rest}",
-            next_step="was that the configuration of the training run? models/README.md lists the names",
-        )
+    require_same(expected, found, where)
 
 
 def _check_values(name: str, tensor: Tensor, path: Path) -> None:
     for chunk in torch.split(tensor.reshape(-1), _CHUNK):
-        if not bool(torch.isfinite(chunk).all()):
+        # A sum is several times faster than isfinite, and it is finite only if all are. It may overflow.
+        if not bool(torch.isfinite(chunk.sum(dtype=torch.float32))) and not bool(torch.isfinite(chunk).all()):
             raise CheckpointError(
                 f"{path}: {name} holds NaN or infinite values as {tensor.dtype}",
                 next_step="save the last good training state; if only half precision overflows, use float32",
@@ -300,20 +355,8 @@ def _check_values(name: str, tensor: Tensor, path: Path) -> None:
         )
 
 
-# ---- .safetensors ----
-
-
-# ---- .pt ----
-
-
-# ---- a diffusers folder ----
-
-
-# ---- files ----
-
-
 def _sha256(path: Path) -> str:
     try:
         return file_sha256(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: can not be read any more: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: cannot be read any more: {error.strerror or error}") from error

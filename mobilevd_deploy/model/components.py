@@ -18,7 +18,7 @@ from typing import cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import TemporalDecoder
-from diffusers.models.autoencoders.vae import DecoderTiny, Encoder
+from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, Encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -216,6 +216,27 @@ class SvdTemporalDecoder(TemporalDecoder):  # type: ignore[misc]
         return cast(Tensor, super().forward(latents / self.scaling_factor, video, num_frames=len(latents)))
 
 
+class SvdImageDecoder(Decoder):  # type: ignore[misc]
+    """SVD's decoder without time layers, frame by frame: that of `svd_xt_image_decoder`.
+
+    State dict: `decoder.*` of diffusers' AutoencoderKL, without that prefix.
+    """
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__(
+            in_channels=4,
+            out_channels=3,
+            up_block_types=("UpDecoderBlock2D",) * len(spec.block_out_channels),
+            block_out_channels=spec.block_out_channels,
+            layers_per_block=spec.layers_per_block,
+        )
+        self.scaling_factor = spec.scaling_factor
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents (T, 4, h, w) as frames (T, 3, 8h, 8w)."""
+        return cast(Tensor, super().forward(latents / self.scaling_factor))
+
+
 class TinyDecoder(DecoderTiny):  # type: ignore[misc]
     """TAESD's decoder, frame by frame.
 
@@ -252,6 +273,7 @@ _VAE_ENCODERS: dict[str, type[SvdVaeEncoder] | type[DemoVaeEncoder]] = {
 }
 _DECODERS: dict[str, Callable[[DecoderSpec], nn.Module]] = {
     "svd-temporal": SvdTemporalDecoder,
+    "svd-image": SvdImageDecoder,
     "tiny": TinyDecoder,
     "pixel-shuffle": DemoDecoder,
 }

@@ -1,35 +1,39 @@
-"""Our checkpoint format in its two containers, .safetensors and .pt, memory-mapped."""
+"""Tensors in the files of any writer: found by content, described without reading them, memory-mapped.
+
+A file is a .safetensors file or what `torch.save` wrote, whatever its name says. `read_stored` lists its
+tensors as `Entry` values; `Weights` holds entries under the names <component>.<name> and reads them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mobilevd_deploy.config.spec import ModelSpec
-from mobilevd_deploy.config.strict import from_dict
-from mobilevd_deploy.errors import CheckpointError, SpecError
-
-FORMAT_VERSION = 1
-
-
-FORMAT_KEY = "mobilevd_format"
-
-
-SPEC_KEY = "mobilevd_spec"
-
+from mobilevd_deploy.errors import CheckpointError
 
 # Names as safetensors writes them.
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+Change = Callable[[Tensor], Tensor]
+"""How a stored tensor becomes the one we need. Must be picklable, and must work on meta tensors.
+
+A change that reads tensors of its own lists their entries as `reads`.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,205 +44,238 @@ class Header:
     dtype: str
 
 
-class WeightSource(Protocol):
-    """Where tensors lie, under the names <component>.<name>."""
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: the file that holds it, its name there, and the changes that reading applies.
 
-    @property
-    def headers(self) -> Mapping[str, Header]:
-        """Every tensor there is."""
-        ...
+    `header` is that of the result, after all changes.
+    """
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Every file that was read."""
-        ...
+    file: Path
+    key: str
+    header: Header
+    changes: tuple[Change, ...] = ()
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the named tensors, memory-mapped where the file can be."""
-        ...
-
-
-def _parse_spec(values: object, path: Path) -> ModelSpec:
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: its configuration is not a table but {type(values).__name__}")
-    try:
-        return from_dict(ModelSpec, values)
-    except SpecError as error:
-        raise CheckpointError(f"{path}: its configuration does not fit: {error.what}") from error
-
-
-def _check_version(version: object, path: Path) -> None:
-    if isinstance(version, str) and version.isdecimal():
-        version = int(version)
-    if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path}: format version {version!r} is not a positive number")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: written in format {version}, this version reads up to {FORMAT_VERSION}",
-            next_step="update mobilevd-deploy",
+    def changed(self, change: Change) -> Entry:
+        """Return this entry with one more change. Raises RuntimeError: it does not fit the shape."""
+        shape = tuple(change(torch.empty(self.header.shape, device="meta")).shape)
+        return dataclasses.replace(
+            self, header=Header(shape, self.header.dtype), changes=(*self.changes, change)
         )
 
 
-def _not_ours(path: Path, lacks: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: not a checkpoint of ours, it lacks {lacks}",
-        next_step="models/README.md shows how a training codebase writes one",
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under the names <component>.<name>, in any number of files.
+
+    `others` are files that were read beside the weights: configurations and indices of shards.
+    """
+
+    entries: Mapping[str, Entry]
+    others: tuple[Path, ...] = ()
+
+    @cached_property
+    def headers(self) -> Mapping[str, Header]:
+        """Shape and dtype of every tensor."""
+        return {name: entry.header for name, entry in self.entries.items()}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that holds a tensor or was read beside them, sorted."""
+        return tuple(sorted({entry.file for entry in self.entries.values()} | set(self.others)))
+
+    def stored(self) -> Iterator[tuple[str, Entry]]:
+        """Yield every entry that is read, with the name of the tensor that it becomes or is part of."""
+        for name, entry in self.entries.items():
+            yield name, entry
+            for change in entry.changes:
+                yield from ((name, part) for part in getattr(change, "reads", ()))
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the named tensors, memory-mapped where the file can be and nothing changes the values."""
+        grouped: dict[Path, list[str]] = {}
+        for name in names:
+            grouped.setdefault(self.entries[name].file, []).append(name)
+        for file, wanted in grouped.items():
+            with opened_tensors(file) as tensor:
+                for name in wanted:
+                    entry = self.entries[name]
+                    value = tensor(entry.key)
+                    for change in entry.changes:
+                        value = change(value)
+                    yield name, value
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What one file holds: its tensors by name, and everything else.
+
+    Names of nested dictionaries are joined with a dot. `content` is the metadata of a .safetensors file, or
+    the object that `torch.save` wrote (dictionaries only).
+    """
+
+    path: Path
+    entries: dict[str, Entry]
+    content: dict[str, Any] = field(repr=False)
+    is_safetensors: bool
+
+
+def read_stored(path: Path) -> Stored:
+    """List the tensors of a file.
+
+    Raises CheckpointError: not a file of weights, damaged, or code would have to be run. OSError.
+    """
+    if is_safetensors(path):
+        return _read_safetensors(path)
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start[:1] == b"\x80" or start == b"PK":
+        return _read_torch(path)
+    raise CheckpointError(
+        f"{path}: not a checkpoint by its content{looks_like(path)}", next_step=_copy_again(path)
     )
 
 
-class SafetensorsFiles:
-    """Tensors of one or several .safetensors files, renamed."""
-
-    def __init__(self, names: Mapping[str, tuple[Path, str]], others: Iterable[Path] = ()) -> None:
-        self._names = names
-        self.files = tuple(sorted({file for file, _ in names.values()} | set(others)))
-        self.headers = {}
-        for file in {file for file, _ in names.values()}:
-            with safe_open(file, framework="pt") as opened:
-                for name, (holder, key) in names.items():
-                    if holder == file:
-                        view = opened.get_slice(key)
-                        self.headers[name] = Header(tuple(view.get_shape()), view.get_dtype())
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the named tensors, memory-mapped."""
-        for file, wanted in _by_file(names, self._names).items():
-            with safe_open(file, framework="pt") as opened:
-                for name in wanted:
-                    yield name, opened.get_tensor(self._names[name][1])
+def is_safetensors(path: Path) -> bool:
+    """Tell whether a file begins as .safetensors does: a length, and a JSON table."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and struct.unpack("<Q", start[:8])[0] < 1 << 27 and start[8:] == b"{"
 
 
-def _by_file(names: Iterable[str], where: Mapping[str, tuple[Path, str]]) -> dict[Path, list[str]]:
-    grouped: dict[Path, list[str]] = {}
-    for name in names:
-        grouped.setdefault(where[name][0], []).append(name)
-    return grouped
+@contextlib.contextmanager
+def opened_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Open a file of weights; yield a function that returns a tensor by its name there."""
+    if is_safetensors(path):
+        with safe_open(path, framework="pt") as opened:
+            yield opened.get_tensor
+    else:
+        # Mapped again each time, so that writing to a loaded component does not show in the next load.
+        tensors = dict(_flattened(_torch_load(path)))
+        yield lambda key: tensors[key].detach().contiguous()
 
 
-def safetensors_keys(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Return tensor names and metadata; a file that is damaged or something else is a CheckpointError."""
+def finite_chunks(path: Path, keys: Iterable[str], size: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the values of tensors in flat pieces of at most `size` elements; only one is held at a time."""
+    if not is_safetensors(path):
+        with opened_tensors(path) as tensor:
+            for key in keys:
+                for piece in torch.split(tensor(key).reshape(-1), size):
+                    yield key, piece
+        return
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    # Plain reads: pages of a memory-mapped file would count as this process's memory.
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        table = json.loads(file.read(length))
+        for key in sorted(keys, key=lambda key: table[key]["data_offsets"][0]):
+            dtype = dtypes[table[key]["dtype"]]
+            begin, end = table[key]["data_offsets"]
+            file.seek(8 + length + begin)
+            for at in range(begin, end, size * dtype.itemsize):
+                data = bytearray(file.read(min(size * dtype.itemsize, end - at)))
+                yield key, torch.frombuffer(data, dtype=dtype)
+
+
+# ---- .safetensors ----
+
+
+def _read_safetensors(path: Path) -> Stored:
     try:
         with safe_open(path, framework="pt") as opened:
-            return list(opened.keys()), opened.metadata() or {}
+            entries = {}
+            for key in opened.keys():  # noqa: SIM118
+                view = opened.get_slice(key)
+                entries[key] = Entry(path, key, Header(tuple(view.get_shape()), view.get_dtype()))
+            return Stored(path, entries, opened.metadata() or {}, True)
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path}: not a whole .safetensors file{looks_like(path)} ({error})",
-            next_step="copy or download it again and compare sizes",
+            f"{path}: not a whole .safetensors file{looks_like(path)} ({error})", next_step=_copy_again(path)
         ) from error
 
 
-def open_safetensors(path: Path) -> tuple[ModelSpec, WeightSource]:
-    """Open a .safetensors checkpoint in our format. Raises CheckpointError."""
-    keys, metadata = safetensors_keys(path)
-    for key in (FORMAT_KEY, SPEC_KEY):
-        if key not in metadata:
-            raise _not_ours(path, f"the metadata key {key!r}")
-    _check_version(metadata[FORMAT_KEY], path)
-    spec = _parse_spec(read_json(metadata[SPEC_KEY], f"{path}: {SPEC_KEY}"), path)
-    return spec, SafetensorsFiles({key: (path, key) for key in keys})
+# ---- torch.save ----
 
 
-def write_safetensors(
-    path: Path,
-    metadata: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    stored: Callable[[str], Tensor],
-) -> None:
-    # By hand because safetensors' own writer wants every tensor converted beforehand: the model twice.
-    """Write tensors one at a time, so that no more than one is held.
-
-    Args:
-        path: file to write.
-        metadata: strings for the header.
-        shapes: shape by tensor name; this is also the order in the file.
-        dtype: dtype of every tensor.
-        stored: returns a tensor by name, contiguous and of that shape and dtype.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in shapes:
-            file.write(stored(name).reshape(-1).view(torch.uint8).numpy().data)
-
-
-class _TorchFile:
-    """Tensors of a torch.save file."""
-
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        self.files = (path,)
-        self.headers = {
-            name: Header(tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype).removeprefix("torch.")))
-            for name, t in tensors.items()
-        }
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        # Mapped anew, so that writing to a loaded component never shows in the next load.
-        tensors = _torch_load(self.files[0])["tensors"]
-        for name in names:
-            yield name, tensors[name].detach()
+# numpy's numbers, which configurations and training states often hold.
+_NUMPY_SCALARS: list[Any] = [
+    np.float64(0).__reduce__()[0],
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "?")),
+]
 
 
 def _torch_load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        if path.suffix == ".safetensors":  # torch believes the ending of a path, so it gets an open file
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-def open_torch(path: Path) -> tuple[ModelSpec, WeightSource]:
-    """Open a .pt checkpoint in our format without running code. Raises CheckpointError."""
-    with path.open("rb") as file:
-        start = file.read(4)
+def _read_torch(path: Path) -> Stored:
     try:
+        if (names := _archived(path)) and not any(name.endswith("data.pkl") for name in names):
+            raise CheckpointError(
+                f"{path}: a zip archive that holds {', '.join(names[:3])}", next_step="unpack it first"
+            )
         content = _torch_load(path)
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or start[:1] == b"\x80":
+        with path.open("rb") as file:
+            is_pickle = file.read(1) == b"\x80" or zipfile.is_zipfile(path)
+        if is_pickle:
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f" (it holds a {named[1]})" if named else ""
             raise CheckpointError(
-                f"{path}: refused: this pickle is damaged, or wants code to be run",
-                next_step="whoever made it can load it and save plain tensors, as models/README.md shows",
+                f"{path}: wants code to be run when it is read, which is refused{what}",
+                next_step="save tensors and plain values only: torch.save(model.state_dict(), path)",
             ) from error
-        raise CheckpointError(f"{path}: not a .pt file{looks_like(path)}") from error
-    except Exception as error:  # a damaged pickle fails anywhere inside torch
-        raise CheckpointError(
-            f"{path}: not a whole .pt file{looks_like(path)}", next_step="copy it again and compare sizes"
-        ) from error
+        raise _not_whole(path) from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive or pickle fails anywhere
+        raise _not_whole(path) from error
     if not isinstance(content, dict):
-        raise _not_ours(path, "a dictionary with 'format', 'spec' and 'tensors'")
-    for key in ("format", "spec", "tensors"):
-        if key not in content:
-            raise _not_ours(path, f"the key {key!r}")
-    if unknown := sorted(map(str, set(content) - {"format", "spec", "tensors"})):
-        raise CheckpointError(f"{path}: unknown key {unknown[0]!r} beside 'format', 'spec' and 'tensors'")
-    _check_version(content["format"], path)
-    tensors = content["tensors"]
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided and not t.is_quantized
-        for name, t in tensors.items()
-    ):
-        raise CheckpointError(f"{path}: 'tensors' is not a dictionary of names and plain dense tensors")
-    return _parse_spec(content["spec"], path), _TorchFile(path, tensors)
+        raise CheckpointError(
+            f"{path}: not a checkpoint, it lacks a dictionary: it holds a {type(content).__name__}",
+            next_step="save a dictionary of names and tensors, such as model.state_dict()",
+        )
+    entries = {}
+    for key, tensor in _flattened(content):
+        dtype = DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        entries[key] = Entry(path, key, Header(tuple(tensor.shape), dtype))
+    return Stored(path, entries, content, False)
 
 
-def write_torch(
-    path: Path,
-    spec: ModelSpec,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    stored: Callable[[str], Tensor],
-) -> None:
-    """Write a .pt checkpoint; arguments as `write_safetensors`."""
+def _flattened(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in content.items():
+        if not isinstance(key, str):  # an optimiser numbers its states
+            continue
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+            yield prefix + key, value
+        elif isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{key}.")
 
-    def alone(tensor: Tensor) -> Tensor:
-        # torch.save writes whole storages, so a view would bring along what it is cut from.
-        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
-    values = json.loads(json.dumps(spec.to_dict()))  # lists instead of tuples, as in the other form
-    tensors = {name: alone(stored(name)) for name in shapes}
-    torch.save({"format": FORMAT_VERSION, "spec": values, "tensors": tensors}, path)
+def _archived(path: Path) -> list[str]:
+    """Return the names in a zip archive; none for another file."""
+    if not zipfile.is_zipfile(path):
+        return []
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
+def _not_whole(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: not a whole .pt file{looks_like(path)}", next_step=_copy_again(path))
+
+
+def _copy_again(path: Path) -> str:
+    if "never fetched" in looks_like(path):
+        return "fetch it with `git lfs pull`, or download the file itself"
+    return "copy or download it again and compare sizes"
+
+
+# ---- anything else ----
 
 
 def read_json(text: str, where: str) -> Any:
@@ -254,6 +291,7 @@ _SIGNATURES = {
     b"\x89PNG": "it is a PNG picture",
     b"\xff\xd8\xff": "it is a JPEG picture",
     b"GIF8": "it is a GIF picture",
+    b"GGUF": "it is a GGUF file, whose weights are quantised",
     b"PK\x03\x04": "it starts like a zip or .pt file",
     b"\x80": "it starts like a pickle",
     b"version https://git-lfs": "it is a Git LFS pointer, the content was never fetched",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mobilevd_deploy.config.recipe import GraphForms
 from mobilevd_deploy.config.spec import ModelSpec
-from mobilevd_deploy.model.components import DemoDecoder, SvdTemporalDecoder, TinyDecoder
+from mobilevd_deploy.model.components import DemoDecoder, SvdImageDecoder, SvdTemporalDecoder, TinyDecoder
 from mobilevd_deploy.npu.ops import (
     Add,
     Constant,
@@ -41,13 +41,18 @@ class NpuDecoder(nn.Module):
     """Latents (T, 4, h, w), multiplied by the scaling factor -> frames (T, 3, H, W)."""
 
     def __init__(
-        self, component: SvdTemporalDecoder | TinyDecoder | DemoDecoder, spec: ModelSpec, forms: GraphForms
+        self,
+        component: SvdTemporalDecoder | SvdImageDecoder | TinyDecoder | DemoDecoder,
+        spec: ModelSpec,
+        forms: GraphForms,
     ) -> None:
         """Build for clips of the size and length in `spec`."""
         super().__init__()
         self.decoder: nn.Module
         if isinstance(component, SvdTemporalDecoder):
             self.decoder = _temporal_decoder(component, spec, forms)
+        elif isinstance(component, SvdImageDecoder):
+            self.decoder = over_frames(_image_decoder(component, spec, forms), spec.frames, forms)
         elif isinstance(component, TinyDecoder):
             self.decoder = over_frames(_tiny_decoder(component, forms), spec.frames, forms)
         else:
@@ -138,6 +143,32 @@ def _video_res_block(block: SpatioTemporalResBlock, frames: int, forms: GraphFor
         "temporal_res_block": TemporalResBlock(block.temporal_res_block, forms, weight),
     }
     return nn.Sequential(OrderedDict(layers))
+
+
+def _image_decoder(component: SvdImageDecoder, spec: ModelSpec, forms: GraphForms) -> nn.Sequential:
+    """SVD's decoder without time layers; the same spatial layers as `_temporal_decoder`."""
+    first, second = component.mid_block.resnets
+    blocks = []
+    for block in component.up_blocks:
+        layers: dict[str, nn.Module] = {
+            "resnets": nn.Sequential(*(ResBlock(resnet, forms) for resnet in block.resnets))
+        }
+        for upsampler in block.upsamplers or ():
+            layers["upsample"] = _upsample(upsampler.conv, forms)
+        blocks.append(nn.Sequential(OrderedDict(layers)))
+    parts: dict[str, nn.Module] = {
+        "conv_in": _scaled(component.conv_in, 1 / component.scaling_factor),
+        "mid_block": nn.Sequential(
+            ResBlock(first, forms),
+            MapAttention(component.mid_block.attentions[0], spec.latent_size, forms),
+            ResBlock(second, forms),
+        ),
+        "up_blocks": nn.Sequential(*blocks),
+        "conv_norm_out": group_norm(component.conv_norm_out, forms),
+        "conv_act": SiLU(),
+        "conv_out": copy_sharing(component.conv_out),
+    }
+    return nn.Sequential(OrderedDict(parts))
 
 
 def _tiny_decoder(component: TinyDecoder, forms: GraphForms) -> nn.Sequential:

@@ -73,6 +73,11 @@ TAESD = dataclasses.replace(
     name="taesd",
     decoder=DecoderSpec(kind="tiny", block_out_channels=(8,) * 4, layers_per_block=2, scaling_factor=0.7),
 )
+IMAGE = dataclasses.replace(
+    SVD,
+    name="svd-image",
+    decoder=DecoderSpec(kind="svd-image", block_out_channels=(32, 64), layers_per_block=1),
+)
 LONE = dataclasses.replace(
     SVD,
     name="one frame, shallow",
@@ -87,6 +92,7 @@ CASES = {
         (SVD, "vae_encoder"),
         (SMALL, "vae_encoder"),
         (SVD, "decoder"),
+        (IMAGE, "decoder"),
         (TAESD, "decoder"),
         (SMALL, "decoder"),
         (LONE, "decoder"),
@@ -202,6 +208,7 @@ def test_graph_is_modules_and_views_of_rank_4_at_most(case: str, forms: GraphFor
         ("svd-like vae_encoder", {"to_q", "conv_out", "strength"}),
         ("small vae_encoder", {"conv_in"}),
         ("svd-like decoder", {"conv_in", "to_q", "temporal_res_block.conv2"}),
+        ("svd-image decoder", {"conv_in", "to_q"}),
         ("taesd decoder", {"clamp.scale", "conv_in", "conv_out"}),
         ("small decoder", {"conv_in"}),
     ],
