@@ -67,7 +67,7 @@ def measure_norms(size: int) -> dict[str, Any]:
     exact /= np.sqrt((exact**2).mean((2, 3), keepdims=True) + 1e-5)
     norm = nn.GroupNorm(2, 2).requires_grad_(False)
     two_step = TwoStepGroupNorm(norm)
-    two_step.LIMIT = 0  # type: ignore[misc]
+    two_step.LIMIT = 0
     forms = {"group": norm, "instance": InstanceGroupNorm(norm), "two_step": two_step}
     found = {form: round(sqnr_db(exact, run(module, x)), 1) for form, module in forms.items()}
     return {"elements": size, **{f"{form}_db": value for form, value in found.items()}}

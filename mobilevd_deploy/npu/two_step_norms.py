@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from mobilevd_deploy.base.graphs import fixed_shape, read_shaped
 from mobilevd_deploy.npu.ops import TwoStepGroupNorm, columns
-from mobilevd_deploy.qnn.split import tensor_shapes
 
 
 def write_two_step_norms(model: Path, copy: Path) -> int:
@@ -27,7 +28,12 @@ def write_two_step_norms(model: Path, copy: Path) -> int:
     `model`, whose file of weights it shares. Returns 0 and writes nothing if no norm is large.
     """
     loaded = onnx.load(model, load_external_data=False)
-    shapes = tensor_shapes(onnx.shape_inference.infer_shapes(loaded).graph)
+    shapes = {
+        str(value.name): shape
+        for node in read_shaped(model).graph
+        for value in node.inputs
+        if value is not None and (shape := fixed_shape(value)) is not None
+    }
     nodes, constants, largest = list[onnx.NodeProto](), list[onnx.TensorProto](), 0
     for node in loaded.graph.node:
         size = _group_size(node, shapes)
@@ -80,7 +86,7 @@ def _two_steps(
     rows, batch_and_channels = size // columns(size), shape[:2]
     per_channel, last = constants.ints(shape[1], *[1] * (len(shape) - 2)), constants.ints(3)
 
-    def step(op: str, output: str, *inputs: str, **attributes: int) -> onnx.NodeProto:
+    def step(op: str, output: str, *inputs: str, **attributes: Any) -> onnx.NodeProto:
         name, *sources = (
             value.replace("@", f"{constants.prefix}/two_step_", 1) for value in (output, *inputs)
         )
