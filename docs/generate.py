@@ -24,6 +24,8 @@ from typing import Any
 
 import griffe
 
+import mobilevd_deploy
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mobilevd_deploy"
 
@@ -37,11 +39,7 @@ PROFILE = "mobilevd_deploy.profiling.profile:Profile"
 TRAFFIC = "mobilevd_deploy.profiling.profile:TrafficReport"
 DEVICES = "mobilevd_deploy.profiling.hub.hosted:list_devices"
 ERRORS = "mobilevd_deploy.errors"
-API = {
-    "deploy": "mobilevd_deploy.deploy.deploy",
-    "open_checkpoint": "mobilevd_deploy.model.checkpoint.open_checkpoint",
-    "Artifact": "mobilevd_deploy.artifact.artifact.Artifact",
-}
+API = {name: f"{module}.{name}" for name, module in mobilevd_deploy._MODULES.items()}
 
 
 def load(place: str) -> Any:

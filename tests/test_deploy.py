@@ -387,7 +387,7 @@ def copy(module, inputs, outputs, folder, options):
     return ()
 
 export.export_onnx = copy
-deploy.deploy(checkpoint, load_recipe("onnx"), output)
+deploy(checkpoint, load_recipe("onnx"), output)
 """
 
 
