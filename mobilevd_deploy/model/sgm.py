@@ -133,7 +133,7 @@ def convert_clip(names: Named) -> dict[str, Entry]:
     for name, entry in names.items():
         block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.*)", name)
         if block is None:
-            converted[_CLIP_NAMES.get(name, name)] = entry.changed(Tensor.t) if name == "proj" else entry
+            converted[_CLIP_NAMES.get(name, name)] = entry.changed(_transposed) if name == "proj" else entry
             continue
         layer, inner = f"vision_model.encoder.layers.{block[1]}.", block[2]
         if fused := re.fullmatch(r"attn\.in_proj_(weight|bias)", inner):
@@ -293,6 +293,10 @@ class _Third:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return tensor.chunk(3)[self.index]
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    return matrix.t().contiguous()
 
 
 def _squeezed(kernel: Tensor) -> Tensor:
