@@ -23,8 +23,6 @@ from mobilevd_deploy.config.recipe import load_recipe
 from mobilevd_deploy.errors import ExportError, ParityError, ResourceError
 from tests.support import ROOT
 
-flow = importlib.import_module("mobilevd_deploy.deploy")  # the name in the package is the function
-
 
 class Heard(Progress):
     def __init__(self) -> None:
@@ -168,6 +166,8 @@ def test_a_step_does_not_outlive_its_parent(tmp_path: Path, killed: str) -> None
 def test_a_large_network_is_exported_step_by_step(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Imported here: every child process of these tests imports this module, and deploy.py imports torch.
+    flow = importlib.import_module("mobilevd_deploy.deploy")
     monkeypatch.setattr(flow, "APART_ABOVE_PARAMETERS", 0)
     artifact = flow.deploy(tiny_checkpoint, load_recipe("onnx"), tmp_path / "model")
     monkeypatch.undo()
