@@ -1,4 +1,4 @@
-"""What every result file says about where and when it was measured, and how it is written."""
+"""Conditions of a measurement, and the writing of result files."""
 
 from __future__ import annotations
 

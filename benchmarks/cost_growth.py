@@ -2,10 +2,10 @@
 
     python benchmarks/cost_growth.py [--only "14 frames" ...]
 
-The UNet of benchmarks/midsize.toml with drawn weights, at three widths, three lengths and three sizes, one of
-them changed at a time. Each step runs in a process of its own, as for a large network: rewrite, write ONNX,
-quantise (AIMET, one sample, with the QDQ graph written), compile (SM8650, W8A16, the shipped recipe).
---only: these rows, added to those that are there.
+The UNet of benchmarks/midsize.toml with random weights, at three widths, three lengths and three sizes; one
+of them changes at a time. Each step runs in its own process: rewrite, write ONNX, quantise (AIMET, one
+sample, QDQ graph), compile (SM8650, W8A16, the shipped recipe).
+--only: measure these rows and add them to the file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WEIGHTS = "unet.safetensors"
 
 
 def sizes() -> dict[str, ModelSpec]:
-    """Return the networks, the middle one first; what is not the UNet is small, and not measured."""
+    """Return the networks, the middle one first. Other components are small and not measured."""
     demo, middle = load_preset("demo").model, load_preset(Path(__file__).with_name("midsize.toml")).model
     base = dataclasses.replace(
         demo,
@@ -77,7 +77,7 @@ def feeds(spec: ModelSpec) -> Tensors:
 
 
 def rewrite(checkpoint: Checkpoint, recipe: Recipe, folder: Path, progress: Progress) -> None:
-    """Rewrite, each pass proven, and keep the weights."""
+    """Apply the rewrites, prove each, and save the weights."""
     network, _ = deploy_form("unet", checkpoint.load("unet"), checkpoint.spec, recipe, progress)
     write_weights(folder / WEIGHTS, network)
 
@@ -101,7 +101,7 @@ def quantise_and_write(spec: ModelSpec, recipe: Recipe, folder: Path, _: Progres
 
 
 def measure(spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:
-    """Take one network all the way."""
+    """Measure all steps of one network."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw_checkpoint(folder / "drawn.safetensors", spec)
@@ -127,7 +127,7 @@ def measure(spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:
 def main() -> None:
     """Measure, and write the result after each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--note", default="", help="what else the machine did")
+    parser.add_argument("--note", default="", help="other load of the machine, for the result")
     every = sizes()
     parser.add_argument("--only", nargs="*", choices=every, default=[*every], metavar="ROW")
     options = parser.parse_args()

@@ -1,15 +1,16 @@
-"""How good the demo's clips are, on seeds that it was never trained on: writes results/demo_quality.json.
+"""Quality of the demo's clips, on seeds outside of its training set: writes results/demo_quality.json.
 
     python benchmarks/demo_quality.py --artifact build/demo/artifact [--clips 200]
     python benchmarks/demo_quality.py --artifact build/demo/npu --provider quantised
     python benchmarks/demo_quality.py --artifact build/demo/npu --provider npu-sim --clips 12
 
-With a provider the same clips are also made by the float graphs and both are scored, in
-results/demo_quality_<provider>.json; the simulator takes a quarter of a minute for a clip, hence the few.
+With --provider, the float graphs make the same clips, and both are scored in
+results/demo_quality_<provider>.json. The simulator takes 15 s per clip.
 
-Each held-out clip's first frame goes through the artifact; frames 2 to 14 are compared with the truth, and so
-is "repeat the first frame". A minute on two cores. Without a provider it also writes the manual's contact
-sheet (generated above truth) and animation: results/demo_sheet.png and results/demo_clip.gif.
+The artifact makes a clip from the first frame of each held-out clip. Frames 2 to 14 are compared with the
+truth; the baseline repeats the first frame. Takes one minute on two cores. Without --provider it also writes
+the manual's contact sheet (generated above truth) and animation: results/demo_sheet.png and
+results/demo_clip.gif.
 """
 
 from __future__ import annotations

@@ -3,20 +3,21 @@
     python benchmarks/dram_traffic.py               every row that is not in the file yet
     python benchmarks/dram_traffic.py --only w8a16  rows whose key holds this text
 
-A subject is a resblock and the transformer behind it, in one graph, as `mobilevd` has them (14 frames of
-32x64, 320 channels, r = 0.5 in spatial attention), with random weights:
+A subject is a resblock followed by a transformer, in one graph, with the sizes of `mobilevd` (14 frames of
+32x64, 320 channels, r = 0.5 in spatial attention) and random weights:
 
     spatial          down_blocks.0, index 1, without its temporal blocks
     spatio-temporal  up_blocks.3, index 2, with them
 
-`of_plain` compares with the plain export: attention whole, frames as a batch, matrix products, optimisation
-mode 1. At W8A16 its matrix products are 1x1 convolutions and its group norms instance norms, because as they
-stand the one does not compile and the other runs in float32. The plain rows were measured before temporal
-transformers and feed-forwards had their present maps (2026-11-26), which `linear = "conv"` now always gives.
+`of_plain` is the ratio to the plain export: attention whole, frames as a batch, matrix products, optimisation
+mode 1. At W8A16 the plain export has 1x1 convolutions instead of matrix products, which do not compile, and
+instance norms instead of group norms, which run in float32. The plain rows date from 2026-11-26, before
+`linear = "conv"` changed the maps of temporal transformers and feed-forwards. Group norms over more than
+131,072 elements have since been written in two steps (`npu.ops.TwoStepGroupNorm`).
 
-Every row is kept as soon as it is finished, so that a run that was stopped goes on where it was. Bytes are
-what the compiler scheduled, not what a chip was seen to move. Seconds are for compiling and reading the
-schedule, on a machine that may have had other work.
+Each row is written when it is finished, so an interrupted run resumes. Bytes come from the compiler's
+schedule, not from a chip. Seconds cover compiling and reading the schedule; the machine may have had other
+load.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def steps() -> list[Step]:
 
 
 class Pair(nn.Module):
-    """A resblock and the transformer behind it."""
+    """A resblock followed by a transformer."""
 
     def __init__(self, resnet: nn.Module, attention: nn.Module) -> None:
         super().__init__()

@@ -2,11 +2,10 @@
 
     python benchmarks/estimate_calibration.py
 
-Counts the operations of the published structures on module trees without weights (a minute, no downloads)
-and compares forms of the estimate by their leave-one-out error: every row predicted by the other three. The
-traffic of Stable Diffusion's UNet is the least that sd15_traffic.py found, that of `mobilevd` is from
-unet_traffic.py.
-Rows of the ablation that are one structure (with other weights) count once, or a row would predict itself.
+Counts the operations of the published structures on module trees without weights (one minute, no downloads).
+Compares forms of the estimate by their leave-one-out error: each row is predicted from the other three. The
+traffic of Stable Diffusion's UNet is the lowest in sd15_traffic.py's result; that of `mobilevd` is from
+unet_traffic.py. Rows of the ablation that differ in weights only count once, so that no row predicts itself.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ def _result(name: str) -> dict[str, Any]:
 
 
 def _compare_forms(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
-    """Leave-one-out errors of other forms of the estimate, with what each of them fitted."""
+    """Return leave-one-out errors and fitted values of other forms of the estimate."""
     published = np.array([row.published_ms for row in rows])
     counts = {name: np.array([getattr(r.counts, name) / 1e12 for r in rows]) for name in _kinds()}
     attention = counts["spatial_attention"] + counts["temporal_attention"]
@@ -153,7 +152,7 @@ def _compare_forms(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
 
 
 def _nonnegative(matrix: Vector, target: Vector) -> Vector:
-    """Least squares of the relative errors, no coefficient below 0: the best of all subsets of columns."""
+    """Fit by least squares of relative errors with coefficients >= 0: the best subset of columns."""
     scaled, ones = matrix / target[:, None], np.ones(len(target))
     best, residual = np.zeros(matrix.shape[1]), np.inf
     for size in range(1, matrix.shape[1] + 1):
@@ -167,7 +166,7 @@ def _nonnegative(matrix: Vector, target: Vector) -> Vector:
 
 
 def _unseen(calibration: Calibration) -> list[dict[str, Any]]:
-    """Estimates of structures that are no row of the paper, for plausibility."""
+    """Return estimates for structures that the paper does not list, as a plausibility check."""
     chip = next(c for c in table().chip if c.name == calibration.chip)
     result = []
     for title, spec in _unseen_specs().items():

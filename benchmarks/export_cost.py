@@ -1,16 +1,16 @@
-"""What the rewrites and the deploy form cost, and what they save: writes results/export_cost.json.
+"""Cost and benefit of the rewrites and the deploy form: writes results/export_cost.json.
 
     python benchmarks/export_cost.py [--only demo]    the demo and midsize.toml
-    python benchmarks/export_cost.py --quick          a tiny network, to see that it works; writes nothing
+    python benchmarks/export_cost.py --quick          a tiny network, as a smoke test; writes nothing
 
-The UNet of each model goes to ONNX in two ways, each in a fresh process, in turns:
+The UNet of each model is exported to ONNX in two ways, alternately, each in a new process:
 
-    ours           rewrites proven one by one, deploy form, export, the file read back, parity on onnxruntime
-    alternative    the same network, untouched, by torch.onnx.export(dynamo=True) with its default options
+    ours           rewrites, each proven; deploy form; export; file read back; parity on onnxruntime
+    alternative    the unchanged network by torch.onnx.export(dynamo=True) with its default options
 
-Then one process loads both files and runs them alternately. Ratios are ours over the alternative's, so below
-1 is in our favour. Networks are in float32; the demo has its trained weights where they are there, every
-other model has random ones.
+Then one process loads both files and runs them alternately. Ratios are ours divided by the alternative's, so
+values below 1 favour ours. Networks are in float32. The demo has its trained weights if the file exists;
+other models have random weights.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure; without a checkpoint its weights are random."""
+    """A model to measure; its weights are random if it has no checkpoint."""
 
     spec: ModelSpec
     repetitions: int
@@ -66,19 +66,19 @@ class Subject:
 
     @property
     def rough_seconds(self) -> float:
-        """About how long an export takes; only the proportions matter."""
+        """Estimate the seconds of an export; only the proportions matter."""
         return 20 + sum(channels**2 for channels in self.spec.unet.block_out_channels) / 5000
 
 
 def subjects() -> tuple[Subject, ...]:
-    """Return what README quotes: the demo, and the one of middle size."""
+    """Return the models of the published result: the demo and the medium one."""
     trained = data_dir("models") / "demo.safetensors"
     demo = Subject(load_preset("demo").model, 2, checkpoint=trained if trained.exists() else None)
     return demo, Subject(load_preset(Path(__file__).with_name("midsize.toml")).model, 1)
 
 
 def quick_subject() -> Subject:
-    """Return a network of one level on latents of 4x4, with something to do for every rewrite."""
+    """Return a network of one level on latents of 4x4 that every rewrite changes."""
     demo = load_preset("demo").model
     unet = UNetSpec(
         block_out_channels=(64,),
@@ -98,7 +98,7 @@ def quick_subject() -> Subject:
 def measure(subject: Subject, progress: Progress) -> Record:
     """Export `subject` both ways, run both files, and return figures and ratios.
 
-    Raises RuntimeError where our own side fails; a failure of the alternative is a result.
+    Raises RuntimeError if our own side fails; a failure of the alternative is recorded.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -110,7 +110,7 @@ def measure(subject: Subject, progress: Progress) -> Record:
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         runs: dict[str, list[Record]] = {"ours": [], "alternative": []}
         for number in range(subject.repetitions):
-            # Who goes first changes, so that neither always finds the machine as the other left it.
+            # The order alternates, so that neither side always runs after the other.
             for side in tuple(runs)[:: -1 if number % 2 else 1]:
                 with _stage(progress, f"{subject.spec.name}: {side} {number + 1}"):
                     runs[side].append(_in_child(side, folder))
@@ -174,7 +174,7 @@ def _stage(progress: Progress, name: str) -> Iterator[None]:
 
 
 def _in_child(kind: str, folder: Path) -> Record:
-    """Run one measurement in a process of its own; how it failed, if it did, is in "error"."""
+    """Run one measurement in its own process; "error" says how it failed."""
     record = folder / f"{kind}.json"
     record.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--child", kind, "--folder", str(folder)]
@@ -212,7 +212,7 @@ def _peak_bytes() -> int:
 
 def _load(job: Mapping[str, Any]) -> tuple[MobileVDUNet, ModelSpec, Record]:
     """Return the network in training form, its spec, and what identifies both."""
-    # Also what both sides need later: neither's clock should run while modules are imported.
+    # Import what both sides need later, so that no import is timed.
     import onnxruntime  # noqa: F401
     import onnxsim  # noqa: F401
     import torch
@@ -235,7 +235,7 @@ def _load(job: Mapping[str, Any]) -> tuple[MobileVDUNet, ModelSpec, Record]:
         initialise_he(network)
         with torch.no_grad():
             for parameter in network.parameters():
-                if parameter.ndim < 2:  # norms, biases and blends as made would be 1, 0 and all the same
+                if parameter.ndim < 2:  # initial norms, biases and blends are 1, 0 and equal
                     parameter.add_(0.1 * torch.randn(parameter.shape))
         weights = {"random": "torch's initialisation, vectors and scalars moved by 0.1", "seed": WEIGHTS_SEED}
     assert isinstance(network, MobileVDUNet)
@@ -253,7 +253,7 @@ def _load(job: Mapping[str, Any]) -> tuple[MobileVDUNet, ModelSpec, Record]:
 
 
 def _ours(job: Mapping[str, Any], folder: Path) -> Record:
-    """Do with the UNet what deploy() does, except that the rewrites are proven on latents of full size."""
+    """Export the UNet as deploy() does, but prove the rewrites on latents of full size."""
     import torch
 
     from mobilevd_deploy.model.components import deploy_contract
@@ -293,7 +293,7 @@ def _ours(job: Mapping[str, Any], folder: Path) -> Record:
 
 
 def _alternative(job: Mapping[str, Any], folder: Path) -> Record:
-    """Give the network as trained to torch's exporter."""
+    """Export the trained network with torch's exporter."""
     import torch
 
     from mobilevd_deploy.model.components import deploy_contract
@@ -315,14 +315,14 @@ def _alternative(job: Mapping[str, Any], folder: Path) -> Record:
                 dynamo=True,
                 external_data=True,
             )
-    except Exception as raised:  # it raises what it likes; that it fails is what we want to know
+    except Exception as raised:  # it raises any exception, and a failure is a result
         path.unlink(missing_ok=True)
         error = f"{type(raised).__name__}: {(str(raised).strip() or 'no message').splitlines()[0][:300]}"
     return meter.record() | {"error": error}
 
 
 def _latency(job: Mapping[str, Any], folder: Path) -> Record:
-    """Run whichever files there are alternately, on the inputs that they were exported with."""
+    """Run the existing files alternately, on the inputs of their export."""
     import onnx
     import torch
 
@@ -394,7 +394,7 @@ _ROWS = (
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """Show one model's result."""
+    """Return one model's result as a table."""
     blocks = result["temporal_blocks"]
     agreement = f", the files agree to {result['agreement_db']:.0f} dB" if result["ratios"] else ""
     shown = Table(
@@ -451,7 +451,7 @@ def main() -> None:
         progress.plan(plan)
         for subject in chosen:
             results.append(measure(subject, progress))
-            if not arguments.quick:  # after each model: what is measured stays, whatever becomes of the next
+            if not arguments.quick:  # after each model, so that a later failure loses nothing
                 write_result("export_cost", _values(results, arguments.only))
     for result in results:
         Console().print(table(result))

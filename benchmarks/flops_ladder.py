@@ -1,8 +1,8 @@
-"""The paper's ablation beside ours: writes results/flops_ladder.json and prints the table.
+"""FLOPs of the paper's ablation, published and counted: writes results/flops_ladder.json, prints a table.
 
     python benchmarks/flops_ladder.py
 
-Counts on module trees without weights: half a minute, no GPU, no downloads.
+Counts on module trees without weights: 30 s, no GPU, no downloads.
 """
 
 from __future__ import annotations

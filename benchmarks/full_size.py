@@ -1,16 +1,16 @@
-"""The paper's network from an empty folder to context binaries: time, peak memory and size of every stage.
+"""The paper's network from an empty folder to context binaries: time, peak memory, size of each stage.
 
     python benchmarks/full_size.py --work build/full --note "machine otherwise idle"
     python benchmarks/full_size.py --preset benchmarks/small.toml --work build/small --result small
 
-No weights of MobileVD are public, so they are drawn (`mobilevd-deploy init`): sizes, FLOPs, memory, operators
-and times do not depend on training. Quality does, so the floors of components and clip are set to 0 dB, and
-that of the conditioning to 0.01. So is the floor between AIMET and onnxruntime: drawn weights make 46 dB of
-a difference in the last of 16 bits. One picture calibrates and one judges. Stages that an interrupted run
-finished are not repeated, and keep the cost that they had; without --keep the work folder is removed at last.
-Writes results/full_size.json (another name with --result).
---parts N cuts the UNet into N context binaries. --second-target exports once more, for another chip: what was
-calibrated and quantised is not made again.
+No weights of MobileVD are public, so they are random (`mobilevd-deploy init`). Sizes, FLOPs, memory,
+operators and times do not depend on training. Quality does, so the floors of components and clip are 0 dB,
+and the floor of the conditioning is 0.01. The floor between AIMET and onnxruntime is 0 dB too: random weights
+amplify a difference in the last of 16 bits to 46 dB. One picture calibrates and one judges. An interrupted
+run resumes, and finished stages keep their recorded cost. The work folder is removed at the end unless --keep
+is given. Writes results/full_size.json (another name with --result).
+--parts N cuts the UNet into N context binaries. --second-target exports for another chip afterwards and
+reuses the calibrated and quantised graphs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ CHECKPOINT = "start.safetensors"
 
 
 def run(folder: Path, name: str, *arguments: str) -> dict[str, float]:
-    """Run the command line in a process of its own; return its wall time and peak memory, kept in a file.
+    """Run the command line in its own process; return its wall time and peak memory, which a file keeps.
 
-    Raises SystemExit with what it said if it failed.
+    Raises SystemExit with its output if it failed.
     """
     kept = folder / f"{name}.json"
     if kept.exists():
@@ -56,7 +56,7 @@ def run(folder: Path, name: str, *arguments: str) -> dict[str, float]:
 
 
 def recipe(folder: Path, name: str) -> Path:
-    """Write a shipped recipe that calibrates with one picture, and asks no quality of drawn weights."""
+    """Write a shipped recipe with one calibration picture and without quality floors."""
     quality = ("quantised_sqnr_db", "simulator_db", "clip_psnr_db")
     changes = {"samples": 1, "conditioning": 0.01} | dict.fromkeys(quality, 0.0)
     lines = (data_dir("export") / f"{name}.toml").read_text(encoding="utf-8").splitlines()
@@ -69,7 +69,7 @@ def recipe(folder: Path, name: str) -> Path:
 
 
 def describe(artifact: Artifact, checkpoint: Path) -> dict[str, Any]:
-    """Collect what the manifest tells: costs, sizes, FLOPs, drifts, binaries."""
+    """Return costs, sizes, FLOPs, drifts and binaries from the manifest."""
     manifest = artifact.manifest
     training = open_checkpoint(checkpoint).parameters
     return {
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="xiaomi-14-pro")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint and artifact")
     parser.add_argument("--result", default="full_size")
-    parser.add_argument("--note", default="", help="what else the machine did")
+    parser.add_argument("--note", default="", help="other load of the machine, for the result")
     parser.add_argument("--parts", type=int, help="context binaries of the UNet")
     parser.add_argument("--second-target", help="another chip, such as SM8750")
     parser.add_argument("--keep", action="store_true", help="leave the work folder")

@@ -1,13 +1,12 @@
-"""MobileVD's network at 1024x576, which the paper could not fit on the phone: writes results/hd.json.
+"""MobileVD's network at 1024x576, which did not fit on the paper's phone: writes results/hd.json.
 
     python benchmarks/hd.py --work build/hd [--parts 24] [--compile 1 12]
 
-Drawn weights, float16 for SM8650, attention one head at a time in tiles of 256 queries. The UNet is
-rewritten, written as ONNX, linted and cut into parts of about equal work; the parts named by --compile
-(numbers from 1, in running order) are compiled, side by side. Mapped memory is counted as the context binary
-and what goes in and out; a part that was not compiled is counted with its weights, in float16, in the
-binary's place. Parity is not run at this size (25 TFLOPs a pass); it is at 512x256, and no form depends on
-the size.
+Random weights, float16 for SM8650, attention one head at a time in tiles of 256 queries. The UNet is
+rewritten, written as ONNX, linted and cut into parts of about equal work. The parts named by --compile
+(numbers from 1, in running order) are compiled in parallel. Mapped memory is the size of the context binary
+plus inputs and outputs; for a part that is not compiled, the float16 weights replace the binary. Parity is
+checked at 512x256 instead of this size (25 TFLOPs per run); no form depends on the size.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ MAPPED_LIMIT = 3.5e9
 
 
 def hd_recipe() -> Recipe:
-    """Return the float16 recipe for larger maps: a row of scores is 4.5 times as long."""
+    """Return the float16 recipe for larger maps, whose rows of scores are 4.5 times as long."""
     recipe = load_recipe("xiaomi-14-pro-float16")
     return dataclasses.replace(
         recipe,
@@ -50,7 +49,7 @@ def hd_recipe() -> Recipe:
 
 
 def values_bytes(model: Path) -> int:
-    """Bytes of a graph's inputs and outputs, as float32."""
+    """Return the bytes of a graph's inputs and outputs in float32."""
     graph = onnx.load(model, load_external_data=False).graph
     sizes = 0
     for value in (*graph.input, *graph.output):
@@ -62,7 +61,7 @@ def values_bytes(model: Path) -> int:
 
 
 def mapped(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a phone has to map for the largest part, and for all at once."""
+    """Return the memory that a phone maps for the largest part, and for all parts."""
     sizes = [row.get("binary_bytes", row["weights_bytes"]) + row["values_bytes"] for row in rows]
     return {"mapped": {"largest_part": max(sizes), "whole": sum(sizes), "limit": MAPPED_LIMIT}}
 
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint and graphs; it stays")
     parser.add_argument("--parts", type=int, default=24)
     parser.add_argument("--compile", type=int, nargs="*", default=[], metavar="PART")
-    parser.add_argument("--note", default="", help="what else the machine did")
+    parser.add_argument("--note", default="", help="other load of the machine, for the result")
     options = parser.parse_args()
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
@@ -99,7 +98,9 @@ def main() -> None:
             )
         findings = Counter(finding.rule for finding in lint(model, float16=True))
         path = RESULTS / "hd.json"
-        before = json.loads(path.read_bytes())["steps"] if path.exists() else {}  # a rewrite is kept
+        before = (
+            json.loads(path.read_bytes())["steps"] if path.exists() else {}
+        )  # later runs reuse the rewritten weights
         result = {
             "preset": PRESET,
             "target": TARGET,

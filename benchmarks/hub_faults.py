@@ -1,11 +1,11 @@
-"""What becomes of a run when AI Hub is down for long: writes results/hub_faults.json and prints the table.
+"""Runs during a long outage of AI Hub: writes results/hub_faults.json and prints the table.
 
     python benchmarks/hub_faults.py
 
-The vendor's client retries such faults for up to six minutes, too long for the tests. Here every fault gets
-a process of its own, a loopback server and the real client: the run must end with one clear error (exit code
-3), and after the service has come back `--resume` must finish it without a second upload. No account, no
-network; the only numbers kept are how long the client retries.
+The vendor's client retries such faults for up to six minutes, which is too long for the tests. Here each
+fault has its own process, a loopback server and the real client. The run must end with one clear error (exit code
+3). When the service is back, `--resume` must finish the run without a second upload. Needs no account and no
+network. The result records how long the client retries.
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ FAULTS: dict[str, Callable[[HubServer], Fault]] = {
 
 
 def suffer(name: str, results: multiprocessing.Queue[dict[str, Any]]) -> None:
-    """Run into a fault, come back, and report what happened."""
+    """Run during a fault, resume after it, and return what happened."""
     with tempfile.TemporaryDirectory() as folder, HubServer() as server:
         os.environ["QAIHUB_CLIENT_INI"] = str(server.ini(Path(folder) / "client.ini"))
-        os.chdir(folder)  # the advice names the artifact, and is to be the same on every machine
+        os.chdir(
+            folder
+        )  # the advice names the artifact; a fixed path makes the result equal on every machine
         write_artifact(Path("tiny"))
         artifact = Artifact.open("tiny")
         hub = Hub.open()
@@ -68,7 +70,7 @@ def suffer(name: str, results: multiprocessing.Queue[dict[str, Any]]) -> None:
         server.faults.clear()
         server.stop()
         server.start()
-        # Before a run has begun there is nothing to resume: the list of devices is its first call.
+        # The list of devices is the first call; before it there is nothing to resume.
         begun_before = (profiles_dir(artifact) / "ledger.json").exists()
         request = None if begun_before else Request((S24,), compile="onnx")
         outcome = profile_on_hub(artifact, request, hub, poll_seconds=0.05)
@@ -83,7 +85,7 @@ def suffer(name: str, results: multiprocessing.Queue[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Suffer all faults at once, and fail unless every one ended as promised."""
+    """Run all faults in parallel, and fail unless each ends as described."""
     context = multiprocessing.get_context("fork")
     results: multiprocessing.Queue[dict[str, Any]] = context.Queue()
     names = sys.argv[1:] or list(FAULTS)

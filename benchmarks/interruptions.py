@@ -1,10 +1,10 @@
-"""Every stage of an export is killed once, and the next run goes on: writes results/interruptions.json.
+"""Kill each stage of an export once and resume: writes results/interruptions.json.
 
     python benchmarks/interruptions.py
 
-The model is benchmarks/small.toml with drawn weights, all the way to context binaries and the simulator. A
-stage gets SIGKILL a moment after it began. What is shown: which stages each run found done, and that the
-graphs of the artifact in the end are those of an export that nothing disturbed.
+The model is benchmarks/small.toml with random weights, exported to context binaries and run on the simulator.
+Each stage gets SIGKILL shortly after it begins. The result lists the stages that each run reused, and whether
+the final graphs equal those of an uninterrupted export.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def run_until_killed(export: list[str], killed: set[str], rng: random.Random) -> tuple[str | None, list[str]]:
-    """Run an export and kill it in a stage that was not killed yet; return that, and what was found done."""
+    """Run an export and kill it in a stage that was not killed before; return it and the reused stages."""
     reused: list[str] = []
     with subprocess.Popen(export, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         lines: queue.Queue[str | None] = queue.Queue()
@@ -63,7 +63,7 @@ def run_until_killed(export: list[str], killed: set[str], rng: random.Random) ->
 
 
 def listen(stream: Any, lines: queue.Queue[str | None]) -> None:
-    """Pass on every line, and None at the end."""
+    """Put each line into the queue, and None at the end."""
     for line in stream:
         lines.put(line)
     lines.put(None)

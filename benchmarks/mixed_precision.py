@@ -1,10 +1,10 @@
-"""Quality against price on the way from 8-bit blocks to 16-bit ones, on the demo's UNet.
+"""Quality against cost as blocks of the demo's UNet change from 8 to 16 bits.
 
     python benchmarks/mixed_precision.py [--work build/tune] [--budget 1.1]
 
-Runs `tune` as a user would, within a budget of bit operations, and writes every step with what was predicted
-and what was simulated, as results/mixed_precision.json and as a picture, mixed_precision.svg. What was
-measured stays in the work folder, so that a run that was stopped goes on. Some minutes on two idle cores.
+Runs `tune` within a budget of bit operations. Writes each step with its predicted and its simulated SQNR to
+results/mixed_precision.json, and as an image to mixed_precision.svg. Measurements stay in the work folder, so
+an interrupted run resumes. Takes some minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def draw(tuned: Tuned) -> str:
 
 
 def value(step: Step, name: str) -> float | None:
-    """SQNR of a step in dB, "predicted" or "simulated"."""
+    """Return the "predicted" or "simulated" SQNR of a step in dB."""
     return step.predicted_db if name == "predicted" else step.measured_db
 
 
 def scale(values: Sequence[float], first: float, last: float) -> Callable[[float], float]:
-    """Map the least of `values` to `first` and the largest to `last`."""
+    """Map the smallest of `values` to `first` and the largest to `last`."""
     low, high = min(values), max(values)
     return lambda one: first + (last - first) * (one - low) / ((high - low) or 1)
 

@@ -2,10 +2,9 @@
 
     python benchmarks/parts.py --artifact build/full/artifact --precision w8a16 --parts 4 [--mode 0]
 
-The graphs are those of an artifact that `full_size.py --keep` left. Parts are compiled as an export does it:
-side by side. A row has the time of all, and for each part what the compiler took, what it was expected to
-take at most (`split.compiler_bytes`), the binary, and the bytes that a run moves from and to DRAM by the
-compiler's own sum.
+The graphs come from an artifact that `full_size.py --keep` made. Parts are compiled in parallel, as in an
+export. A row has the total time and, for each part, the compiler's memory, its expected maximum
+(`split.compiler_bytes`), the size of the binary, and the DRAM traffic of a run by the compiler's own sum.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ def compile_files(
     float_bytes: int,
     keep: Callable[[int, dict[str, Any]], None] = lambda number, row: None,
 ) -> list[dict[str, Any]]:
-    """Compile graphs side by side; return for each what it took, and what came out or what went wrong.
+    """Compile graphs in parallel; return the cost of each, and its result or its error.
 
-    `float_bytes`: 2 for graphs to compute in float16, 4 for quantised ones. `keep` gets each row as soon
-    as it is there, with the file's index.
+    `float_bytes`: 2 for graphs that are computed in float16, 4 for quantised ones. `keep` receives each row
+    when it is finished, with the file's index.
     """
 
     lock = threading.Lock()
@@ -90,7 +89,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=ROLES, required=True)
     parser.add_argument("--parts", type=int, required=True)
     parser.add_argument("--mode", type=int, default=0, choices=range(4), help="optimisation mode")
-    parser.add_argument("--note", default="", help="what else the machine did")
+    parser.add_argument("--note", default="", help="other load of the machine, for the result")
     options = parser.parse_args()
     artifact, npu = Artifact.open(options.artifact), NpuOptions(targets=(TARGET,))
     npu = dataclasses.replace(npu, optimization_mode=options.mode)

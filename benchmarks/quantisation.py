@@ -1,12 +1,11 @@
-"""What each way to quantise the demo costs, on clips that were never trained or calibrated on.
+"""Loss of quality of each way to quantise the demo, on clips outside of training and calibration.
 
     python benchmarks/quantisation.py --artifact build/demo/artifact [--only "W8A16, headroom 2" ...]
 
-The UNet is quantised in every setting and judged on held-out clips: SQNR of its latents against float, and
-PSNR of frames 2 to 14 against the truth. The other components stay in float, so that nothing but the UNet
-differs; `--artifact`, a float artifact of the demo, gives them. The file is written after every setting, and
-what it holds already is measured again only if `--only` names it. About a minute for a setting on two cores,
-most of an hour for AdaRound.
+The UNet is quantised in each setting and judged on held-out clips: SQNR of its latents against float, and
+PSNR of frames 2 to 14 against the truth. The other components are the float ones of `--artifact`, so that only the
+UNet differs. The file is written after each setting; settings in it are measured again only if `--only` names
+them. One setting takes about a minute on two cores, AdaRound almost an hour.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ MOST_SAMPLES = 16
 
 @dataclass(frozen=True)
 class Setting:
-    """A scheme, and what AIMET offers beyond it: how ranges are found, how weights are rounded."""
+    """A scheme, and AIMET's further options: how ranges are found, how weights are rounded."""
 
     name: str
     scheme: QuantScheme
@@ -107,7 +106,7 @@ def main() -> None:
 
 
 class Bench:
-    """The UNet's inputs for calibration and judging, made once by the float graphs."""
+    """The UNet's inputs for calibration and judging, computed once by the float graphs."""
 
     def __init__(self, artifact: Artifact) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(data_dir("models") / "demo.safetensors")
@@ -130,7 +129,7 @@ class Bench:
         print(f"{'float':40}{'':>10}{self.float_psnr:8.2f} dB PSNR", flush=True)
 
     def measure(self, setting: Setting) -> dict[str, Any]:
-        """Quantise as the setting says and judge it."""
+        """Quantise with one setting and judge the result."""
         begun = time.monotonic()
         with torch.no_grad():
             quantised = self._quantise(setting)
@@ -193,7 +192,7 @@ class Bench:
         quantize._stretch(sim, setting.scheme.headroom)
 
     def _sequential_mse(self, quantised: Quantised) -> None:
-        """Choose the ranges of weights; those of activations stay, as they hardly depend on them."""
+        """Choose the ranges of weights; those of activations stay, because they hardly depend on them."""
         from aimet_torch.seq_mse import apply_seq_mse
 
         batches = [quantize.as_arguments(feeds) for feeds in self._feeds(4)]

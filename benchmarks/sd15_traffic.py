@@ -1,13 +1,13 @@
-"""DRAM traffic of Stable Diffusion 1.5's UNet beside the latency that its vendor publishes.
+"""DRAM traffic of Stable Diffusion 1.5's UNet, whose latency Qualcomm publishes.
 
     python benchmarks/sd15_traffic.py        what is not in results/sd15_traffic.json yet
 
 diffusers' network at a 64x64 latent, batch 1, with random weights, in the forms and at the precision of the
-recipe xiaomi-14-pro, but attention one head at a time, and once more with smaller tiles of queries. It is
-compiled block by block, equal blocks once, largest maps first; a block's inputs and outputs count, and in
-float32, though in one graph they would have 16 bits and some would stay on chip (`interface` is their
-part). `least` is weights, inputs and outputs once, at 8 and 16 bits. The time step's embedding is folded.
-Every block is kept as soon as it is measured; a sum is written once all are.
+recipe xiaomi-14-pro, but with attention one head at a time; measured again with smaller tiles of queries. It
+is compiled block by block, equal blocks once, largest maps first. A block's inputs and outputs count in
+float32 (`interface` is their share); in one graph they would have 16 bits, and some would stay on chip.
+`least` is weights, inputs and outputs once, at 8 and 16 bits. The time step's embedding is folded. Each block
+is written when it is measured, the sum when all are.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ from mobilevd_deploy.qnn.targets import find_target
 
 NAME = "sd15_traffic"
 RECIPE = "xiaomi-14-pro"
-# The recipe's, made for 2048 tokens, and the first power of two whose maps of 4096 tokens do not spill.
+# The recipe's tile, chosen for 2048 tokens, and one whose maps of 4096 tokens do not spill.
 QUERY_TILES = (512, 128)
 VALUE_BYTES = (
-    4  # a block's inputs and outputs are float32; in one graph they would have 2, or not move at all
+    4  # a block's inputs and outputs are float32; in one graph they would have 2 bytes, or stay on chip
 )
 SOURCE = "Qualcomm AI Hub Models, Stable-Diffusion-v1.5, W8A16 on a Galaxy S24"
 
 
 class CrossAttention(SelfAttention):
-    """Attention of every pixel to the prompt: the map of one head is small enough for one tile."""
+    """Attention of each pixel to the prompt; the map of one head fits one tile."""
 
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
         """Map tokens to tokens; `context` in their layout."""
@@ -123,7 +123,7 @@ class Convolution(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """A part of diffusers' network as it was called, and its deploy form with the inputs of that."""
+    """A part of diffusers' network, and its deploy form with example inputs."""
 
     path: str
     form: nn.Module
@@ -143,7 +143,7 @@ class Part:
 
 
 def sd15_on_meta() -> tuple[UNet2DConditionModel, tuple[Tensor, Tensor, Tensor]]:
-    """Return the network, diffusers' default but for the width of the prompt's tokens, and inputs for it."""
+    """Return diffusers' default network with the prompt's token width of SD 1.5, and its inputs."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64).eval()
         return unet, (torch.empty(1, 4, 64, 64), torch.ones(1), torch.empty(1, 77, 768))
@@ -153,7 +153,7 @@ def sd15_on_meta() -> tuple[UNet2DConditionModel, tuple[Tensor, Tensor, Tensor]]
 def parts(
     unet: UNet2DConditionModel, inputs: tuple[Tensor, Tensor, Tensor], forms: GraphForms
 ) -> Iterator[Part]:
-    """Run diffusers' network and turn what it was made of into deploy forms, in the order of the calls."""
+    """Run diffusers' network and turn its parts into deploy forms, in calling order."""
     calls: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     kinds = (ResnetBlock2D, Transformer2DModel, Downsample2D, Upsample2D)
     handles = [
@@ -204,7 +204,7 @@ def _attention(kind: type[SelfAttention], attention: Any, tokens: int, forms: Gr
 
 
 def as_block(part: Part) -> Block:
-    """Return a part with random inputs, its weights where they were."""
+    """Return a part with random inputs; its weights stay."""
     rng = np.random.default_rng(0)
     names = ("x", "context")
     values: Tensors = {
@@ -214,9 +214,9 @@ def as_block(part: Part) -> Block:
 
 
 def row_of(part_counts: Sequence[Counts], moved: DramBytes, weights: int, values: int) -> dict[str, Any]:
-    """Return bytes and floors of a block, or of several that run in a row.
+    """Return bytes and floors of a block, or of consecutive blocks.
 
-    `weights` and `values` (inputs and outputs) are numbers of elements, for what is moved at least.
+    `weights` and `values` (inputs and outputs) are numbers of elements, for the least traffic.
     """
     chip = _chip()
     counts = Counts(*(sum(kind) for kind in zip(*map(dataclasses.astuple, part_counts), strict=True)))
@@ -237,7 +237,7 @@ def row_of(part_counts: Sequence[Counts], moved: DramBytes, weights: int, values
 
 
 def result(parts: Sequence[Part], moved: Mapping[str, DramBytes]) -> dict[str, Any]:
-    """Return the floor of every measured part, and of the whole where no part is missing."""
+    """Return the floor of each measured part, and of the whole if no part is missing."""
     rows = {
         part.path: row_of([part.counts], moved[part.path], part.weights, part.values)
         for part in parts
@@ -255,7 +255,7 @@ def result(parts: Sequence[Part], moved: Mapping[str, DramBytes]) -> dict[str, A
         "published_ms": published,
         "published_by": SOURCE,
         "published_over_floor": published / whole["floor_ms"],
-        # The embedding of the time step is in the estimate's count, and folded here.
+        # The estimate counts the embedding of the time step, which is folded here.
         "tflops_of_the_estimate": load_calibration().sd15.total / 1e12,
         "blocks": rows,
     }

@@ -2,9 +2,9 @@
 
     python benchmarks/temporal_decoder.py --precision float16 [--parts 12] [--only 1] [--frames 14]
 
-MobileVD's presets end with a TAESD-type decoder; whoever keeps SVD's own has to bring this one to the chip.
-Weights are random, in the size that keeps the signal. The ranges of W8A16 come from two frames, since
-no schedule depends on them. `--only`: compile these parts (numbers from 1). Mapped memory as in hd.py.
+MobileVD's presets have a TAESD-type decoder; models that keep SVD's decoder compile this one. Weights are
+random and keep the signal's scale. The ranges of W8A16 come from two frames, because no schedule depends on
+them. `--only`: compile these parts (numbers from 1). Mapped memory is counted as in hd.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=14)
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--only", type=int, nargs="*", metavar="PART")
-    parser.add_argument("--note", default="", help="what else the machine did")
+    parser.add_argument("--note", default="", help="other load of the machine, for the result")
     options = parser.parse_args()
     recipe = load_recipe(RECIPES[options.precision])
     spec = dataclasses.replace(load_preset(PRESET).model, frames=options.frames)

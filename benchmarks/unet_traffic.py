@@ -3,12 +3,12 @@
     python benchmarks/unet_traffic.py                     what is not in the file yet
     python benchmarks/unet_traffic.py --precision float16
 
-Ours is the recipe as it is shipped; beside it stands the plain export of the same network: attention whole,
-matrix products, optimisation mode 1. (At W8A16 with 1x1 convolutions and instance norms, because the plain
-forms do not compile or run in float32; and as measured before temporal transformers and feed-forwards had
-their present maps, on 2026-11-26.) Blocks are compiled one by one with random weights, equal ones once; what
-stands between them (convolutions in and out, resampling) is not counted. The floor is inputs, outputs
-and weights once, each as wide as the precision has it. Every block is kept as soon as it is measured.
+Compares the shipped recipe with the plain export of the same network: attention whole, matrix products,
+optimisation mode 1. (At W8A16 the plain export has 1x1 convolutions and instance norms, because the plain
+forms do not compile or run in float32. It was measured on 2026-11-26, before the maps of temporal
+transformers and feed-forwards changed.) Blocks are compiled one by one with random weights, equal ones once. The layers
+between them (convolutions in and out, resampling) are not counted. The floor is inputs, outputs and weights
+once, each at the width of the precision. Each block is written when it is measured.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ PLAIN = {
     "w8a16": GraphForms(linear="conv", group_norm="instance"),
     "float16": GraphForms(),
 }
-# Of the level that a block belongs to, counted from the largest map.
+# The level of a block, counted from the largest map.
 LEVELS = {"down_blocks": (0, 1, 2, 3), "up_blocks": (3, 2, 1, 0), "mid_block": (3,)}
 
 
 def place(path: str) -> tuple[int, str]:
-    """Return level and kind of a block."""
+    """Return the level and the kind of a block."""
     side, index, *_ = path.split(".")
     level = LEVELS[side][int(index) if index.isdigit() else 0]
     return level, "transformer" if ".attentions." in path else "resblock"
@@ -68,7 +68,7 @@ def measure(recipe: Recipe, mode: int, rows: dict[str, Any], keep: Any) -> None:
 
 
 def table(precisions: dict[str, Any]) -> dict[str, Any]:
-    """Sum blocks by level and kind, ours beside the plain export's, in MB."""
+    """Return the MB of blocks by level and kind, for the recipe and the plain export."""
     tables: dict[str, Any] = {}
     for precision, sides in precisions.items():
         groups: dict[str, dict[str, float]] = {}
