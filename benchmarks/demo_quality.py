@@ -26,7 +26,7 @@ from _common import RESULTS, write_result
 from mobilevd_deploy.artifact.artifact import Artifact
 from mobilevd_deploy.runtime.media import enlarge, to_uint8, write_clip, write_sheet
 from mobilevd_deploy.runtime.pipeline import Pipeline
-from mobilevd_deploy.synthetic.clips import HELD_OUT, Clip, make_clip
+from mobilevd_deploy.synthetic.clips import HELD_OUT, DrawnClip, make_clip
 from mobilevd_deploy.training.quality import score, summarise
 
 SEED = 0  # of the clips; clip i gets noise seed i
@@ -59,7 +59,9 @@ def main() -> None:
     write_result(f"demo_quality_{arguments.provider.replace('-', '_')}", result)
 
 
-def measure(pipeline: Pipeline, clips: list[Clip]) -> tuple[list[npt.NDArray[np.float32]], dict[str, float]]:
+def measure(
+    pipeline: Pipeline, clips: list[DrawnClip]
+) -> tuple[list[npt.NDArray[np.float32]], dict[str, float]]:
     """Make the clips from their first frames, score them, print."""
     made = pipeline.generate_all((picture(clip), i) for i, clip in enumerate(clips))
     scores = [score(clip, to_uint8(frames)) for clip, frames in zip(clips, made, strict=True)]
@@ -69,12 +71,12 @@ def measure(pipeline: Pipeline, clips: list[Clip]) -> tuple[list[npt.NDArray[np.
     return made, values
 
 
-def picture(clip: Clip) -> npt.NDArray[np.float32]:
+def picture(clip: DrawnClip) -> npt.NDArray[np.float32]:
     """Return the first frame as the pipeline takes it: (1, 3, H, W) in [-1, 1]."""
     return (clip.frames[:1].transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
 
 
-def write_pictures(clips: list[Clip], made: list[npt.NDArray[np.float32]]) -> None:
+def write_pictures(clips: list[DrawnClip], made: list[npt.NDArray[np.float32]]) -> None:
     """Write demo_sheet.png, and demo_clip.gif: four clips at twice their size."""
     rows: list[tuple[str, npt.NDArray[np.uint8]]] = []
     for clip, frames in zip(clips, made, strict=True):

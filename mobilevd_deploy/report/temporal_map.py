@@ -22,7 +22,7 @@ _LEAST = 0.12  # of the bar's height, so that the least important block stays vi
 
 
 @dataclass(frozen=True)
-class Block:
+class MapBlock:
     """A temporal block: its path in the UNet, its kind, and its level (0 = full latent resolution)."""
 
     path: str
@@ -31,13 +31,13 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Bar:
+class MapBar:
     """The bar of one block: `x` and `width` as fractions of the map's width, `y` and `height` in pixels.
 
     `importance` is None where training recorded none.
     """
 
-    block: Block
+    block: MapBlock
     kept: bool
     importance: float | None
     x: float
@@ -52,7 +52,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Level:
+class MapLevel:
     """One level of the map: what its blocks work on, the y of its floor, and the x of its skip connection.
 
     The skip connection goes from the end of the down block to the start of the up block. Each x is a fraction
@@ -81,8 +81,8 @@ class TemporalMap:
     `by_importance`: whether heights show importance. If not, all bars are equally high.
     """
 
-    bars: tuple[Bar, ...]
-    levels: tuple[Level, ...]
+    bars: tuple[MapBar, ...]
+    levels: tuple[MapLevel, ...]
     middle: float
     by_importance: bool
 
@@ -111,7 +111,7 @@ class TemporalMap:
         return min(values), max(values)
 
 
-def temporal_block_groups(unet: UNetSpec) -> list[list[Block]]:
+def temporal_block_groups(unet: UNetSpec) -> list[list[MapBlock]]:
     """List the temporal blocks in running order: one group per down block, the middle, one per up block.
 
     The names are those of diffusers' module tree. Up blocks run from the lowest level and have one layer
@@ -119,15 +119,15 @@ def temporal_block_groups(unet: UNetSpec) -> list[list[Block]]:
     """
     layers = unet.layers_per_block
 
-    def stack(name: str, resnets: int, transformers: int) -> list[Block]:
+    def stack(name: str, resnets: int, transformers: int) -> list[MapBlock]:
         level, blocks = unet.level_of(name), []
         for index in range(resnets):
-            blocks.append(Block(f"{name}.resnets.{index}", "resnet", level))
+            blocks.append(MapBlock(f"{name}.resnets.{index}", "resnet", level))
             if index < transformers:
-                blocks.append(Block(f"{name}.attentions.{index}", "transformer", level))
+                blocks.append(MapBlock(f"{name}.attentions.{index}", "transformer", level))
         return blocks
 
-    def side(name: str, resnets: int) -> list[list[Block]]:
+    def side(name: str, resnets: int) -> list[list[MapBlock]]:
         paths = [f"{name}.{index}" for index in range(len(unet.block_out_channels))]
         return [stack(path, resnets, resnets if unet.attention[unet.level_of(path)] else 0) for path in paths]
 
@@ -154,7 +154,7 @@ def temporal_map(spec: ModelSpec, importance: Mapping[str, float]) -> TemporalMa
         for block in group:
             height = _BAR * (_relative(values, block.path) if by_importance else 1.0)
             bars.append(
-                Bar(
+                MapBar(
                     block,
                     kept is None or block.path in kept,
                     values.get(block.path),
@@ -177,9 +177,9 @@ def _relative(values: Mapping[str, float], path: str) -> float:
     return _LEAST + (1 - _LEAST) * part
 
 
-def _level(spec: ModelSpec, level: int, floor: int, ends: Sequence[tuple[float, float]]) -> Level:
+def _level(spec: ModelSpec, level: int, floor: int, ends: Sequence[tuple[float, float]]) -> MapLevel:
     height, width = spec.latent_size
-    return Level(
+    return MapLevel(
         number=level,
         frames=spec.unet.frames_at(level, spec.frames),
         width=width >> level,

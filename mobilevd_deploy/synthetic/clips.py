@@ -30,7 +30,7 @@ _TRIES = 1000  # to place two darts apart; on the demo's map two or three suffic
 
 
 @dataclass(frozen=True)
-class Clip:
+class DrawnClip:
     """A clip and its ground truth, for S darts and T frames of H x W px.
 
     frames     uint8 (T, H, W, 3), RGB
@@ -45,7 +45,7 @@ class Clip:
     background: npt.NDArray[np.uint8]
 
 
-def make_clip(seed: int, index: int, *, frames: int = 14, height: int = 64, width: int = 128) -> Clip:
+def make_clip(seed: int, index: int, *, frames: int = 14, height: int = 64, width: int = 128) -> DrawnClip:
     """Draw clip `index` of stream `seed`. Raises UsageError if the frames are too small for two darts."""
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
     count = 1 if rng.random() < 0.25 else 2
@@ -81,7 +81,7 @@ def make_clip(seed: int, index: int, *, frames: int = 14, height: int = 64, widt
     picture = np.repeat(background[None], frames, axis=0)
     for i in range(count):
         _draw_dart(picture, positions[:, i], headings[:, i], float(lengths[i]), colours[i])
-    return Clip(_to_bytes(picture), positions.astype(np.float32), colours, _to_bytes(background))
+    return DrawnClip(_to_bytes(picture), positions.astype(np.float32), colours, _to_bytes(background))
 
 
 def make_clips(seed: int, indices: range, **size: int) -> npt.NDArray[np.uint8]:

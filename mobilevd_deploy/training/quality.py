@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobilevd_deploy.base.tensors import psnr_db
-from mobilevd_deploy.synthetic.clips import Clip, locate
+from mobilevd_deploy.synthetic.clips import DrawnClip, locate
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -41,7 +41,7 @@ class ClipScore:
     lost: int
 
 
-def score(clip: Clip, generated: Bytes) -> ClipScore:
+def score(clip: DrawnClip, generated: Bytes) -> ClipScore:
     """Measure the uint8 frames (T, H, W, 3) `generated`, relative to a true clip of the same size."""
     truth = clip.frames
     repeated = np.repeat(truth[:1], len(truth), axis=0)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from mobilevd_deploy.errors import UsageError
-from mobilevd_deploy.synthetic.clips import HELD_OUT, Clip, locate, make_clip, make_clips
+from mobilevd_deploy.synthetic.clips import HELD_OUT, DrawnClip, locate, make_clip, make_clips
 
 
 @pytest.fixture(scope="module")
-def clips() -> list[Clip]:
+def clips() -> list[DrawnClip]:
     return [make_clip(0, HELD_OUT + i) for i in range(40)]
 
 
@@ -40,7 +40,7 @@ def test_a_map_that_two_darts_do_not_fit_is_refused() -> None:
         make_clips(0, range(20), height=16, width=32, frames=1)  # some have a single dart
 
 
-def test_darts_stay_inside_and_move_at_one_of_two_speeds(clips: list[Clip]) -> None:
+def test_darts_stay_inside_and_move_at_one_of_two_speeds(clips: list[DrawnClip]) -> None:
     for clip in clips:
         assert (clip.positions > 8).all()
         assert (clip.positions < [120, 56]).all()
@@ -51,7 +51,7 @@ def test_darts_stay_inside_and_move_at_one_of_two_speeds(clips: list[Clip]) -> N
         assert all(min(abs(speed - 1.5), abs(speed - 3.0)) < 1e-3 for speed in typical)
 
 
-def test_every_clip_moves_and_some_turn_and_some_meet(clips: list[Clip]) -> None:
+def test_every_clip_moves_and_some_turn_and_some_meet(clips: list[DrawnClip]) -> None:
     turned = met = 0
     for clip in clips:
         assert np.abs(clip.frames[0].astype(int) - clip.frames[-1]).max() > 80
@@ -63,7 +63,7 @@ def test_every_clip_moves_and_some_turn_and_some_meet(clips: list[Clip]) -> None
     assert met > 3
 
 
-def test_the_picture_shows_the_darts_where_they_are_said_to_be(clips: list[Clip]) -> None:
+def test_the_picture_shows_the_darts_where_they_are_said_to_be(clips: list[DrawnClip]) -> None:
     errors = []
     for clip in clips:
         for t in (0, 13):
@@ -81,7 +81,7 @@ def test_the_picture_shows_the_darts_where_they_are_said_to_be(clips: list[Clip]
     assert np.quantile(errors, 0.95) < 6
 
 
-def test_the_nose_points_where_the_dart_goes(clips: list[Clip]) -> None:
+def test_the_nose_points_where_the_dart_goes(clips: list[DrawnClip]) -> None:
     looked = 0
     for clip in clips:
         moves = np.diff(clip.positions[:3], axis=0)
@@ -103,5 +103,5 @@ def test_the_nose_points_where_the_dart_goes(clips: list[Clip]) -> None:
     assert looked > 20
 
 
-def test_a_missing_dart_is_not_found(clips: list[Clip]) -> None:
+def test_a_missing_dart_is_not_found(clips: list[DrawnClip]) -> None:
     assert locate(clips[0].background, clips[0].background, clips[0].colours[0]) is None

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from mobilevd_deploy.config.recipe import load_recipe
-from mobilevd_deploy.synthetic.clips import HELD_OUT, Clip, make_clip
+from mobilevd_deploy.synthetic.clips import HELD_OUT, DrawnClip, make_clip
 from mobilevd_deploy.training.quality import gradient_energy, score, summarise
 from tests.support import ROOT
 
 
 @pytest.fixture(scope="module")
-def clip() -> Clip:
+def clip() -> DrawnClip:
     return make_clip(0, HELD_OUT)
 
 
-def test_the_truth_scores_best(clip: Clip) -> None:
+def test_the_truth_scores_best(clip: DrawnClip) -> None:
     result = score(clip, clip.frames)
     assert result.psnr == result.first_frame == float("inf")
     assert result.sharpness == 1
@@ -24,33 +24,33 @@ def test_the_truth_scores_best(clip: Clip) -> None:
     assert result.lost == 0
 
 
-def test_a_repeated_frame_gains_nothing_and_stands_still(clip: Clip) -> None:
+def test_a_repeated_frame_gains_nothing_and_stands_still(clip: DrawnClip) -> None:
     result = score(clip, np.repeat(clip.frames[:1], len(clip.frames), axis=0))
     assert result.psnr == result.psnr_repeat
     assert result.position_errors == result.still_errors
     assert np.mean(result.position_errors) > 5
 
 
-def test_a_shifted_clip_is_off_by_its_shift(clip: Clip) -> None:
+def test_a_shifted_clip_is_off_by_its_shift(clip: DrawnClip) -> None:
     result = score(clip, np.roll(clip.frames, 3, axis=2))
     assert np.median(result.position_errors) == pytest.approx(3, abs=0.7)
 
 
-def test_vanished_darts_are_lost_not_misplaced(clip: Clip) -> None:
+def test_vanished_darts_are_lost_not_misplaced(clip: DrawnClip) -> None:
     result = score(clip, np.repeat(clip.background[None], len(clip.frames), axis=0))
     assert result.position_errors == ()
     assert result.lost == len(result.still_errors)
     assert result.sharpness < 0.5
 
 
-def test_gradient_energy_falls_with_blur(clip: Clip) -> None:
+def test_gradient_energy_falls_with_blur(clip: DrawnClip) -> None:
     frame = clip.frames[0]
     blurred = ((frame[:, :-1].astype(int) + frame[:, 1:]) // 2).astype(np.uint8)
     assert gradient_energy(blurred) < 0.95 * gradient_energy(frame)
     assert gradient_energy(np.full((4, 4, 3), 7, np.uint8)) == 0
 
 
-def test_summary_counts_the_lost_and_subtracts_the_baseline(clip: Clip) -> None:
+def test_summary_counts_the_lost_and_subtracts_the_baseline(clip: DrawnClip) -> None:
     half = np.concatenate([clip.frames[:7], np.repeat(clip.background[None], 7, axis=0)])
     one = score(clip, half)
     values = summarise([one, one])
