@@ -3,9 +3,9 @@
     python benchmarks/hub_faults.py
 
 The vendor's client retries such faults for up to six minutes, which is too long for the tests. Here each
-fault has its own process, a loopback server and the real client. The run must end with one clear error (exit
-code 3). When the service is back, `--resume` must finish the run without a second upload. Needs no account and no
-network. The result records how long the client retries.
+fault has its own process, a loopback server and the real client. The run must end with one clear error
+(exit code 3). When the service is back, `--resume` must finish the run without a second upload. Needs no
+account and no network. The result records how long the client retries.
 """
 
 from __future__ import annotations

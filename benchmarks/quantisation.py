@@ -4,8 +4,8 @@
 
 The UNet is quantised in each setting and judged on held-out clips: SQNR of its latents against float, and
 PSNR of frames 2 to 14 against the truth. The other components are the float ones of `--artifact`, so that
-only the UNet differs. The file is written after each setting; settings in it are measured again only if `--only` names
-them. One setting takes about a minute on two cores, AdaRound almost an hour.
+only the UNet differs. The file is written after each setting; settings in it are measured again only if
+`--only` names them. One setting takes about a minute on two cores, AdaRound almost an hour.
 """
 
 from __future__ import annotations

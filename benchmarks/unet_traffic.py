@@ -6,9 +6,9 @@
 Compares the shipped recipe with the plain export of the same network: attention whole, matrix products,
 optimisation mode 1. (At W8A16 the plain export has 1x1 convolutions and instance norms, because the plain
 forms do not compile or run in float32. It was measured on 2026-11-26, before the maps of temporal
-transformers and feed-forwards changed.) Blocks are compiled one by one with random weights, equal ones once.
-The layers between them (convolutions in and out, resampling) are not counted. The floor is inputs, outputs and weights
-once, each at the width of the precision. Each block is written when it is measured.
+transformers and feed-forwards changed.) Blocks are compiled one by one with random weights, equal ones
+once. The layers between them (convolutions in and out, resampling) are not counted. The floor is inputs,
+outputs and weights once, each at the width of the precision. Each block is written when it is measured.
 """
 
 from __future__ import annotations
