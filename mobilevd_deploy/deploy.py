@@ -35,6 +35,7 @@ from mobilevd_deploy.config.recipe import Recipe
 from mobilevd_deploy.errors import ArtifactError, UsageError
 from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.model.interface import COMPONENTS
+from mobilevd_deploy.model.lora import Lora
 from mobilevd_deploy.quantize.calibration import JUDGES, Pictures, choose_pictures
 from mobilevd_deploy.report.page import render_report
 from mobilevd_deploy.stages.compile import (
@@ -78,23 +79,26 @@ _TOOLS = (
 
 
 def deploy(
-    checkpoint: str | Path | Checkpoint,
+    checkpoint_path: str | Path,
     recipe: Recipe,
     output: str | Path,
     progress: Progress | None = None,
     *,
     calibration: Sequence[str | Path] = (),
+    base: str | Path | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Artifact:
     """Take a trained checkpoint to a verified artifact.
 
     Args:
-        checkpoint: an opened checkpoint, or anything that `open_checkpoint` reads.
+        checkpoint_path: a checkpoint in a form that `open_checkpoint` reads.
         recipe: graph forms, precision, chips and floors.
         output: folder of the artifact. If it holds an artifact from the same checkpoint, recipe, pictures and
             tools, that one is returned.
         progress: receives the stages as they begin and end.
         calibration: pictures, or folders of them. If empty, pictures are drawn like the demo's training
             clips.
+        base, loras: as for `open_checkpoint`.
 
     An interrupted export resumes after its last finished stage, from the hidden folder `.NAME.partial` beside
     the output. After an export to binaries that folder stays, so another chip only needs its compilation.
@@ -107,8 +111,7 @@ def deploy(
     progress, output = progress or Progress(), Path(output)
     require_folder_place(output.parent)
     require_scratch()
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint, notice=progress.say)
+    checkpoint = open_checkpoint(checkpoint_path, base=base, loras=loras, notice=progress.say)
     source, tools = Source(checkpoint.path.resolve().name, checkpoint.sha256), tool_versions(recipe)
     pictures = choose_pictures(checkpoint.spec, recipe, calibration, progress)
     if (finished := _same_artifact(output, source, recipe, tools, pictures)) is not None:

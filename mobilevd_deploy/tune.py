@@ -39,6 +39,7 @@ from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
 from mobilevd_deploy.model.components import deploy_contract
 from mobilevd_deploy.model.flops import count_flops_by_module
 from mobilevd_deploy.model.interface import component_tensors
+from mobilevd_deploy.model.lora import Lora
 from mobilevd_deploy.npu import ops
 from mobilevd_deploy.quantize.calibration import JUDGES, choose_pictures
 from mobilevd_deploy.quantize.simulation import (
@@ -104,7 +105,7 @@ class Tuned:
 
 
 def tune(
-    checkpoint: str | Path | Checkpoint,
+    checkpoint_path: str | Path,
     recipe: Recipe,
     output: Path,
     progress: Progress | None = None,
@@ -112,6 +113,8 @@ def tune(
     target_sqnr: float | None = None,
     budget: float | None = None,
     calibration: Sequence[str | Path] = (),
+    base: str | Path | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Tuned:
     """Search bit widths, and write a recipe with one rule per block whose bits differ from the scheme's.
 
@@ -119,13 +122,14 @@ def tune(
     another goal reuses them.
 
     Args:
-        checkpoint: as for `deploy`.
+        checkpoint_path: as for `deploy`.
         recipe: must quantise. Its own rules are kept and stay in front of the new ones.
         output: the recipe file to write, NAME.toml.
         progress: receives the stages.
         target_sqnr: goal in dB; the search takes the cheapest choice that it finds. Excludes `budget`.
         budget: limit of the bit operations relative to W8A16; the search takes the best choice that it finds.
         calibration: pictures or clips, as for `deploy`.
+        base, loras: as for `open_checkpoint`.
 
     Raises:
         UsageError: the recipe quantises nothing, there is no goal or two, or `output` is not a TOML file.
@@ -139,8 +143,7 @@ def tune(
         raise UsageError("exactly one goal is needed", next_step="give either --target-sqnr or --budget")
     if output.suffix != ".toml":
         raise UsageError(f"{output} is not a TOML file", next_step="choose a name such as my.toml")
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint, notice=progress.say)
+    checkpoint = open_checkpoint(checkpoint_path, base=base, loras=loras, notice=progress.say)
     pictures = choose_pictures(checkpoint.spec, recipe, calibration, progress)
     assert pictures is not None
     progress.plan({"inputs": 1, "measure blocks": 4, "search": 4})

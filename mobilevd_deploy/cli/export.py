@@ -25,7 +25,7 @@ from mobilevd_deploy.cli.options import (
     checkpoint_or_demo,
     expanded,
     open_artifact,
-    open_weights,
+    parse_loras,
     path_option,
     print_json,
     print_rich,
@@ -87,8 +87,15 @@ def export(
         progress.say(f"{checkpoint.name} -> {output} with recipe {chosen.name}")
         from mobilevd_deploy.deploy import deploy
 
-        opened = open_weights(checkpoint, base, lora, progress)
-        artifact = deploy(opened, chosen, output, progress, calibration=calibration or ())
+        artifact = deploy(
+            checkpoint,
+            chosen,
+            output,
+            progress,
+            calibration=calibration or (),
+            base=base,
+            loras=parse_loras(lora),
+        )
     if as_json:
         print_json({"artifact": str(artifact.root), **json.loads(artifact.manifest.to_json())})
         return
@@ -144,13 +151,15 @@ def tune(
         from mobilevd_deploy.tune import tune as search
 
         found = search(
-            open_weights(checkpoint_or_demo(checkpoint), base, lora, progress),
+            checkpoint_or_demo(checkpoint),
             chosen,
             output,
             progress,
             target_sqnr=target_sqnr,
             budget=budget,
             calibration=calibration or (),
+            base=base,
+            loras=parse_loras(lora),
         )
     if as_json:
         print_json({"recipe": str(output), **found.to_dict()})
@@ -271,7 +280,7 @@ def init(
             draw_checkpoint(output, spec, seed=seed, dtype=kind, progress=progress)
         else:
             given = read_importance(importance) if importance else None
-            opened = open_weights(source, base, lora, progress)
+            opened = open_checkpoint(source, base=base, loras=parse_loras(lora), notice=progress.say)
             compress_svd(output, opened, spec, importance=given, dtype=kind, progress=progress)
     written = open_checkpoint(output)
     if as_json:

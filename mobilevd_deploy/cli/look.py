@@ -18,7 +18,7 @@ from mobilevd_deploy.cli.options import (
     Quiet,
     RecipeName,
     expanded,
-    open_weights,
+    parse_loras,
     path_argument,
     print_json,
     print_rich,
@@ -65,8 +65,12 @@ def inspect(
         print_json(rows) if as_json else print_rich(render_ladder(rows))
         return
     if base or lora:
+        from mobilevd_deploy.model.checkpoint import open_checkpoint
+
         with show_progress(as_json) as progress:
-            result = inspect_one(open_weights(what, base, lora, progress))
+            result = inspect_one(
+                open_checkpoint(what, base=base, loras=parse_loras(lora), notice=progress.say)
+            )
     else:
         result = inspect_one(what)
     print_json(result) if as_json else print_rich(render_inspection(result))

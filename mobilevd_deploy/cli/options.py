@@ -15,7 +15,7 @@ from mobilevd_deploy.cli.completion import complete_artifact, complete_device, c
 if TYPE_CHECKING:
     from mobilevd_deploy.artifact.artifact import Artifact
     from mobilevd_deploy.base.progress import Progress
-    from mobilevd_deploy.model.checkpoint import Checkpoint
+    from mobilevd_deploy.model.lora import Lora
     from mobilevd_deploy.profiling.hub.client import Hub
 
 
@@ -155,16 +155,11 @@ def base_name(checkpoint: Path) -> str:
     return path.stem if path.suffix in CHECKPOINT_SUFFIXES and not path.is_dir() else path.name
 
 
-def open_weights(
-    path: str | Path, base: str | None, loras: list[str] | None, progress: Progress
-) -> Checkpoint:
-    """Open a checkpoint as `--base` and `--lora` say; notices go to `progress`."""
-    from mobilevd_deploy.model.checkpoint import open_checkpoint
+def parse_loras(texts: list[str] | None) -> list[Lora]:
+    """Read the values of `--lora`."""
     from mobilevd_deploy.model.lora import parse_lora
 
-    return open_checkpoint(
-        path, base=base, loras=[parse_lora(text) for text in loras or ()], notice=progress.say
-    )
+    return [parse_lora(text) for text in texts or ()]
 
 
 def split_names(names: str | None) -> tuple[str, ...]:
