@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import onnx_ir
 import onnx_ir.passes.common
+
+from mobilevd_deploy.errors import ExportError
 
 _EXTERNAL_ABOVE_BYTES = 1024
 
@@ -30,6 +33,17 @@ def save_graph(model: onnx_ir.Model, path: Path, data: str) -> None:
     onnx_ir.save(model, path, external_data=data, size_threshold_bytes=_EXTERNAL_ABOVE_BYTES)
     if weights.stat().st_size == 0:
         weights.unlink()
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raise ExportError, which names `what`, if the file is not valid ONNX."""
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"{what} is not valid ONNX: {path}: {error}",
+            next_step="report this with the model's configuration and recipe",
+        ) from error
 
 
 def infer_shapes(model: onnx_ir.Model) -> None:

@@ -18,14 +18,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir
 import onnx_ir.passes.common
 import onnxscript.optimizer
 import torch
 from torch import nn
 
-from mobilevd_deploy.base.graphs import fixed_shape, read_shaped, save_graph
+from mobilevd_deploy.base.graphs import check_file, fixed_shape, read_shaped, save_graph
 from mobilevd_deploy.base.tensors import Tensors
 from mobilevd_deploy.config.recipe import OnnxOptions
 from mobilevd_deploy.errors import ExportError
@@ -95,17 +94,6 @@ def export_onnx(
     notes = _simplify(path) if options.simplify else ()
     check_file(path, f"the export of {type(module).__name__}")
     return notes
-
-
-def check_file(path: Path, what: str) -> None:
-    """Raise ExportError, which names `what`, if the file is not valid ONNX."""
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        raise ExportError(
-            f"{what} is not valid ONNX: {path}: {error}",
-            next_step="report this with the model's configuration and recipe",
-        ) from error
 
 
 def read_graph(path: Path) -> OnnxGraph:

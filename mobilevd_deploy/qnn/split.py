@@ -17,10 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
-from mobilevd_deploy.base.graphs import fixed_shape, read_shaped
+from mobilevd_deploy.base.graphs import check_file, fixed_shape, read_shaped
 from mobilevd_deploy.errors import ExportError
 
 ALLOCATION_LIMIT = 2**31
@@ -161,10 +160,7 @@ def write_parts(path: Path, cut: Cut) -> tuple[Path, ...]:
     for number, part in enumerate(cut.parts, start=1):
         target = path.with_name(f"{path.stem}-{number}of{len(cut.parts)}.onnx")
         ir.save(ir.Model(_part_graph(model.graph, part), ir_version=model.ir_version), target)
-        try:
-            onnx.checker.check_model(str(target))
-        except onnx.checker.ValidationError as error:
-            raise ExportError(f"{target.name} is not valid ONNX: {error}") from error
+        check_file(target, f"part {number} of {path.name}")
         written.append(target)
     return tuple(written)
 

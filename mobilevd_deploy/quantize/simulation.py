@@ -31,13 +31,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mobilevd_deploy.base.files import written_aside
-from mobilevd_deploy.base.graphs import save_graph
+from mobilevd_deploy.base.graphs import check_file, save_graph
 from mobilevd_deploy.base.tensors import Array, Tensors
 from mobilevd_deploy.config.data import data_dir
 from mobilevd_deploy.config.recipe import QuantScheme
 from mobilevd_deploy.errors import ExportError, UsageError
 from mobilevd_deploy.npu import ops
-from mobilevd_deploy.npu.onnx_export import DATA, MODEL, check_file, name_nodes, quiet
+from mobilevd_deploy.npu.onnx_export import DATA, MODEL, name_nodes, quiet
 from mobilevd_deploy.quantize.qdq import convert_before_moves, load_folded, name_pairs, relabel
 from mobilevd_deploy.quantize.qdq_check import check_quantised
 

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from mobilevd_deploy.base.graphs import fixed_shape, read_shaped, save_graph
+from mobilevd_deploy.base.graphs import check_file, fixed_shape, read_shaped, save_graph
+from mobilevd_deploy.errors import ExportError
 
 
 def graph(text: str, **weights: np.ndarray) -> ir.Model:
@@ -57,3 +58,15 @@ def test_shapes_around_an_op_of_another_domain_are_inferred(tmp_path: Path) -> N
     shapes = {name: fixed_shape(value) for name, value in values.items()}
     assert shapes == {"x": (2, 3), "a": (2, 3), "b": None, "y": (2, 3), "n": None, "m": None}
     assert fixed_shape(None) is None
+
+
+def test_an_invalid_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    model = graph("(float[2] x) => (float[2] y) { y = Relu(x) }")
+    save_graph(model, path, "m.data")
+    check_file(path, "the model")
+    model.graph[0].op_type = "Mystery"
+    save_graph(model, path, "m.data")
+    with pytest.raises(ExportError, match=r"the model is not valid ONNX: .*m\.onnx: .*Mystery") as caught:
+        check_file(path, "the model")
+    assert caught.value.next_step
