@@ -66,7 +66,7 @@ def export(
         typer.Option(
             min=1,
             help="Split the UNet into this many context binaries.",
-            show_default="the fewest below 2 GiB each",
+            show_default="the fewest that fit 2 GiB and compile in 6.5 GB each",
         ),
     ] = None,
     as_json: Json = False,

@@ -139,8 +139,8 @@ class NpuOptions:
 
     - `targets`: chips in any spelling that `find_chip` resolves, kept as part numbers ("SM8650").
     - `optimization_mode`: QNN's htp_graph_finalization_optimization_mode. `vtcm_mb`: QNN's vtcm_mb.
-    - `parts`: number of parts that the UNet is split into. 0, and always for the other components: as few
-      as possible, so that each part is smaller than 2 GiB and takes less than 6.5 GB to compile.
+    - `parts`: number of parts that the UNet is split into. 0: as few as possible, so that each part is
+      smaller than 2 GiB and takes less than 6.5 GB to compile. Other components are always split that way.
     - `allow`: name patterns (shell wildcards) of operations that may run in float32 although the graph
       asks for integers, and of tensors that may have fewer bits than the graph asks for. Others fail the
       export.
@@ -192,8 +192,8 @@ class Floors:
     - `clip_psnr_db`: minimum PSNR of the quantised clip, relative to the float clip.
     - `conditioning`: minimum change of the quantised output, relative to float, when one input changes;
       the maximum is 1 / `conditioning`.
-    - `simulator_db`: minimum SQNR of a binary on the HTP simulator, relative to AIMET's simulation, with
-      16-bit activations.
+    - `simulator_db`: minimum SQNR of the written graph, of its parts in a row and of the binary on the HTP
+      simulator, relative to AIMET's simulation, with 16-bit activations.
     - `float16_sqnr_db`: minimum SQNR of a float16 binary on the HTP simulator, relative to the float run.
     """
 

@@ -120,10 +120,10 @@ class ExportJob:
     # ---- floors ----
 
     def require_agreement(self, component: Component, what: str, given: Array, drift: float) -> float:
-        """Compare an output for the first judge with AIMET's simulation; return their SQNR in dB.
+        """Raise ParityError unless an output for the first judge is close enough to its reference.
 
-        `drift` is the output's SQNR in dB against the float run. `Recipe.agreement_floor` decides which of
-        the two has the floor. Raises ParityError.
+        The reference and the floor are those of `Recipe.agreement_floor`: AIMET's simulation, or the float
+        run, to which the output's SQNR is `drift` (dB). Returns the SQNR against AIMET in dB, for the record.
         """
         reference, floor = self.recipe.agreement_floor(component.name)
         with np.load(self.simulated_path(component.name)) as expected:
@@ -153,7 +153,7 @@ class Stage:
         act: does the work: act(job, context, *arguments).
         note: adds the stage's values, new or from an earlier run, to the job: note(job, values, *arguments).
         arguments: component and chip.
-        disk_bytes: estimate of what `act` and all later stages of its kind write.
+        disk_bytes: estimate of what `act` and the later stages write.
     """
 
     name: str

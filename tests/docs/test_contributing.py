@@ -53,20 +53,21 @@ def test_the_pass_fails_the_runner_if_it_breaks_a_weight() -> None:
 def test_the_checkpoint_form_passes_its_own_test(tiny_checkpoint: Path, tmp_path: Path) -> None:
     import json
 
-    import numpy as np
     import torch
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file, save_file
 
     from mobilevd_deploy.model.checkpoint import Checkpoint, open_checkpoint
+    from mobilevd_deploy.model.interface import COMPONENTS
 
     code, tests = examples("Add a checkpoint form")
     scope = run(code, {"__name__": "example"})
     scope |= {
+        "COMPONENTS": COMPONENTS,
         "Checkpoint": Checkpoint,
         "json": json,
         "load_file": load_file,
-        "np": np,
         "open_checkpoint": open_checkpoint,
+        "save_file": save_file,
         "torch": torch,
     }
     (test,) = [value for name, value in run(tests, scope).items() if name.startswith("test_")]

@@ -34,7 +34,7 @@ PROGRAM = "mobilevd-deploy"
 # Paths that a page names as an example of what a reader would create.
 EXAMPLES = {
     "mobilevd_deploy/passes/drop_dropout.py",
-    "mobilevd_deploy/model/npz_file.py",
+    "mobilevd_deploy/model/parts_folder.py",
     "export/galaxy-s25.toml",
 }
 

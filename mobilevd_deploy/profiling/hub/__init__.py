@@ -1,1 +1,1 @@
-"""hub"""
+"""Profiling on phones that AI Hub hosts. Start at run.py."""
