@@ -19,8 +19,8 @@ from mobilevd_deploy.qnn.split import constant_bytes
 class LintFinding:
     """A known problem of a model: where, what, and the source of the rule.
 
-    `next_step`: what to do instead, if the result would be wrong; None for a notice, where the compiler itself
-    would refuse the model, or the model would only be slow.
+    `next_step`: what to do instead, if the result would be wrong; None for a notice, if the compiler refuses
+    the model by itself, or if the model would only be slow.
     """
 
     rule: str
