@@ -448,12 +448,12 @@ def test_room_is_asked_for_what_is_still_to_come(
             deploy(tiny_checkpoint, RECIPE, output)
     usage = shutil.disk_usage(output.parent)
     enough = 2 * 4 * open_checkpoint(tiny_checkpoint).parameters["decoder"]
-    little = usage._replace(free=enough)
-    monkeypatch.setattr(
-        shutil,
-        "disk_usage",
-        lambda path: little if output.parent in (Path(path), *Path(path).parents) else usage,
-    )
+
+    def free(path: str | Path) -> Any:
+        """The output's disk is nearly full, the temporary folder's is not."""
+        return usage._replace(free=enough) if output.parent in (Path(path), *Path(path).parents) else usage
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
     assert finished_by(output, tiny_checkpoint).ran == ["decoder"]
 
 
