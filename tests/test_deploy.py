@@ -391,6 +391,7 @@ deploy(checkpoint, load_recipe("onnx"), output)
 """
 
 
+@pytest.mark.slow
 def test_killed_while_the_unet_is_written(
     exported: dict[str, Artifact], tiny_checkpoint: Path, output: Path, borrowed: list[str]
 ) -> None:
@@ -458,6 +459,7 @@ def test_room_is_asked_for_what_is_still_to_come(
 
 
 @pytest.mark.parametrize("place", ["weights", "report", "stage record"])
+@pytest.mark.slow
 def test_a_disk_that_fills_up(
     place: str, tiny_checkpoint: Path, output: Path, borrowed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -563,6 +565,7 @@ def test_a_bad_checkpoint_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_outputs_in_odd_places(
     tiny_checkpoint: Path, tmp_path: Path, borrowed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

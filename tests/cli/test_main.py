@@ -199,6 +199,7 @@ def test_exit_codes(
     assert ended.json["exit_code"] == ended.code == code
 
 
+@pytest.mark.slow
 def test_as_a_program(exported: dict[str, Artifact], tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The installed script, in a process of its own: streams and codes are the operating system's."""
 
@@ -279,6 +280,7 @@ def test_outputs_that_are_closed_or_full(
         assert "Exception ignored" not in written
 
 
+@pytest.mark.slow
 def test_progress_without_standard_error(artifact: Artifact, tiny_checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("export", tiny_checkpoint, "-r", "onnx", "-o", artifact.root)
     ended = redirected("2>&-", *arguments, cwd=tmp_path)

@@ -161,6 +161,7 @@ def test_without_simplification(little: nn.Module, written: Path, tmp_path: Path
     assert decibels(reference(little), torch.from_numpy(outputs(tmp_path / MODEL))) > 110
 
 
+@pytest.mark.slow
 def test_simplification_holds_few_copies_of_the_weights(tmp_path: Path) -> None:
     """Measured: 2.2 times their size; 5.8 times when onnxsim gets a model in memory."""
     side, layers = 2048, 8

@@ -262,6 +262,7 @@ def test_instance_norm_form_is_group_norm() -> None:
 @example(case=ONE_LEVEL, forms=FORMS[9], tile=3, subpixel=True)
 @example(case=DEEP, forms=FORMS[-2], tile=5, subpixel=False)
 @given(case=cases(), forms=st.sampled_from(FORMS), tile=st.integers(3, 9), subpixel=st.booleans())
+@pytest.mark.slow
 def test_every_configuration_has_a_deploy_form(
     case: Case, forms: GraphForms, tile: int, subpixel: bool
 ) -> None:

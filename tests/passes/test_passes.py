@@ -620,6 +620,7 @@ def test_no_pass_at_all_reports_nothing() -> None:
 @example(case=ONE_LEVEL)
 @example(case=DEEP)
 @given(case=cases())
+@pytest.mark.slow
 def test_every_configuration_survives_every_pass(case: Case) -> None:
     spec = case.spec
     unet = build_unet(spec, frames=case.frames, seed=case.seed)

@@ -172,6 +172,7 @@ def whole(
     return folder / "demo.safetensors", folder / "work", stored, seen
 
 
+@pytest.mark.slow
 def test_the_run_writes_a_checkpoint_that_opens(
     whole: tuple[Path, Path, ModelSpec, list[TrainingProgress]],
 ) -> None:
@@ -200,6 +201,7 @@ class InterruptedRunError(Exception):
 
 
 @pytest.mark.parametrize("stage", ["clips", "autoencoder", "latents", "explore", "finetune"])
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     stage: str,
     whole: tuple[Path, Path, ModelSpec, list[TrainingProgress]],

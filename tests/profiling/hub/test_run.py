@@ -609,6 +609,7 @@ except BaseException as error:
 """
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_then_resume(run, server):
     moments = ["PUT /part/m0004/1", "POST .*jobs", "GET .*jobs/j0003", "GET .*result"]
     for number, pattern in enumerate(moments):
