@@ -41,10 +41,10 @@ ifeq ($(shell uname -sm),Linux x86_64)
 endif
 
 test: check float  ## everything that CI runs
-	MOBILEVD_ARTIFACT=$(CURDIR)/build/demo/artifact OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	MOBILEVD_ARTIFACT=$(CURDIR)/build/demo/artifact OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)  ## an answer in 3 minutes: nothing slow, no vendor's tools, no app
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not slow and not npu and not android'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m 'not slow and not npu and not android'
 
 check: $(READY) docs  ## report errors of style, types, import directions and the manual
 	$(BIN)/ruff check $(SOURCES)

@@ -24,6 +24,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _NPU_TOOLS = {"aimet_torch": "aimet-torch", "onnxruntime_qnn": "onnxruntime-qnn"}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, so that all workers end at about the same time."""
+    items.sort(key=lambda item: not (item.get_closest_marker("android") or item.get_closest_marker("npu")))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test with the marker `npu` where the vendor's tools are missing, and name them."""
