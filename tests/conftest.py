@@ -24,8 +24,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _NPU_TOOLS = {"aimet_torch": "aimet-torch", "onnxruntime_qnn": "onnxruntime-qnn"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, so that all workers end at about the same time."""
+    """Mark tests of exported artifacts as slow. Put the longest files first, so that workers end together."""
+    for item in items:
+        if {"exported", "demo_artifact"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not (item.get_closest_marker("android") or item.get_closest_marker("npu")))
 
 

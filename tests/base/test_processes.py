@@ -163,6 +163,7 @@ def test_a_step_does_not_outlive_its_parent(tmp_path: Path, killed: str) -> None
     assert is_gone(child)
 
 
+@pytest.mark.slow
 def test_a_large_network_is_exported_step_by_step(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ def test_midsize_is_a_smaller_mobilevd(bench: Any) -> None:
     assert 190e6 < sum(parameter.numel() for parameter in unet.parameters()) < 210e6
 
 
+@pytest.mark.slow
 def test_both_ways_of_a_tiny_network_agree(bench: Any) -> None:
     result = bench.measure(bench.quick_subject(), Progress())
     assert result["temporal_blocks"]["kept"] == 2 < result["temporal_blocks"]["total"]
