@@ -65,7 +65,7 @@ def generate(
 
     Args:
         artifact: an exported artifact, or its folder.
-        picture: an image file of any size, or a clip, of which the first frame is used.
+        picture: an image file of any size, or a clip, whose first frame is used.
         seed: of the noise, from 0 to 2^64 - 1; the same seed gives the same clip on every machine.
         provider: onnxruntime execution providers, best first; or "npu-sim" (context binaries on the HTP
             simulator), or "quantised" (quantised graphs on the CPU).
